@@ -1,0 +1,42 @@
+"""fxmem: fit a PyTorch training step into a byte budget, exactly.
+
+    opt = fxmem.optimize(model, "8GiB", (batch,))
+    loss = opt(batch)
+    loss.backward()
+"""
+
+from fxmem.api import optimize, plan
+from fxmem.cost import CostModel
+from fxmem.errors import (
+    BudgetError,
+    BudgetInfeasibleError,
+    CaptureError,
+    FxmemError,
+    PlanMismatchError,
+    VerificationError,
+)
+from fxmem.measure import Measurement, measure
+from fxmem.operators import declare_pure
+from fxmem.plan import Plan
+from fxmem.report import Report
+from fxmem.runtime import OptimizedModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "BudgetInfeasibleError",
+    "CaptureError",
+    "CostModel",
+    "FxmemError",
+    "Measurement",
+    "OptimizedModule",
+    "Plan",
+    "PlanMismatchError",
+    "Report",
+    "VerificationError",
+    "declare_pure",
+    "measure",
+    "optimize",
+    "plan",
+]

@@ -1,0 +1,211 @@
+"""Every private function of torch that fxmem calls, each behind one small function of ours.
+
+Run on torch 2.13.0.  When a torch release moves one of these, this is the only file to mend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.convert_frame import fullgraph_capture
+from torch._dynamo.functional_export import _compiling_state_context
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._functorch.aot_autograd import (
+    aot_compile_joint_with_descriptors,
+    aot_export_joint_with_descriptors,
+)
+from torch._functorch.partitioners import _extract_fwd_bwd_modules
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.graph import _BoxedCodeGen
+from torch.utils._ordered_set import OrderedSet
+
+CHECKED_VERSIONS = ("2.13.0",)
+
+# torch's compiler stack is not thread-safe, so every capture and compilation holds this lock.
+COMPILE_LOCK = threading.RLock()
+
+run_and_save_rng_state = torch.ops.higher_order.run_and_save_rng_state
+run_with_rng_state = torch.ops.higher_order.run_with_rng_state
+
+
+# -- Dynamo: Python to one flat graph ------------------------------------------------------------
+
+
+def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Trace ``function(*args)`` into one graph; the arguments are only read, never computed with.
+
+    Raises whatever Dynamo raises when the function does not fit into one graph.
+    """
+    static = torch._dynamo.config.patch(
+        # A float attribute turned into an input would make AOTAutograd ask for a second capture.
+        specialize_float=True,
+        assume_static_by_default=True,
+        automatic_dynamic_shapes=False,
+    )
+    with (
+        static,
+        _compiling_state_context(),
+        get_metrics_context(),
+        dynamo_timed("fxmem_capture"),
+    ):
+        return fullgraph_capture(function, args, {})
+
+
+def dynamo_guards(output: Any, function: Callable[..., Any]) -> Callable[[dict[str, Any]], bool]:
+    """A predicate on the function's local variables: does the captured graph still apply to them?"""
+    code = function.__code__
+    with get_metrics_context(), dynamo_timed("fxmem_guards"):
+        manager = output.graph_capture_output.build_guards(code).guard_manager
+    return manager.check
+
+
+def dynamo_callable(
+    output: Any, function: Callable[..., Any], compiled: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``function`` again, with its captured graph replaced by ``compiled(*flat_inputs)``."""
+    return output.forward_callable(compiled_fn=compiled, extra_globals=function.__globals__)
+
+
+def dynamo_source_name(placeholder: fx.Node) -> str:
+    """How the user's code reaches a graph input, such as ``args[0]`` or ``kwargs['labels']``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return placeholder.name
+    name = source.name if isinstance(source.name, str) else source.name()
+    return name.replace("L['", "", 1).replace("']", "", 1) if name.startswith("L['") else name
+
+
+# -- AOTAutograd: flat graph to joint graph, joint graph to a callable -----------------------------
+
+
+@contextlib.contextmanager
+def joint_export(output: Any) -> Iterator[Any]:
+    """The joint graph of a Dynamo capture, traced on fake tensors; compile it inside the context."""
+    backend_input = output.backend_input
+    context = TracingContext(backend_input.fake_mode)
+    context.tensor_to_context = backend_input.tensor_to_context
+    with tracing(context), contextlib.ExitStack() as stack:
+        yield aot_export_joint_with_descriptors(
+            stack, backend_input.graph_module, tuple(backend_input.example_inputs)
+        )
+
+
+BoxedCallable = Callable[[list[Any]], Any]
+
+
+def joint_compile(
+    exported: Any,
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    run_backward: BoxedCallable,
+) -> Callable[..., Any]:
+    """AOTAutograd's runtime around two graphs.
+
+    run_backward: called with the backward's arguments in a list, in place of the backward itself.
+    """
+    return aot_compile_joint_with_descriptors(
+        exported,
+        partition_fn=lambda *_, **__: (forward, backward),
+        fw_compiler=lambda module, _: boxed(module),
+        bw_compiler=lambda *_: mark_boxed(run_backward),
+    )
+
+
+def boxed(module: fx.GraphModule) -> BoxedCallable:
+    """Run a graph op by op, taking its arguments from a list that it empties.
+
+    The generated code must own the only reference to each saved tensor, or freeing at last use
+    frees nothing: a wrapper that calls ``forward(*args)`` keeps every argument to the end.
+    """
+    module.graph.set_codegen(_BoxedCodeGen())
+    module.recompile()
+    forward = module.forward
+
+    return mark_boxed(forward)
+
+
+def mark_boxed(function: BoxedCallable) -> BoxedCallable:
+    """Tell AOTAutograd that the function takes its arguments in a list and empties it."""
+
+    def run(args: list[Any]) -> Any:
+        return function(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+BACKWARD_NODE = "CompiledFunctionBackward"
+
+
+def leave_tangents_undefined(outputs: Any) -> None:
+    """Ask autograd to pass None, not zeros, for gradients that nobody sends into ``outputs``."""
+    seen: set[Any] = set()
+    stack = [
+        t.grad_fn
+        for t in torch.utils._pytree.tree_leaves(outputs)
+        if isinstance(t, torch.Tensor) and t.grad_fn is not None
+    ]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == BACKWARD_NODE:
+            node.set_materialize_grads(False)
+        else:  # an output that is a view of another one hangs below it
+            stack += [below for below, _ in node.next_functions]
+
+
+def extract_modules(
+    joint: fx.GraphModule,
+    saved: Sequence[fx.Node],
+    saved_symints: Sequence[fx.Node],
+    num_forward_outputs: int,
+    static_inputs: Sequence[fx.Node],
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a joint graph into a forward that returns ``saved`` and a backward that takes it."""
+    return _extract_fwd_bwd_modules(
+        joint,
+        list(saved),
+        saved_sym_nodes=list(saved_symints),
+        num_fwd_outputs=num_forward_outputs,
+        static_lifetime_input_nodes=OrderedSet(static_inputs),
+    )
+
+
+# -- Fake tensors ----------------------------------------------------------------------------------
+
+
+def fake_mode_of(output: Any) -> FakeTensorMode:
+    return output.backend_input.fake_mode
+
+
+def is_fake(value: object) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+def new_fake_mode() -> FakeTensorMode:
+    # Tensors that hide in a model's lists and dictionaries stay real, and are only read.
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the bytes behind a tensor: equal for a tensor and its views."""
+    return tensor.untyped_storage()._cdata
+
+
+def fake_tensors_off() -> contextlib.AbstractContextManager[Any]:
+    """Inside, operators run for real even while a fake mode is active around."""
+    return torch._subclasses.fake_tensor.unset_fake_temporarily()
+
+
+def is_between_backward_nodes() -> bool:
+    """Is autograd's engine at work, but no node of its graph: is it adding gradients up?"""
+    running = torch._C._current_graph_task_id() >= 0
+    return running and torch._C._current_autograd_node() is None

@@ -1,0 +1,135 @@
+"""Private parts of torch that measuring needs, each behind one small function.
+
+Checked on torch 2.13.0.
+Why not torch.profiler.profile: it records every operator. Below, user scopes and allocations are
+all that is recorded, a session costs well under a millisecond, and each allocation carries its
+address, which the public event list leaves out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch._C._profiler import (
+    ProfilerActivity,
+    ProfilerConfig,
+    ProfilerState,
+    RecordScope,
+    _EventType,
+    _ExperimentalConfig,
+)
+from torch._subclasses import FakeTensorMode
+
+Result = TypeVar("Result")
+
+
+class Event(NamedTuple):
+    """One allocation (nbytes > 0), one free (nbytes < 0), or a mark, which has a name."""
+
+    nbytes: int
+    address: int
+    mark: str
+
+
+def fake_tensor_mode() -> AbstractContextManager[Any]:
+    """Tensors made within hold no memory; real ones may be read (a tensor learning rate)."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_recording() -> bool:
+    """Whether a profiler session, ours or anyone's, runs on this thread."""
+    return torch.autograd._profiler_enabled()
+
+
+def record(function: Callable[[], Result]) -> tuple[list[Event], Result]:
+    """Run ``function``; what it allocates and frees on the CPU in the order of time, its result.
+
+    Threads of autograd are heard, other threads are not. The session ends if ``function`` raises.
+    """
+    activities = {ProfilerActivity.CPU}
+    config = ProfilerConfig(
+        ProfilerState.KINETO,
+        False,  # shapes
+        True,  # memory
+        False,  # stacks
+        False,  # flops
+        False,  # modules
+        _ExperimentalConfig(),
+    )
+    with _quiet_kineto():
+        torch.autograd._prepare_profiler(config, activities)
+    # torch's stub leaves the last argument out.
+    torch.autograd._enable_profiler(config, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+    try:
+        result = function()
+    finally:
+        session = torch.autograd._disable_profiler()
+    return _events(session), result
+
+
+def mark(name: str) -> None:
+    """Leave ``name`` among the recorded events."""
+    with torch.profiler.record_function(name):
+        pass
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """The CPU storage of ``tensor``; None if it has none of its own (fake, sparse, wrapper)."""
+    try:
+        # A subclass must not see this call: it may log it, refuse it, or allocate.
+        with torch._C.DisableTorchFunctionSubclass():
+            storage = torch.Tensor.untyped_storage(tensor)
+            held = storage.device.type == "cpu" and storage.nbytes() and storage.data_ptr()
+    # Subclasses raise what they like when asked for a storage that they do not have.
+    except Exception:
+        return None
+    return storage if held else None
+
+
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """``tensor.grad``, for leaves only: asking any other tensor warns."""
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.grad if tensor.is_leaf else None
+    except Exception:
+        return None
+
+
+def _events(session: Any) -> list[Event]:
+    timed: list[tuple[int, Event]] = []
+    waiting = list(reversed(session.experimental_event_tree()))
+    while waiting:
+        node = waiting.pop()
+        waiting.extend(reversed(node.children))
+        if node.tag == _EventType.Allocation:
+            fields = node.extra_fields
+            if fields.device.type == "cpu":
+                event = Event(fields.alloc_size, fields.ptr or 0, "")
+                timed.append((node.start_time_ns, event))
+        else:
+            timed.append((node.start_time_ns, Event(0, 0, node.name)))
+    # Stable: events of one nanosecond stay as the tree has them, a scope before what is in it.
+    timed.sort(key=lambda pair: pair[0])
+    return [event for _, event in timed]
+
+
+@contextmanager
+def _quiet_kineto() -> Iterator[None]:
+    """Keep kineto from printing "profiler_start" and "profiler_stop" to stderr (seen in 2.13.0).
+
+    Kineto reads the variable once, when the process's first session is prepared; 6 is the lowest
+    level that hides these two lines. A level that the user has set stays.
+    """
+    name = "KINETO_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "6"
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -1,0 +1,239 @@
+"""The two calls that most people make: ``optimize`` and ``plan``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxmem.budget import Budget, reserve_bytes
+from fxmem.capture import StepCall, capture
+from fxmem.cost import CostModel
+from fxmem.dynamic import dynamic_names, marked
+from fxmem.errors import CaptureError, FxmemError
+from fxmem.graph import Role
+from fxmem.pipeline import Options, analyze, decide
+from fxmem.plan import Plan
+from fxmem.runtime import OptimizedModule, Session
+from fxmem.units import format_bytes
+from fxmem.verify import verify_step
+
+ALLOWED = ("recompute", "lossless")
+LATER = ("quantize", "offload")
+
+
+def optimize(
+    model: nn.Module,
+    budget: Any,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    loss_fn: Callable[..., Any] | None = None,
+    loss_inputs: Any = (),
+    allow: Any = ALLOWED,
+    noise: float = 0.01,
+    reserve: Any = 0,
+    on_infeasible: str = "raise",
+    compiler: str = "eager",
+    cost: Any = "auto",
+    plan: Plan | str | os.PathLike[str] | None = None,
+    verify: bool = False,
+) -> OptimizedModule:
+    """The model again, as a GraphModule whose training step peaks within ``budget``.
+
+    model: in the mode (train or eval) that it will run in.
+    budget: of the whole step: an ``int`` of bytes, ``"20GiB"``, ``"80%"`` of the device, ``"0.5x"``
+    of what the unchanged step peaks at, ``"auto"``, ``"min"``.
+    example_inputs, example_kwargs: arguments of one call; without them, the first call is captured.
+    loss_fn: called as ``loss_fn(outputs, *loss_inputs)`` when the loss is outside the model; then
+    ``opt(*inputs, *loss_inputs)`` returns the loss.
+    reserve: bytes outside the step, or the optimizer whose state they are.
+    on_infeasible: ``"raise"``, or ``"best"``: take the smallest plan and warn.
+    plan: a Plan, or the path of one, to replay instead of planning.
+    verify: run one step, compare predicted and measured peak, and gradients with the unchanged step.
+
+    Gradients are bitwise those of the step without a plan.
+    Raises ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``,
+    ``VerificationError``.
+    """
+    options = read_options(
+        model, budget, allow=allow, noise=noise, reserve=reserve, on_infeasible=on_infeasible,
+        compiler=compiler, cost=cost, plan=plan,
+    )  # fmt: skip
+    call = example_call(model, example_inputs, example_kwargs, loss_fn, loss_inputs)
+    names = dynamic_names(dynamic_shapes, model, call)
+    session = Session(options, loss_fn, len(tuple(loss_inputs)), names)
+    optimized = OptimizedModule(model, session)
+    if call is None:
+        if verify:
+            raise FxmemError("verify=True runs one step, so it needs example_inputs")
+        return optimized
+    first = session.program_for(marked(call, names))
+    if first.plan is not None:
+        _warn_if_over(first.plan)
+    optimized.show_graph()
+    if verify:
+        optimized.__dict__["_fxmem_checked"] = verify_step(optimized, call)
+    return optimized
+
+
+def plan(
+    model: nn.Module,
+    budget: Any,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    loss_fn: Callable[..., Any] | None = None,
+    loss_inputs: Any = (),
+    allow: Any = ALLOWED,
+    noise: float = 0.01,
+    reserve: Any = 0,
+    on_infeasible: str = "raise",
+    cost: Any = "auto",
+    plan: Plan | str | os.PathLike[str] | None = None,
+) -> Plan:
+    """What ``optimize`` would decide, without compiling anything; arguments as there.
+
+    Raises ``CaptureError`` also where nothing in the step needs a gradient.
+    """
+    options = read_options(
+        model, budget, allow=allow, noise=noise, reserve=reserve, on_infeasible=on_infeasible,
+        compiler="eager", cost=cost, plan=plan,
+    )  # fmt: skip
+    call = example_call(model, example_inputs, example_kwargs, loss_fn, loss_inputs)
+    if call is None:
+        raise CaptureError(
+            "plan needs the arguments of one call\n"
+            "  try: fxmem.plan(model, budget, (batch,)) or example_kwargs={...}"
+        )
+    names = dynamic_names(dynamic_shapes, model, call)
+    with torch.enable_grad(), capture(marked(call, names), names) as captured:
+        if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
+            raise CaptureError(
+                "nothing in this step needs a gradient, so nothing is saved for a backward.\n"
+                "  try: check requires_grad of the parameters, and torch.no_grad() in forward"
+            )
+        found = decide(analyze(captured.graph, call, options.cost), options).plan
+    _warn_if_over(found)
+    return found
+
+
+# -- Reading what the user wrote ---------------------------------------------------------------------
+
+
+def read_options(
+    model: Any,
+    budget: Any,
+    *,
+    allow: Any,
+    noise: float,
+    reserve: Any,
+    on_infeasible: str,
+    compiler: str,
+    cost: Any,
+    plan: Any,
+) -> Options:
+    """Checked options.  Raises ``FxmemError`` naming what was read and what is accepted."""
+    if not isinstance(model, nn.Module):
+        raise FxmemError(
+            f"model should be a torch.nn.Module, not {type(model).__name__}\n"
+            "  try: wrap a function in a module whose forward calls it"
+        )
+    if on_infeasible not in ("raise", "best"):
+        raise FxmemError(f"on_infeasible should be 'raise' or 'best', not {on_infeasible!r}")
+    if compiler != "eager":
+        raise FxmemError(f"compiler should be 'eager', not {compiler!r}: graphs run op by op so far")
+    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < 1:
+        raise FxmemError(f"noise should be a number from 0 to below 1, not {noise!r}")
+    return Options(
+        budget=Budget.parse(budget),
+        reserve=reserve_bytes(reserve),
+        allow=_read_allow(allow),
+        on_infeasible=on_infeasible,
+        cost=_read_cost(cost),
+        plan=_read_plan(plan),
+    )
+
+
+def _read_allow(allow: Any) -> tuple[str, ...]:
+    names = (allow,) if isinstance(allow, str) else tuple(allow)
+    for name in names:
+        if name in LATER:
+            raise FxmemError(f"allow={name!r} is not available in this version; known: {ALLOWED}")
+        if name not in ALLOWED:
+            raise FxmemError(f"allow takes names from {ALLOWED}, not {name!r}")
+    return names
+
+
+def _read_cost(cost: Any) -> CostModel | None:
+    if isinstance(cost, CostModel):
+        return cost
+    if cost in ("auto", "roofline"):
+        return None
+    raise FxmemError(f"cost should be 'auto', 'roofline' or a CostModel, not {cost!r}")
+
+
+def _read_plan(plan: Any) -> Plan | None:
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, (str, os.PathLike)):
+        return Plan.load(plan)
+    raise FxmemError(f"plan should be a Plan or the path of one, not {type(plan).__name__}")
+
+
+def example_call(
+    model: nn.Module, inputs: Any, kwargs: Any, loss_fn: Any, loss_inputs: Any
+) -> StepCall | None:
+    """The call to capture; None if the user gave no example."""
+    if inputs is None and kwargs is None:
+        return None
+    if isinstance(inputs, torch.Tensor):
+        raise FxmemError(
+            "example_inputs should be a tuple of the model's arguments, not a single tensor\n"
+            "  try: (x,)"
+        )
+    if inputs is not None and not isinstance(inputs, (tuple, list)):
+        raise FxmemError(
+            f"example_inputs should be a tuple of the model's arguments, not {type(inputs).__name__}"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise FxmemError(f"example_kwargs should be a dict, not {type(kwargs).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise FxmemError(f"loss_fn should be callable, not {type(loss_fn).__name__}")
+    if isinstance(loss_inputs, torch.Tensor):
+        raise FxmemError("loss_inputs should be a tuple, not a single tensor\n  try: (target,)")
+    call = StepCall(model, tuple(inputs or ()), dict(kwargs or {}), loss_fn, tuple(loss_inputs))
+    _check_devices(call)
+    return call
+
+
+def _check_devices(call: StepCall) -> None:
+    """A model on one device and inputs on another would only fail deep inside an operator."""
+    parameters = {p.device for p in call.model.parameters()}
+    leaves = pytree.tree_leaves((call.args, call.kwargs, call.loss_inputs))
+    tensors = {t.device for t in leaves if isinstance(t, torch.Tensor) and t.ndim}
+    if len(parameters) == 1 and tensors and not tensors & parameters:
+        raise FxmemError(
+            f"the model is on {next(iter(parameters))}, the example inputs on "
+            f"{', '.join(sorted(map(str, tensors)))}\n  try: move them to the same device"
+        )
+
+
+def _warn_if_over(plan: Plan) -> None:
+    if plan.budget is not None and plan.predicted_peak > plan.budget:
+        warnings.warn(
+            f"fxmem: no plan fits {format_bytes(plan.budget)}; the smallest one found, which "
+            f"peaks at {format_bytes(plan.predicted_peak)}, is applied",
+            stacklevel=3,
+        )
+
+
+

@@ -1,0 +1,225 @@
+"""The unchanged step's peak: eager PyTorch run on fake tensors, every storage watched until it dies.
+
+Eager saves other tensors than the joint graph does, and Python's local variables hold some longer,
+so the figure comes from running the model's own code: on a copy whose tensors are fake.  Nothing
+large is allocated, no parameter, buffer, generator or attribute of the user's model changes.
+
+Integers are real: models look at positions and masks to choose their path, and one that sees fake
+tensors believes itself traced and takes another.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxmem import _torch
+from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
+from fxmem.capture import StepCall, training_step
+from fxmem.sizes import hint, tensors_in
+from fxmem.workspace import Call, Workspaces
+
+
+@dataclass
+class _Moment:
+    """What is live when an operator runs.  call is None where no operator with a workspace runs."""
+
+    live: int
+    call: Call | None
+
+
+def eager_peak(call: StepCall, workspaces: Workspaces, device: torch.device) -> int:
+    """Bytes at the peak of one eager training step, parameters and inputs included.
+
+    Operators that the table does not know yet are measured on ``device``.
+    """
+    with fake_tensors_off():  # a capture around has a fake mode of its own
+        moments = _watched_step(call, workspaces, device)
+    peak = 0
+    for moment in sorted(moments, key=lambda m: -m.live):
+        entry = workspaces.look_up(moment.call, device) if moment.call else None
+        peak = max(peak, moment.live + (entry.nbytes if entry else 0))
+    return peak
+
+
+def _watched_step(
+    call: StepCall, workspaces: Workspaces, device: torch.device
+) -> list[_Moment]:
+    mode = new_fake_mode()
+    fake = _fake_call(call, mode)
+    watch = _StorageWatch(workspaces, device)
+    watch.hold(tensors_in(list(_state(fake))))
+    with torch.random.fork_rng(devices=[]), mode, watch:
+        outputs = training_step(*fake.values())
+        _backward(outputs)
+    return list(watch.moments)
+
+
+def _state(call: StepCall) -> Any:
+    yield from call.model.parameters()
+    yield from call.model.buffers()
+    yield from pytree.tree_leaves((call.args, call.kwargs, call.loss_inputs))
+
+
+# -- A step whose tensors are fake ---------------------------------------------------------------------
+
+
+def _fake_call(call: StepCall, mode: Any) -> StepCall:
+    memo: dict[int, Any] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _fake_tensor(tensor, mode)
+        return memo[id(tensor)]
+
+    for tensor in _tensors_of(call.model):
+        fake(tensor)
+    args, kwargs, loss_inputs = pytree.tree_map_only(
+        torch.Tensor,
+        lambda t: t.clone() if _stays_real(t) else fake(t),
+        (call.args, call.kwargs, call.loss_inputs),
+    )
+    model = copy.deepcopy(call.model, memo)
+    return StepCall(model, args, kwargs, call.loss_fn, loss_inputs)
+
+
+_LARGE = 1 << 20  # elements
+
+
+def _stays_real(tensor: torch.Tensor) -> bool:
+    """Small integers and masks, which a model may look at, on a device that holds them anyway."""
+    return (
+        not is_fake(tensor)
+        and tensor.device.type == "cpu"
+        and not (tensor.is_floating_point() or tensor.is_complex())
+        and tensor.numel() <= _LARGE
+    )
+
+
+def _fake_tensor(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
+    fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake.requires_grad_(tensor.requires_grad) if tensor.is_leaf else fake
+
+
+def _tensors_of(model: nn.Module) -> Any:
+    """Parameters, buffers, and tensors that modules keep as plain attributes."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))
+
+
+def _backward(outputs: Any) -> None:
+    """A scalar loss sends its gradient; without one, every differentiable output does."""
+    tensors = [t for t in tensors_in(outputs) if t.requires_grad]
+    losses = [t for t in tensors if t.numel() == 1]
+    if len(losses) == 1:
+        losses[0].backward()
+    elif tensors:
+        torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
+
+
+# -- Watching storages -----------------------------------------------------------------------------------
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run an operator: for real if it turns real integers into real integers, else on fakes."""
+    given = list(tensors_in((args, kwargs)))
+    if given and all(_stays_real(t) for t in given):
+        with fake_tensors_off():
+            return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    made = list(tensors_in(result))
+    if not given and made and all(_is_small_integer(t) for t in made):
+        with fake_tensors_off():
+            return func(*args, **kwargs)
+    return result
+
+
+def _is_small_integer(tensor: torch.Tensor) -> bool:
+    plain = not (tensor.is_floating_point() or tensor.is_complex())
+    return plain and tensor.device.type == "cpu" and tensor.numel() <= _LARGE
+
+
+aten = torch.ops.aten
+
+_EAGER_DROPOUT = {aten.native_dropout.default, aten.native_dropout_backward.default}
+
+
+def _accumulates(func: Any, args: Any) -> bool:
+    """Does autograd's engine add a second gradient to a first one?
+
+    Under a dispatch mode it makes a new tensor; without one it adds in the first one's storage.
+    """
+    return func is aten.add.Tensor and _torch.is_between_backward_nodes()
+
+
+@dataclass
+class _StorageWatch(TorchDispatchMode):
+    """Adds up the storages that are alive after each operator; a weak reference tells of deaths."""
+
+    workspaces: Workspaces
+    device: torch.device
+    live: int = 0
+    moments: list[_Moment] = field(default_factory=list)
+    _alive: dict[int, weakref.ref[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def hold(self, tensors: Any) -> None:
+        for tensor in tensors:
+            self._meet(tensor)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        before = self.live
+        call = Call.of(func, args, kwargs)
+        result = _run(func, args, kwargs)
+        self._enlarge(func, call, result)
+        for tensor in tensors_in(result):
+            self._meet(tensor)
+        if _accumulates(func, args):
+            self.moments.append(_Moment(before, None))
+        else:
+            busy = self.live >= before and func not in _EAGER_DROPOUT
+            self.moments.append(_Moment(self.live, call if busy else None))
+        return result
+
+    def _enlarge(self, func: Any, call: Call, result: Any) -> None:
+        """Give fake results the storages that eager's real ones have."""
+        tensors = [t for t in tensors_in(result) if is_fake(t)]
+        if func is aten.native_dropout.default and self.device.type == "cpu" and len(tensors) == 2:
+            # Eager on the CPU multiplies by noise of the input's type; tracing takes the fused
+            # operator with its mask of bytes.
+            tensors[1].untyped_storage().resize_(tensors[0].untyped_storage().nbytes())
+        elif len(tensors) == 1 and tensors[0].ndim == 0 and tensors[0].is_floating_point():
+            entry = self.workspaces.look_up(call, self.device)
+            if entry and len(entry.storages) == 1 and entry.storages[0] > tensors[0].element_size():
+                tensors[0].untyped_storage().resize_(entry.storages[0])
+
+    def _meet(self, tensor: torch.Tensor) -> None:
+        key = storage_key(tensor)
+        if key in self._alive:
+            return
+        storage = tensor.untyped_storage()
+        nbytes = hint(storage.nbytes())
+        self.live += nbytes
+
+        def died(_: Any, key: int = key, nbytes: int = nbytes) -> None:
+            self.live -= nbytes
+            self._alive.pop(key, None)
+
+        self._alive[key] = weakref.ref(storage, died)

@@ -1,0 +1,236 @@
+"""Capture: a model and example inputs become the joint graph of one training step.
+
+Dynamo traces the Python, AOTAutograd the autograd, both on fake tensors: nothing is computed and
+no activation is allocated.  Dynamo's guards say later whether a call is still the captured one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from fxmem import _torch
+from fxmem.errors import CaptureError, FxmemError
+from fxmem.graph import Input, JointGraph, OutputKind, Role, Symbol, is_backward
+from fxmem.sizes import tensors_in
+
+
+def training_step(
+    model: nn.Module,
+    loss_fn: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss_inputs: tuple[Any, ...],
+) -> Any:
+    """What is captured.  The parameters' names are part of the guards, so they stay."""
+    outputs = model(*args, **kwargs)
+    return outputs if loss_fn is None else loss_fn(outputs, *loss_inputs)
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """One call of the training step."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    loss_fn: Callable[..., Any] | None = None
+    loss_inputs: tuple[Any, ...] = ()
+
+    def values(self) -> tuple[Any, ...]:
+        return (self.model, self.loss_fn, self.args, self.kwargs, self.loss_inputs)
+
+    def locals(self) -> dict[str, Any]:
+        names = ("model", "loss_fn", "args", "kwargs", "loss_inputs")
+        return dict(zip(names, self.values(), strict=True))
+
+
+@dataclass
+class Capture:
+    """A captured step.  ``compile`` works only while the capture's context is open."""
+
+    graph: JointGraph
+    matches: Callable[[dict[str, Any]], bool]
+    _output: Any
+    _exported: Any
+
+    def compile(
+        self,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        run_backward: _torch.BoxedCallable,
+    ) -> Callable[..., Any]:
+        """The step again, called as ``step(model, loss_fn, args, kwargs, loss_inputs)``."""
+        compiled = _torch.joint_compile(self._exported, forward, backward, run_backward)
+        return _torch.dynamo_callable(self._output, training_step, compiled)
+
+
+@contextlib.contextmanager
+def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> Iterator[Capture]:
+    """Capture one training step; nothing is run.
+
+    names: input -> {dimension: symbol}, for the dimensions that were marked as dynamic.
+    Raises ``CaptureError`` with the user's line and a way out.
+    """
+    with _torch.COMPILE_LOCK:
+        try:
+            output = _torch.dynamo_capture(training_step, call.values())
+        except FxmemError:
+            raise
+        except Exception as error:
+            raise _capture_error(error) from error
+        if output.backend_input is None:
+            raise CaptureError(
+                "the step computes no tensor, so there is nothing to capture.\n"
+                "  try: pass a model whose forward uses its parameters on the inputs"
+            )
+        roles = _roles(output, call.model)
+        with contextlib.ExitStack() as stack:
+            try:
+                exported = stack.enter_context(_torch.joint_export(output))
+                graph = _joint_graph(exported, roles, names or {})
+                matches = _torch.dynamo_guards(output, training_step)
+            except FxmemError:
+                raise
+            except Exception as error:
+                raise _capture_error(error) from error
+            yield Capture(graph, matches, output, exported)
+
+
+# -- From the traced graph to ours ----------------------------------------------------------------
+
+
+def _roles(output: Any, model: nn.Module) -> list[Input]:
+    """One ``Input`` for each placeholder of the captured forward, by identity of the tensors."""
+    parameters = {id(p): name for name, p in model.named_parameters()}
+    buffers = {id(b): name for name, b in model.named_buffers()}
+    roles = []
+    placeholders = output.backend_input.graph_module.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, output.backend_input.example_inputs, strict=True):
+        if id(value) in parameters:
+            roles.append(Input(Role.PARAMETER, parameters[id(value)]))
+        elif id(value) in buffers:
+            roles.append(Input(Role.BUFFER, buffers[id(value)]))
+        else:
+            roles.append(Input(Role.INPUT, _torch.dynamo_source_name(node)))
+    return roles
+
+
+_OUTPUT_KINDS = {
+    "InputMutationAOTOutput": OutputKind.MUTATION,
+    "GradAOTOutput": OutputKind.GRADIENT,
+    "NoneType": OutputKind.GRADIENT,  # the empty place of an input that gets no gradient
+}
+
+
+def _joint_graph(exported: Any, roles: list[Input], names: dict[str, dict[int, str]]) -> JointGraph:
+    module: fx.GraphModule = exported.graph_module
+    descriptions = module.graph.output_node().meta["desc"]
+    kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
+    num_forward = sum(1 for kind in kinds if kind is not OutputKind.GRADIENT)
+    inputs = {n.name: _input(n, roles) for n in module.graph.find_nodes(op="placeholder")}
+    module.meta["fxmem_mutated"] = _mutated(module, descriptions)
+    graph = JointGraph(module, num_forward, inputs, kinds)
+    graph.symbols.update(_symbols(graph, names))
+    return graph.verified()
+
+
+def _input(node: fx.Node, roles: list[Input]) -> Input:
+    description = node.meta.get("desc")
+    index = getattr(description, "idx", None)
+    if type(description).__name__ == "PlainAOTInput" and index is not None:
+        return roles[index]
+    if is_backward(node):
+        return Input(Role.TANGENT, node.name)
+    return Input(Role.INPUT, node.name)
+
+
+def _mutated(module: fx.GraphModule, descriptions: Any) -> tuple[str, ...]:
+    mutated = {
+        repr(d.mutated_input) for d in descriptions if type(d).__name__ == "InputMutationAOTOutput"
+    }
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return tuple(n.name for n in placeholders if repr(n.meta.get("desc")) in mutated)
+
+
+def _symbols(graph: JointGraph, names: dict[str, dict[int, str]]) -> dict[Any, Symbol]:
+    """Each free shape symbol, named by the first input dimension that carries it."""
+    symbols: dict[Any, Symbol] = {}
+    for node in graph.placeholders(Role.INPUT, Role.BUFFER, Role.PARAMETER):
+        where = graph.inputs[node.name].name
+        for tensor in tensors_in(node.meta.get("val")):
+            for dim, size in enumerate(tensor.shape):
+                if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+                    continue
+                given = names.get(where, {}).get(dim)
+                symbols.setdefault(
+                    size.node.expr,
+                    Symbol(given or f"{where}.shape[{dim}]", int(size.node.hint), f"{where}, {dim}"),
+                )
+    return symbols
+
+
+# -- Errors in the user's words ---------------------------------------------------------------------
+
+
+_USER_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s+(?P<code>.+)')
+_OWN_FILES = ("/fxmem/", "/torch/", "<frozen", "<string>", "<eval_with_key>")
+
+
+def _capture_error(error: Exception) -> CaptureError:
+    reason = _first_lines(str(error)) or type(error).__name__
+    where = _user_line(error)
+    return CaptureError(
+        f"the training step could not be captured as one graph.\n"
+        f"  reason  {type(error).__name__}: {reason}\n"
+        f"  at      {where or 'unknown line'}\n"
+        f"  try     {_way_out(error)}"
+    )
+
+
+def _first_lines(text: str) -> str:
+    lines = [line.strip() for line in text.split("from user code", 1)[0].splitlines()]
+    return " ".join(line for line in lines if line)[:400]
+
+
+def _user_line(error: Exception) -> str:
+    """The innermost line of the user's code: from Dynamo's message, else from the traceback."""
+    text = str(error)
+    if "from user code" in text:
+        text = text.split("from user code", 1)[1]
+    else:
+        text = "".join(traceback.format_exception(error))
+    frames = [m for m in _USER_FRAME.finditer(text) if not _is_own(m["file"])]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f"{last['file']}:{last['line']} in {last['function']}: {last['code'].strip()}"
+
+
+def _is_own(file: str) -> bool:
+    return any(part in file for part in _OWN_FILES)
+
+
+def _way_out(error: Exception) -> str:
+    name, text = type(error).__name__, str(error).lower()
+    if "data-dependent" in text or "datadependent" in name.lower() or ".item()" in text:
+        return (
+            "replace Python control flow on tensor values with torch.where or torch.cond, "
+            "or optimize the submodules around it one by one"
+        )
+    if name == "TorchRuntimeError":
+        return "run the model once without fxmem on the same inputs: the operator itself refuses them"
+    if isinstance(error, TorchDynamoException):
+        return (
+            "torch.compile(model, fullgraph=True) must accept the step; move the reported call out "
+            "of forward, or optimize the submodules around it one by one"
+        )
+    return "run the model once without fxmem on the same inputs; if that works, report this message"

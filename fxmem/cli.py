@@ -1,0 +1,366 @@
+"""The command line: demo, plan, report, diff, doctor.
+
+Exit status: 0 fits, 2 no plan fits the budget, 1 any other error.  With ``--json`` standard output
+is one JSON object and nothing else; messages go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import fxmem
+from fxmem._torch import CHECKED_VERSIONS
+from fxmem.errors import BudgetInfeasibleError, FxmemError
+from fxmem.plan import Plan
+from fxmem.report import Report, clean
+from fxmem.units import shown
+from fxmem.workspace import cache_path
+
+FITS, ERROR, INFEASIBLE = 0, 1, 2
+
+MODEL_HELP = (
+    "package.module:callable or file.py:callable; called without arguments, it returns "
+    "(model, example_inputs) or (model, example_args, example_kwargs). "
+    "This imports and runs that code."
+)
+BUDGET_HELP = (
+    'bytes the whole step may hold at its peak: "20GiB", "512MB", "80%%" of the device, '
+    '"0.5x" of the unchanged step, "auto" or "min"'
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status.  Usage errors and ``--help`` raise ``SystemExit``."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except BudgetInfeasibleError as error:
+        if options.json:
+            _print_json({"error": str(error), "smallest_peak": error.smallest_peak})
+        return _complain(error, INFEASIBLE)
+    except FxmemError as error:
+        if options.json:
+            _print_json({"error": str(error)})
+        return _complain(error, ERROR)
+    except KeyboardInterrupt:
+        return _complain("interrupted", ERROR)
+
+
+def _complain(error: object, status: int) -> int:
+    for line in f"fxmem: {error}".splitlines():
+        print(clean(line), file=sys.stderr)
+    return status
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=1))
+
+
+# -- The parser ------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """argparse exits with 2, which means infeasible here."""
+        self.print_usage(sys.stderr)
+        self.exit(ERROR, f"{self.prog}: {message}\n")
+
+
+@dataclass(frozen=True)
+class _Command:
+    """One subcommand: what its help says, what it accepts, what it does."""
+
+    name: str
+    help: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fxmem",
+        description="Make a PyTorch training step fit a number of bytes.",
+        epilog="exit status: 0 fits, 2 no plan fits the budget, 1 any other error",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        one = commands.add_parser(command.name, help=command.help, description=command.help)
+        command.declare(one)
+        one.add_argument("--json", action="store_true", help="print one JSON object")
+        one.set_defaults(run=command.run)
+    return parser
+
+
+def _declare_planning(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--budget", required=True, help=BUDGET_HELP)
+    parser.add_argument(
+        "--allow", metavar="ACTIONS", help='comma-separated, such as "recompute,lossless"'
+    )
+    parser.add_argument("--reserve", help='bytes outside the step, such as "2GiB"')
+
+
+def _declare_plan(parser: argparse.ArgumentParser) -> None:
+    _declare_planning(parser)
+    parser.add_argument("--out", metavar="FILE", help="save the plan as JSON")
+
+
+def _declare_diff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", metavar="A.json", help="a saved plan")
+    parser.add_argument("after", metavar="B.json", help="a saved plan of the same step")
+
+
+def _declare_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=("gpt", "resnet"), default="gpt")
+    parser.add_argument("--budget", default="0.4x", help=BUDGET_HELP)
+    parser.add_argument("--steps", type=_positive, default=20, help="training steps, each way")
+
+
+def _declare_nothing(parser: argparse.ArgumentParser) -> None:
+    return
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+# -- The commands ----------------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace) -> int:
+    plan = _planned(options)
+    if options.out:
+        _save(plan, options.out)
+    if options.json:
+        _print_json(plan.to_dict())
+        return FITS
+    print(plan)
+    if options.out:
+        print(f"written to {clean(options.out)}")
+    return FITS
+
+
+def _report(options: argparse.Namespace) -> int:
+    report = Report(_planned(options))
+    if options.json:
+        _print_json(report.to_dict())
+    else:
+        print(report)
+    return FITS if report.fits else INFEASIBLE
+
+
+def _diff(options: argparse.Namespace) -> int:
+    before, after = Plan.load(options.before), Plan.load(options.after)
+    lines = [clean(line) for line in before.diff(after).splitlines()]
+    if not options.json:
+        print("\n".join(lines))
+        return FITS
+    _print_json(
+        {
+            "predicted_peak": [before.predicted_peak, after.predicted_peak],
+            "predicted_overhead": [before.predicted_overhead, after.predicted_overhead],
+            "changes": [line.strip() for line in lines[1:]],
+        }
+    )
+    return FITS
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    facts = _facts()
+    if options.json:
+        _print_json(facts)
+        return FITS
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    return FITS
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from fxmem.demo import run  # models and data are of no use to the other commands
+
+    result = run(options.model, options.budget, options.steps)
+    if options.json:
+        _print_json(result.to_dict())
+    else:
+        print(result)
+    return FITS if result.identical and result.report.fits else ERROR
+
+
+_COMMANDS = (
+    _Command("demo", "train a small model twice: as it is, and in a budget", _declare_demo, _demo),
+    _Command("plan", "plan a training step for a budget", _declare_plan, _plan),
+    _Command("report", "plan and print the full report", _declare_planning, _report),
+    _Command("diff", "what changes from one saved plan to another", _declare_diff, _diff),
+    _Command("doctor", "versions, devices and files that fxmem uses", _declare_nothing, _doctor),
+)
+
+
+def _planned(options: argparse.Namespace) -> Plan:
+    model, args, kwargs = load_model(options.model)
+    more: dict[str, Any] = {}
+    if options.allow is not None:
+        more["allow"] = tuple(part.strip() for part in options.allow.split(",") if part.strip())
+    if options.reserve is not None:
+        more["reserve"] = _reserve(options.reserve)
+    return fxmem.plan(model, options.budget, args, example_kwargs=kwargs, **more)
+
+
+def _reserve(text: str) -> int | str:
+    return 0 if text.strip() == "0" else text
+
+
+def _save(plan: Plan, path: str) -> None:
+    try:
+        plan.save(path)
+    except OSError as error:
+        raise FxmemError(
+            f"cannot write the plan to {path}: {error.strerror}\n"
+            "  try: --out with a file in a folder that exists"
+        ) from error
+
+
+# -- MODEL -----------------------------------------------------------------------------------------
+
+Loaded = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def load_model(spec: str) -> Loaded:
+    """Import and call what ``spec`` names; see ``MODEL_HELP``.
+
+    Raises ``FxmemError`` when it cannot be found, when it raises, or when it returns another thing.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise FxmemError(
+            f"cannot read {shown(spec)} as MODEL: it should be package.module:callable or "
+            "file.py:callable\n  try: models.py:build"
+        )
+    module = _imported(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise FxmemError(
+            f"{place} has no callable {shown(name)}\n"
+            f"  found: {', '.join(_functions(module)) or 'none'}"
+        )
+    return _checked(spec, _user_code(spec, function))
+
+
+def _imported(place: str) -> Any:
+    if place.endswith(".py"):
+        return _from_file(place)
+    # The script `fxmem`, unlike `python -m fxmem`, does not start with the current folder.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return _user_code(place, lambda: importlib.import_module(place))
+
+
+def _from_file(place: str) -> Any:
+    path = Path(place)
+    if not path.is_file():
+        raise FxmemError(f"no such file: {place}\n  accepted: file.py:callable")
+    # A name of its own: the file may be called like a module that is loaded already.
+    name = f"fxmem_cli_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its own folder, as if it were run as a script; registered, because pickle and Dynamo look.
+    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[name] = module
+    loader = spec.loader
+    _user_code(place, lambda: loader.exec_module(module))
+    return module
+
+
+def _user_code(what: str, call: Callable[[], Any]) -> Any:
+    """``call()``; what it raises becomes one message with the user's line in it."""
+    try:
+        return call()
+    except FxmemError:
+        raise
+    # SystemExit too: a file that exits with 0 has not shown that its step fits.
+    except (Exception, SystemExit) as error:
+        raise FxmemError(
+            f"{what} failed: {type(error).__name__}: {error}\n  at {_user_line(error)}"
+        ) from error
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line outside installed packages and Python's own import machinery."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not re.search(r"site-packages|<frozen|importlib", f.filename)]
+    return f"{(own or frames)[-1].filename}:{(own or frames)[-1].lineno}"
+
+
+def _functions(module: Any) -> list[str]:
+    """The functions that the module itself defines."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def _checked(spec: str, built: Any) -> Loaded:
+    if isinstance(built, tuple) and len(built) in (2, 3) and isinstance(built[0], torch.nn.Module):
+        model, args, *rest = built
+        args = (args,) if isinstance(args, torch.Tensor) else args
+        kwargs = rest[0] if rest else {}
+        if isinstance(args, (tuple, list)) and isinstance(kwargs, dict):
+            return model, tuple(args), kwargs
+    raise FxmemError(
+        f"{spec} returned {_kind(built)}\n"
+        "  accepted: (model, example_inputs) or (model, example_args, example_kwargs), with an "
+        "nn.Module, a tuple and a dict"
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(type(part).__name__ for part in value) + ")"
+    return type(value).__name__
+
+
+# -- doctor ----------------------------------------------------------------------------------------
+
+
+def _facts() -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache = cache_path(device)
+    checked = ", ".join(CHECKED_VERSIONS)
+    is_checked = torch.__version__.split("+")[0] in CHECKED_VERSIONS
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch checked": "yes" if is_checked else f"no: fxmem was checked with {checked}",
+        "fxmem": _version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "calibration cache": str(cache),
+        "cache exists": cache.is_file(),
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fxmem")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: run from a checkout"

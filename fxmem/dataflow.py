@@ -1,0 +1,158 @@
+"""The joint graph as plain numbers: operators, the storages they read and make, bytes and seconds.
+
+Views and tuple accesses vanish here; what is left is what the planner may move.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import sympy
+from torch import fx
+
+from fxmem.cost import CostModel
+from fxmem.graph import JointGraph, OutputKind, is_backward, is_held_tangent, is_view
+from fxmem.operators import rng_state_nbytes, second_call_outputs
+from fxmem.sizes import evaluate, storages_in
+from fxmem.workspace import Workspaces
+
+
+@dataclass
+class Value:
+    """One storage.
+
+    producer: index of the operator that makes it, or -1 for a resident or a tangent.
+    result: the caller holds it to the end.  update: copied into an input when the forward ends.
+    held: a tangent that the autograd engine keeps to the end.
+    """
+
+    nbytes: int
+    node: fx.Node
+    producer: int = -1
+    resident: bool = False
+    tangent: bool = False
+    held: bool = False
+    result: bool = False
+    update: bool = False
+    gradient: bool = False
+
+
+@dataclass
+class Operator:
+    """One operator: indices of the values that it reads and makes, in the graph's order.
+
+    remakes: what a second run makes, which may leave out what only the first one returns.
+    rng_state: bytes of generator state to keep if the operator is to run again; 0 if not random.
+    """
+
+    node: fx.Node
+    backward: bool
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    workspace: int
+    seconds: float
+    recomputable: bool = False
+    rng_state: int = 0
+    remakes: tuple[int, ...] = ()
+
+
+@dataclass
+class Dataflow:
+    """Operators in graph order, forward ones first, and the values between them."""
+
+    operators: list[Operator] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    num_forward: int = 0
+
+    @property
+    def resident(self) -> int:
+        return sum(v.nbytes for v in self.values if v.resident)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the unchanged step."""
+        return sum(op.seconds for op in self.operators)
+
+
+def dataflow(
+    graph: JointGraph,
+    workspaces: Workspaces,
+    cost: CostModel,
+    recomputable: set[fx.Node],
+    bindings: dict[sympy.Symbol, int] | None = None,
+) -> Dataflow:
+    """Numbers for one joint graph at given sizes (the example's, if none are given)."""
+    sizes = graph.bindings() if bindings is None else bindings
+    flow = Dataflow()
+    index: dict[int, int] = {}
+
+    def value_of(key: int, nbytes: object, node: fx.Node) -> int:
+        if key not in index:
+            index[key] = len(flow.values)
+            flow.values.append(Value(evaluate(nbytes, sizes), node))  # type: ignore[arg-type]
+        return index[key]
+
+    def values_of(node: fx.Node) -> list[int]:
+        return [value_of(k, n, node) for k, n in storages_in(node.meta.get("val")).items()]
+
+    for node in graph.nodes:
+        if is_backward(node) and node.op == "placeholder" and not node.users:
+            continue  # an undefined tangent: nobody sends it
+        if node.op in ("placeholder", "get_attr"):
+            for v in values_of(node):
+                flow.values[v].tangent = is_backward(node)
+                flow.values[v].held = is_held_tangent(node)
+                flow.values[v].resident = not is_backward(node)
+        elif node.op == "call_function":
+            _add_operator(flow, node, values_of, workspaces, cost, node in recomputable, sizes)
+    flow.operators.sort(key=lambda op: op.backward)  # stable: keeps the graph's order in each phase
+    flow.num_forward = sum(not op.backward for op in flow.operators)
+    for i, op in enumerate(flow.operators):
+        for v in op.makes:
+            flow.values[v].producer = i
+    for output, kind in zip(graph.outputs(), graph.output_kinds, strict=True):
+        for v in values_of(output) if isinstance(output, fx.Node) else ():
+            flow.values[v].result |= kind is OutputKind.RESULT
+            flow.values[v].update |= kind is OutputKind.MUTATION
+            flow.values[v].gradient |= kind is OutputKind.GRADIENT
+    return flow
+
+
+def _add_operator(
+    flow: Dataflow,
+    node: fx.Node,
+    values_of: object,
+    workspaces: Workspaces,
+    cost: CostModel,
+    recomputable: bool,
+    sizes: dict[sympy.Symbol, int],
+) -> None:
+    known = len(flow.values)
+    touched = values_of(node)  # type: ignore[operator]
+    makes = tuple(v for v in touched if v >= known)
+    if not makes and (is_view(node) or not touched):
+        _name_tuple_element(flow, node, touched)
+        return
+    reads = {v for source in node.all_input_nodes for v in values_of(source)}  # type: ignore[operator]
+    flow.operators.append(
+        Operator(
+            node,
+            is_backward(node),
+            tuple(sorted(reads)),
+            makes,
+            evaluate(workspaces.nbytes(node), sizes),
+            cost.seconds(node),
+            recomputable,
+            rng_state_nbytes(node),
+            makes[: second_call_outputs(node)],
+        )
+    )
+
+
+def _name_tuple_element(flow: Dataflow, node: fx.Node, touched: list[int]) -> None:
+    """A result of a multi-output operator is known by the node that takes it out of the tuple."""
+    if node.target is operator.getitem and len(touched) == 1:
+        value = flow.values[touched[0]]
+        if value.node is node.args[0]:
+            value.node = node

@@ -1,0 +1,209 @@
+"""From the planner's choice to the plan's words, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxmem.dataflow import Dataflow
+from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
+from fxmem.graph import JointGraph, Role, module_name, operator_name, source_line, type_text
+from fxmem.liveness import MemoryTimeline, Storage, timeline
+from fxmem.operators import refusal
+from fxmem.partition import split
+from fxmem.plan import Decision, Key, PeakPoint, Plan, fingerprint, keys
+from fxmem.planner import Choice
+from fxmem.sizes import evaluate
+from fxmem.units import format_bytes
+
+if TYPE_CHECKING:
+    from fxmem.pipeline import Analysis, Options
+
+
+def explain(
+    analysis: Analysis,
+    options: Options,
+    budget: int | None,
+    choice: Choice,
+    line: MemoryTimeline,
+    floor: int | None,
+) -> Plan:
+    """Everything that was decided and predicted, as a value that outlives the graph."""
+    graph, flow = analysis.expected, analysis.flow
+    bindings = graph.bindings()
+    before = timeline(split(graph), analysis.workspaces)
+    symbols = {s.name: s.hint for s in graph.symbols.values()}
+    return Plan(
+        budget=budget,
+        asked=options.budget.asked,
+        reserve=options.reserve,
+        predicted_peak=line.peak(bindings).nbytes,
+        baseline_peak=analysis.baseline_peak,
+        keep_all_peak=before.peak(bindings).nbytes,
+        resident=flow.resident,
+        floor=floor,
+        seconds=flow.seconds,
+        added_seconds=choice.outcome.seconds,
+        gap=0.0 if not choice.outcome.recomputed else None,
+        decisions=tuple(_decisions(analysis, choice)),
+        symbols=symbols,
+        valid_for={name: (size, size) for name, size in symbols.items()},
+        peak=_peak_point(line, graph, bindings),
+        before=_peak_point(before, graph, bindings),
+        fingerprint=fingerprint(graph),
+        device=str(analysis.device),
+        model=type(analysis.call.model).__name__,
+        torch_version=torch.__version__,
+        cost_model=analysis.cost.name,
+    )
+
+
+# -- One decision for each value that the backward needs ---------------------------------------------
+
+
+def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
+    flow, simulator = analysis.flow, analysis.planner.simulator
+    names = {node: key for key, node in keys(analysis.expected).items()}
+    runs = Counter(i for i, _ in choice.outcome.recomputed)
+    read = simulator.directly_read()
+    found = []
+    for v in sorted(simulator.readable):
+        value = flow.values[v]
+        kept = v in choice.kept or v in simulator.always_kept
+        remade = runs[value.producer] > 0 and not kept
+        if value.node not in names or not (remade or (kept and (v in read or runs))):
+            continue
+        found.append(_decision(flow, v, names[value.node], kept, runs, choice, v in read))
+    return found
+
+
+def _decision(
+    flow: Dataflow, v: int, key: Key, kept: bool, runs: Counter[int], choice: Choice, read: bool
+) -> Decision:
+    value = flow.values[v]
+    operator = flow.operators[value.producer]
+    times = 0 if kept else runs[value.producer]
+    return Decision(
+        key=key,
+        value=value.node.name,
+        type=type_text(value.node.meta.get("val")),
+        module=module_name(value.node),
+        source=source_line(value.node),
+        action="keep" if kept else "recompute",
+        nbytes=value.nbytes,
+        nbytes_stored=value.nbytes if kept else 0,
+        seconds=operator.seconds * times,
+        reason=_reason(operator, kept, read),
+        times=times,
+        brief=v in choice.brief and not kept,
+    )
+
+
+def _reason(operator: Any, kept: bool, read: bool) -> str:
+    if kept:
+        why = refusal(operator.node)
+        if why:
+            return f"not to run twice: {why}"
+        return "read by the backward" if read else "breaks a chain of recomputation"
+    return "costs less than its bytes" if read else "needed to make another value again"
+
+
+# -- The peak in the user's words --------------------------------------------------------------------
+
+
+def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int]) -> PeakPoint:
+    peak = line.peak(bindings)
+    step = line.steps[peak.step]
+    node = step.node
+    live: Counter[str] = Counter()
+    for storage in line.live_at(peak.step):
+        live[_category(storage, graph, line, peak.step)] += evaluate(storage.nbytes, bindings)
+    live["operator workspace"] += evaluate(step.workspace, bindings)
+    return PeakPoint(
+        nbytes=peak.nbytes,
+        operator=operator_name(node) if node else "end of the forward",
+        module=module_name(node) if node else "",
+        source=source_line(node) if node else "",
+        phase=step.phase,
+        step=peak.step,
+        steps=len(line.steps),
+        live={name: nbytes for name, nbytes in live.items() if nbytes},
+    )
+
+
+_ROLE_NAMES = {Role.PARAMETER: "parameters", Role.BUFFER: "buffers", Role.INPUT: "inputs"}
+
+
+def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline, step: int) -> str:
+    """What a live storage is to the user."""
+    if storage.resident:
+        info = graph.inputs.get(storage.node.name)
+        return _ROLE_NAMES.get(info.role, "inputs") if info else "constants"
+    if storage.held:
+        late = line.steps[storage.born].phase == "backward"
+        return "gradients" if late else "outputs"
+    boundary = next(i for i, s in enumerate(line.steps) if s.phase == "boundary")
+    if storage.born < boundary < storage.dies:
+        return "saved activations"
+    return "transients"
+
+
+# -- Infeasible ------------------------------------------------------------------------------------------
+
+
+def infeasible(plan: Plan) -> BudgetInfeasibleError:
+    """The error that names the smallest budget that works and what stands in the way."""
+    parts = sorted(plan.peak.live.items(), key=lambda item: -item[1])
+    why = " + ".join(f"{format_bytes(nbytes)} {name}" for name, nbytes in parts)
+    where = f"{plan.peak.operator}, {plan.peak.source or plan.peak.module or 'unknown line'}"
+    asked = format_bytes(plan.budget or 0)
+    return BudgetInfeasibleError(
+        f"smallest plan peaks at {format_bytes(plan.predicted_peak)} "
+        f"({plan.predicted_peak} bytes); the budget is {asked} ({plan.budget} bytes"
+        f"{f', after a reserve of {format_bytes(plan.reserve)}' if plan.reserve else ''}).\n"
+        f"  floor   {why}\n"
+        f"  at      {where}\n"
+        f"  try     a budget of {plan.predicted_peak} bytes, or a smaller batch\n"
+        '  note    error.best_plan holds that plan; on_infeasible="best" applies it',
+        smallest_peak=plan.predicted_peak,
+        best_plan=plan,
+        why=why,
+    )
+
+
+# -- Back from a plan --------------------------------------------------------------------------------------
+
+
+def find_choice(analysis: Analysis, plan: Plan) -> Choice:
+    """The choice that a loaded plan describes, judged anew: its claims count for nothing.
+
+    Raises ``PlanMismatchError`` for a plan of another graph, or one that asks what is not legal.
+    """
+    graph, planner, flow = analysis.expected, analysis.planner, analysis.flow
+    mine = fingerprint(graph)
+    if plan.fingerprint != mine:
+        raise PlanMismatchError(
+            f"the plan is for another step: {plan.model}, fingerprint {plan.fingerprint}; this is "
+            f"{type(analysis.call.model).__name__}, fingerprint {mine}.\n"
+            "  try: plan this model, mode and these input shapes again, or pass those of the plan"
+        )
+    nodes = keys(graph)
+    values = {value.node: v for v, value in enumerate(flow.values)}
+    kept, brief = set(), set()
+    for decision in plan.decisions:
+        node = nodes.get(decision.key)
+        if node is None or node not in values:
+            raise PlanMismatchError(f"the plan speaks of {decision.key}, which this step lacks")
+        v = values[node]
+        if decision.action == "keep":
+            kept.add(v)
+        elif v in planner.simulator.always_kept or v in planner.must_keep:
+            raise PlanMismatchError(
+                f"the plan makes {decision.value} again, which must not run twice: "
+                f"{refusal(node) or 'the model asks for it to be saved'}"
+            )
+        elif decision.brief:
+            brief.add(v)
+    return planner.choice(frozenset(kept), frozenset(brief))

@@ -1,0 +1,207 @@
+"""The pipeline: capture, clean up, plan, rewrite, cut, check.  One function reads top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmem.baseline import eager_peak
+from fxmem.budget import Budget
+from fxmem.capture import StepCall
+from fxmem.cost import CostModel, default_cost_model
+from fxmem.dataflow import Dataflow, dataflow
+from fxmem.decisions import explain, find_choice, infeasible
+from fxmem.errors import VerificationError
+from fxmem.graph import JointGraph, Role
+from fxmem.liveness import MemoryTimeline, timeline
+from fxmem.operators import recomputable_nodes
+from fxmem.partition import Split, split
+from fxmem.passes.cleanup import CleanupPass
+from fxmem.passes.recompute import Recompute, RecomputePass
+from fxmem.passes.tangents import UndefinedTangentsPass
+from fxmem.plan import Plan
+from fxmem.planner import Choice, Planner
+from fxmem.tags import tagged_values
+from fxmem.workspace import Workspaces, calibrate
+
+
+@dataclass(frozen=True)
+class Options:
+    """``optimize``'s keywords, checked; see there."""
+
+    budget: Budget
+    reserve: int = 0
+    allow: tuple[str, ...] = ("recompute", "lossless")
+    on_infeasible: str = "raise"
+    cost: CostModel | None = None
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step that is ready to run.
+
+    plan: what was promised.  graph: the rewritten joint graph, for every tangent.  split: its two
+    halves.  undefined: names of the tangents that nobody is expected to send.
+    """
+
+    plan: Plan
+    graph: JointGraph
+    split: Split
+    undefined: tuple[str, ...]
+
+
+@dataclass
+class Analysis:
+    """A captured step before any decision: the graph, its numbers, and the search over them."""
+
+    graph: JointGraph
+    expected: JointGraph
+    undefined: tuple[str, ...]
+    flow: Dataflow
+    planner: Planner
+    workspaces: Workspaces
+    cost: CostModel
+    device: torch.device
+    baseline_peak: int
+    call: StepCall = field(repr=False)
+
+
+def analyze(graph: JointGraph, call: StepCall, cost: CostModel | None = None) -> Analysis:
+    """Clean the joint graph up and measure what the planner needs to know about it."""
+    device = device_of(graph)
+    cost = cost or default_cost_model(device)
+    graph = CleanupPass().apply(graph)
+    undefined = undefined_tangents(graph)
+    workspaces = calibrate([graph.module.graph], device)
+    expected = UndefinedTangentsPass(undefined).apply(graph)
+    flow = dataflow(expected, workspaces, cost, recomputable_nodes(expected))
+    keep, remake = tagged_values(flow)
+    planner = Planner(flow, keep, remake)
+    baseline = eager_peak(call, workspaces, device)
+    return Analysis(
+        graph, expected, undefined, flow, planner, workspaces, cost, device, baseline, call
+    )
+
+
+def decide(analysis: Analysis, options: Options) -> Planned:
+    """Choose, rewrite and check.  Raises ``BudgetInfeasibleError`` as ``options`` asks for."""
+    budget = options.budget.resolve(
+        device=analysis.device, baseline_peak=analysis.baseline_peak, reserve=options.reserve
+    )
+    choice, floor = _choose(analysis, options, budget)
+    rewritten, halves, line = _rewrite(analysis, choice)
+    if line.peak(analysis.graph.bindings()).nbytes != choice.outcome.peak:
+        choice, rewritten, halves, line = _settle(analysis, options, budget, choice)
+    plan = explain(analysis, options, budget, choice, line, floor)
+    if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
+        raise infeasible(plan)
+    return Planned(plan, rewritten, halves, analysis.undefined)
+
+
+def _choose(
+    analysis: Analysis, options: Options, budget: int | None
+) -> tuple[Choice, int | None]:
+    """The choice to apply, and the smallest peak shown to be reachable where somebody looked."""
+    planner = analysis.planner
+    if options.plan is not None:
+        return find_choice(analysis, options.plan), None
+    if "recompute" not in options.allow:
+        return planner.keep_all(), None
+    if budget is not None:
+        choice = planner.fit(budget)
+        if choice is not None:
+            return choice, None
+    smallest = planner.smallest()
+    return smallest, smallest.outcome.peak
+
+
+def _rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:
+    """Apply a choice to the graph with every tangent, and time what is expected to run of it."""
+    graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
+    table = analysis.workspaces.calibrated(graph.module.graph, analysis.device)
+    halves = split(graph)
+    expected = split(UndefinedTangentsPass(analysis.undefined).apply(graph))
+    run = Split(halves.forward, expected.backward, halves.output_kinds, halves.num_forward_outputs)
+    return graph, halves, timeline(run, table)
+
+
+def _settle(
+    analysis: Analysis, options: Options, budget: int | None, choice: Choice
+) -> tuple[Choice, JointGraph, Split, MemoryTimeline]:
+    """Plan again for a little less while the rewritten graph peaks above what was simulated.
+
+    The two differ by bytes, where a second run returns less or copies more than the first.
+    """
+    bindings = analysis.graph.bindings()
+    target = budget
+    for _ in range(4):
+        graph, halves, line = _rewrite(analysis, choice)
+        over = line.peak(bindings).nbytes - (budget or 0)
+        if budget is None or target is None or over <= 0 or options.plan is not None:
+            break
+        target -= over
+        again = analysis.planner.fit(target)
+        if again is None:
+            break
+        choice = again
+    return choice, graph, halves, line
+
+
+def recompute_pass(flow: Dataflow, planner: Planner, choice: Choice) -> RecomputePass:
+    """A choice over numbers as a pass over nodes."""
+    operators, values = flow.operators, flow.values
+    kept = choice.kept | planner.simulator.always_kept
+    return RecomputePass(
+        tuple(
+            Recompute(operators[i].node.name, operators[flow.num_forward + j].node.name)
+            for i, j in choice.outcome.recomputed
+        ),
+        frozenset(values[v].node.name for v in kept),
+    )
+
+
+# -- Questions about the step ------------------------------------------------------------------------
+
+
+def device_of(graph: JointGraph) -> torch.device:
+    """The device that the budget is about: an accelerator if the step uses one."""
+    devices = {n.meta["val"].device for n in graph.placeholders() if hasattr(n.meta["val"], "device")}
+    accelerators = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
+    if accelerators:
+        return accelerators[0]
+    return next((d for d in devices if d.type == "meta"), torch.device("cpu"))
+
+
+def undefined_tangents(graph: JointGraph) -> tuple[str, ...]:
+    """Tangents that nobody is expected to send: all but the loss's, if there is one scalar loss."""
+    tangents = list(graph.placeholders(Role.TANGENT))
+    scalars = [n for n in tangents if _numel(n) == 1]
+    if len(scalars) != 1:
+        return ()
+    return tuple(n.name for n in tangents if n is not scalars[0])
+
+
+def _numel(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return int(value.numel()) if isinstance(value, torch.Tensor) and value.ndim == 0 else -1
+
+
+def backward_for(planned: Planned, undefined: tuple[str, ...]) -> fx.GraphModule:
+    """The backward to run when exactly these tangents are undefined."""
+    if not undefined:
+        return planned.split.backward
+    graph = UndefinedTangentsPass(undefined).apply(planned.graph)
+    backward = split(graph).backward
+    known = {n.name for n in planned.split.backward.graph.find_nodes(op="placeholder")}
+    unknown = [n.name for n in backward.graph.find_nodes(op="placeholder") if n.name not in known]
+    if unknown:
+        raise VerificationError(f"the forward does not save {unknown}")
+    return backward
+
+
+Compile = Callable[..., Any]

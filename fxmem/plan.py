@@ -1,0 +1,300 @@
+"""The plan: what happens to each saved tensor, what it was promised to cost, and its form on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from fxmem.errors import PlanMismatchError
+from fxmem.graph import (
+    JointGraph,
+    is_backward,
+    is_view,
+    module_name,
+    operator_name,
+    type_text,
+)
+
+SCHEMA_VERSION = 1
+ACTIONS = ("keep", "recompute")
+_MAX_FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where a value comes from, in terms that outlive a rename of nodes.
+
+    module: qualified name.  operator: short name.  ordinal: among the module's nodes of that
+    operator.  output: place in the operator's result.
+    """
+
+    module: str
+    operator: str
+    ordinal: int
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one value that the backward needs.
+
+    value: the node's name.  type: ``f32[4, 128]``.  nbytes: of its storage; nbytes_stored: of what
+    is saved in its place.  seconds: added to the step.  times: how often it is made again.
+    brief: made again for each reader instead of staying between them.  error: None when exact.
+    """
+
+    key: Key
+    value: str
+    type: str
+    module: str
+    source: str
+    action: str
+    nbytes: int
+    nbytes_stored: int
+    seconds: float
+    reason: str
+    times: int = 0
+    brief: bool = False
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class PeakPoint:
+    """Where a step peaks: the operator, its module and line, and what is live there in bytes."""
+
+    nbytes: int
+    operator: str
+    module: str
+    source: str
+    phase: str
+    step: int
+    steps: int
+    live: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes unless said.
+
+    budget: what the step may hold, after ``reserve``; None when the smallest peak was asked for.
+    asked: the budget as the user wrote it.  baseline_peak: of the user's step as it is today.
+    keep_all_peak: of the captured step with everything saved.  resident: parameters, buffers,
+    inputs.  floor: smallest peak that a plan was shown to reach, or None where nobody looked.
+    predicted_overhead: added time / unchanged time.  gap: bound on the distance to the optimum, or
+    None.  symbols: name -> value in the example.  valid_for: symbol -> (smallest, largest) size.
+    """
+
+    budget: int | None
+    asked: str
+    reserve: int
+    predicted_peak: int
+    baseline_peak: int
+    keep_all_peak: int
+    resident: int
+    floor: int | None
+    seconds: float
+    added_seconds: float
+    gap: float | None
+    decisions: tuple[Decision, ...]
+    symbols: dict[str, int]
+    valid_for: dict[str, tuple[int, int]]
+    peak: PeakPoint
+    before: PeakPoint
+    fingerprint: str
+    device: str
+    model: str
+    torch_version: str
+    cost_model: str
+
+    @property
+    def predicted_overhead(self) -> float:
+        return self.added_seconds / self.seconds if self.seconds else 0.0
+
+    @property
+    def recomputed(self) -> tuple[Decision, ...]:
+        return tuple(d for d in self.decisions if d.action == "recompute")
+
+    def diff(self, other: Plan) -> str:
+        """What changes from this plan to ``other``: the totals, then one line a changed decision.
+
+        Raises ``PlanMismatchError`` when the plans are for different graphs.
+        """
+        if self.fingerprint != other.fingerprint:
+            raise PlanMismatchError(
+                f"these plans are for different graphs: {self.model} ({self.fingerprint}) and "
+                f"{other.model} ({other.fingerprint}).\n"
+                "  try: make both plans for the same model, mode and input shapes"
+            )
+        mine = {d.key: d for d in self.decisions}
+        theirs = {d.key: d for d in other.decisions}
+        lines = [
+            f"peak {self.predicted_peak:,} -> {other.predicted_peak:,} bytes, "
+            f"overhead {self.predicted_overhead:.1%} -> {other.predicted_overhead:.1%}"
+        ]
+        for key in dict.fromkeys((*mine, *theirs)):
+            before, after = _action(mine.get(key)), _action(theirs.get(key))
+            if before != after:
+                known = mine.get(key) or theirs[key]
+                lines.append(f"  {known.module or '(root)'} {known.value}: {before} -> {after}")
+        return "\n".join(lines)
+
+    # -- On disk -----------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA_VERSION, **asdict(self)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, in one step: a reader never sees half of it."""
+        path = Path(path)
+        draft = path.with_name(path.name + ".part")
+        draft.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        os.replace(draft, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file.  Raises ``PlanMismatchError`` for a file that is not a plan of ours.
+
+        Nothing in the file is ever run: its strings are only compared and printed.
+        """
+        try:
+            if Path(path).stat().st_size > _MAX_FILE_BYTES:
+                raise ValueError(f"larger than {_MAX_FILE_BYTES} bytes")
+            data = json.loads(Path(path).read_text(), object_pairs_hook=_no_duplicates)
+            return _plan_from(data)
+        except FileNotFoundError:
+            raise PlanMismatchError(
+                f"no plan file at {path}\n  try: plan.save({str(path)!r}) first"
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise PlanMismatchError(
+                f"{path} is not a plan that this version can read: {error}\n"
+                f"  accepted: JSON written by Plan.save, schema {SCHEMA_VERSION}\n"
+                "  try: make the plan again with fxmem.plan(...).save(path)"
+            ) from error
+
+    def __str__(self) -> str:
+        counts = Counter(d.action for d in self.decisions)
+        return (
+            f"Plan(peak {self.predicted_peak:,} of {self.baseline_peak:,} bytes, "
+            f"+{self.predicted_overhead:.1%} time, {counts['recompute']} recomputed, "
+            f"{counts['keep']} kept)"
+        )
+
+
+def _action(decision: Decision | None) -> str:
+    if decision is None:
+        return "not saved"
+    return "recompute, brief" if decision.brief else decision.action
+
+
+# -- Keys and fingerprints -----------------------------------------------------------------------
+
+
+def keys(graph: JointGraph) -> dict[Key, fx.Node]:
+    """A key for each forward node that makes a value; getitems stand for tuple elements."""
+    seen: Counter[tuple[str, str]] = Counter()
+    ordinals: dict[fx.Node, tuple[str, str, int]] = {}
+    found: dict[Key, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or is_backward(node):
+            continue
+        if operator_name(node) == "getitem" and node.args[0] in ordinals:
+            found[Key(*ordinals[node.args[0]], int(node.args[1]))] = node  # type: ignore[arg-type,index]
+        elif not is_view(node):
+            place = (module_name(node), operator_name(node))
+            ordinals[node] = (*place, seen[place])
+            found[Key(*ordinals[node])] = node
+            seen[place] += 1
+    return found
+
+
+def fingerprint(graph: JointGraph) -> str:
+    """A hash of the step's operators, modules, shapes and types; names of nodes do not count."""
+    digest = hashlib.sha256()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            text = f"{node.target}|{module_name(node)}|{type_text(node.meta.get('val'))}\n"
+            digest.update(text.encode())
+    return digest.hexdigest()[:16]
+
+
+# -- Reading, with every claim checked ---------------------------------------------------------------
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"an object names a field twice: {[k for k, _ in pairs]}")
+    return found
+
+
+def _plan_from(data: Any) -> Plan:
+    if not isinstance(data, dict):
+        raise ValueError("the file holds no object")
+    data = dict(data)
+    version = data.pop("schema", None)
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema {version!r}")
+    data["decisions"] = tuple(_decision(d) for d in _list(data["decisions"], "decisions"))
+    data["peak"], data["before"] = _record(PeakPoint, data["peak"]), _record(PeakPoint, data["before"])
+    data["valid_for"] = {k: tuple(v) for k, v in data["valid_for"].items()}
+    return _record(Plan, data)
+
+
+def _decision(data: Any) -> Decision:
+    data = dict(data)
+    data["key"] = _record(Key, data["key"])
+    decision = _record(Decision, data)
+    if decision.action not in ACTIONS:
+        raise ValueError(f"unknown action {decision.action!r}, known are {ACTIONS}")
+    return decision
+
+
+_CHECKS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "bool": (bool,),
+}
+
+
+def _record(kind: Any, data: Any) -> Any:
+    """Build a dataclass from a dict that has exactly its fields, each of its type and in range."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{kind.__name__} should be an object")
+    names = {f.name for f in fields(kind)}
+    if set(data) != names:
+        raise ValueError(
+            f"{kind.__name__}: unknown {sorted(set(data) - names)}, missing {sorted(names - set(data))}"
+        )
+    for f in fields(kind):
+        _check(kind, f.name, str(f.type), data[f.name])
+    return kind(**data)
+
+
+def _check(kind: Any, name: str, declared: str, value: Any) -> None:
+    allowed = _CHECKS.get(declared)
+    if allowed is None:
+        return
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise ValueError(f"{kind.__name__}.{name} should be {declared}, not {value!r:.80}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{kind.__name__}.{name} should be finite and not negative: {value!r}")
+
+
+def _list(value: Any, what: str) -> Iterable[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{what} should be a list")
+    return value

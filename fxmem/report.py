@@ -1,0 +1,499 @@
+"""The report: does the step fit, what does it cost, what was decided, and where.
+
+Only what the plan holds is printed.  Names and source lines come from models and from plan files,
+so they are cleaned of whatever a terminal would act on, and no line is longer than ``WIDTH``.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from typing import Any
+
+from tabulate import tabulate
+
+from fxmem.plan import Decision, PeakPoint, Plan
+from fxmem.units import format_bytes
+
+WIDTH = 100
+MAX_ROWS = 20
+_INDENT = " " * 7
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan beside what was measured.
+
+    measured_peak: bytes that one step really held, or None.  gradients: the result of comparing
+    them, as a phrase such as "bitwise equal to the unchanged step", or None.
+    """
+
+    plan: Plan
+    measured_peak: int | None = None
+    gradients: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Is no known peak, predicted or measured, above the budget?"""
+        budget = self.plan.budget
+        return budget is None or max(self.plan.predicted_peak, self.measured_peak or 0) <= budget
+
+    def __str__(self) -> str:
+        sections = (_verdict(self), _live(self.plan), _decisions(self.plan), _else(self.plan))
+        text = "\n\n".join("\n".join(lines) for lines in sections if lines)
+        return "\n".join(cut(line.rstrip(), WIDTH) for line in text.split("\n"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan, the figures beside it and the folded decisions; ready for JSON."""
+        return {
+            "fits": self.fits,
+            "measured_peak": self.measured_peak,
+            "gradients": self.gradients,
+            "live": [asdict(row) for row in live_rows(self.plan)],
+            "decisions": [asdict(row) for row in folded(self.plan)],
+            "plan": self.plan.to_dict(),
+        }
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+# -- The lines on top ------------------------------------------------------------------------------
+
+
+def _verdict(report: Report) -> list[str]:
+    plan = report.plan
+    return [
+        *_line("fxmem", _header(plan)),
+        *_line(*_fit(report)),
+        *_line("PRICE", [_step_times(plan), _gap(plan)]),
+        *_line("PEAK", _place(plan.peak)),
+        *_line("CHECK", _check(report)),
+    ]
+
+
+def _header(plan: Plan) -> list[str]:
+    return [
+        plan.model,
+        plan.device,
+        " ".join(f"{name}={value}" for name, value in plan.symbols.items()),
+        f"budget {plan.asked}",
+        f"plan {plan.fingerprint[:8]}",
+        f"torch {plan.torch_version}",
+    ]
+
+
+def _fit(report: Report) -> tuple[str, list[str]]:
+    plan, budget = report.plan, report.plan.budget
+    peak, was = format_bytes(plan.predicted_peak), f"was {format_bytes(plan.baseline_peak)}"
+    reserve = f"reserve {format_bytes(plan.reserve)} extra" if plan.reserve else ""
+    if budget is None:
+        return "LEAST", [f"peak {peak}, the smallest that was found", was, reserve]
+    of = f"peak {peak} of {format_bytes(budget)} ({_percent(plan.predicted_peak, budget)} %)"
+    return "FITS" if report.fits else "OVER", [of, was, _room(report, budget), reserve]
+
+
+def _room(report: Report, budget: int) -> str:
+    """What the larger of the two peaks leaves of the budget."""
+    predicted, measured = report.plan.predicted_peak, report.measured_peak or 0
+    slack = budget - max(predicted, measured)
+    room = f"slack {format_bytes(slack)}" if slack >= 0 else f"over by {format_bytes(-slack)}"
+    return f"{room} as measured" if measured > predicted else room
+
+
+def _step_times(plan: Plan) -> str:
+    unit = _scale(_SECONDS, [[plan.seconds, plan.added_seconds]])
+    before, after = unit.text(plan.seconds), unit.text(plan.seconds + plan.added_seconds)
+    overhead = f"+{100 * plan.predicted_overhead:.1f} %"
+    return f"step {before} -> {after} {unit.name} ({overhead}, cost model {plan.cost_model})"
+
+
+def _gap(plan: Plan) -> str:
+    return "gap not bounded" if plan.gap is None else f"gap to optimum <= {100 * plan.gap:.1f} %"
+
+
+def _place(peak: PeakPoint) -> list[str]:
+    step = f"step {peak.step} of {peak.steps}, {peak.phase}"
+    return [peak.operator, step, peak.source, f"module {peak.module}" if peak.module else ""]
+
+
+def _check(report: Report) -> list[str]:
+    measured, predicted = report.measured_peak, report.plan.predicted_peak
+    if measured is None:
+        found = "not measured yet: optimize(..., verify=True) or fxmem.measure(step)"
+    elif measured == predicted:
+        found = f"measured {format_bytes(measured)}, as predicted to the byte"
+    else:
+        off = f"{100 * (measured - predicted) / max(predicted, 1):+.2f} %"
+        found = f"measured {format_bytes(measured)} ({off} against the prediction)"
+    return [found, f"gradients {report.gradients}" if report.gradients else ""]
+
+
+# -- 1. Live at the peak ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LiveRow:
+    """Bytes of one category at the peak of the step before and after."""
+
+    category: str
+    before: int
+    after: int
+
+
+def live_rows(plan: Plan) -> list[LiveRow]:
+    """One row a category, in the plan's order; the rows add up to the two peaks."""
+    before, after = plan.before.live, plan.peak.live
+    rows = [LiveRow(c, before.get(c, 0), after.get(c, 0)) for c in dict.fromkeys((*before, *after))]
+    rest = LiveRow(
+        "in no category",
+        plan.before.nbytes - sum(before.values()),
+        plan.peak.nbytes - sum(after.values()),
+    )
+    return [*rows, rest] if rest.before or rest.after else rows
+
+
+def _live(plan: Plan) -> list[str]:
+    rows = live_rows(plan)
+    total = LiveRow("TOTAL", sum(r.before for r in rows), sum(r.after for r in rows))
+    columns = [
+        [r.before for r in rows],
+        [r.after for r in rows],
+        [r.after - r.before for r in rows],
+    ]
+    unit = _scale(_BYTES, columns)
+    whole = total.after if plan.budget is None else plan.budget
+    cells = [
+        (
+            r.category,
+            unit.text(r.before),
+            unit.text(r.after),
+            unit.text(r.after - r.before, sign=True),
+            _percent(r.after, whole),
+        )
+        for r in (*rows, total)
+    ]
+    share = "% of peak" if plan.budget is None else "% of budget"
+    table = _table(("category", "before", "after", "change", share), cells, "lrrrr")
+    return [f"1. Live at the peak ({unit.name})", *table, *_live_notes(plan, unit)]
+
+
+def _live_notes(plan: Plan, unit: _Scale) -> list[str]:
+    notes = [] if unit.adds_up else [_ROUNDED]
+    if plan.before.nbytes != plan.baseline_peak:
+        notes += _wrapped(
+            f"before: the captured step with everything kept, {plan.before.nbytes:,} bytes at its "
+            f"peak; the step as it is today peaks at {plan.baseline_peak:,} bytes."
+        )
+    return notes
+
+
+# -- 2. Decisions ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecisionRow:
+    """Equal decisions of equal blocks.
+
+    where: module and operator, with ``*`` for what differs.  nbytes: of one of the n values.
+    before, after: bytes over all n, as they are and as they are stored.  seconds: added by all n.
+    """
+
+    where: str
+    type: str
+    nbytes: int
+    n: int
+    before: int
+    after: int
+    decision: str
+    seconds: float
+    source: str
+
+
+def folded(plan: Plan) -> list[DecisionRow]:
+    """The decisions with equal blocks as one row, most bytes first, ties in the plan's order."""
+    groups: dict[tuple[object, ...], list[Decision]] = defaultdict(list)
+    for decision in plan.decisions:
+        groups[_likeness(decision)].append(decision)
+    return sorted((_row(group) for group in groups.values()), key=lambda row: -row.before)
+
+
+def _likeness(d: Decision) -> tuple[object, ...]:
+    """What two decisions share that differ in nothing but the number of their block."""
+    place = tuple("*" if step.isdecimal() else step for step in d.key.module.split("."))
+    what = (d.key.operator, d.key.ordinal, d.key.output, d.type, d.source)
+    return (place, *what, d.action, d.times, d.brief, d.nbytes, d.nbytes_stored)
+
+
+def _row(group: Sequence[Decision]) -> DecisionRow:
+    first = group[0]
+    return DecisionRow(
+        where=_where(group),
+        type=first.type,
+        nbytes=first.nbytes,
+        n=len(group),
+        before=sum(d.nbytes for d in group),
+        after=sum(d.nbytes_stored for d in group),
+        decision=first.action + (f" x{first.times}" if first.times > 1 else ""),
+        seconds=sum(d.seconds for d in group),
+        source=first.source.split(" in ")[0],
+    )
+
+
+def _where(group: Sequence[Decision]) -> str:
+    """``h.*.mlp gelu``; ``add#1`` is the module's second add, ``.1`` its second result."""
+    steps = zip(*(d.key.module.split(".") for d in group), strict=True)
+    module = ".".join(step[0] if len(set(step)) == 1 else "*" for step in steps)
+    key = group[0].key
+    ordinal = f"#{key.ordinal}" if key.ordinal else ""
+    output = f".{key.output}" if key.output else ""
+    return f"{module} {key.operator}{ordinal}{output}".strip()
+
+
+def _decisions(plan: Plan) -> list[str]:
+    rows = folded(plan)
+    if not rows:
+        return ["2. Decisions", "none: the backward reads nothing that could be made again"]
+    size = _scale(_BYTES, [[r.before for r in rows], [r.after for r in rows]])
+    time = _scale(_SECONDS, [[r.seconds for r in rows]])
+    cells = [_decision_cells(r, size, time) for r in rows[:MAX_ROWS]]
+    if rest := rows[MAX_ROWS:]:
+        cells.append(_sum_cells(f"{len(rest)} more", _at_most(rest, size), rest, size, time))
+    cells.append(_sum_cells("TOTAL", "", rows, size, time))
+    headers = ("where", "type", "each", "n", "before", "after", "decision", time.name, "source")
+    table = _table(headers, cells, "llrrrrlrl", {0: 22, 1: 12, 8: 13})
+    title = f"2. Decisions ({size.name}; before and after over all n; added time in {time.name})"
+    return [title, *table, *_decision_notes(plan, rows, size, time)]
+
+
+def _at_most(rows: Sequence[DecisionRow], size: _Scale) -> str:
+    return "each <= " + size.text(max(r.nbytes for r in rows))
+
+
+def _decision_cells(r: DecisionRow, size: _Scale, time: _Scale) -> tuple[str, ...]:
+    each, added = size.text(r.nbytes), time.text(r.seconds, sign=True)
+    before, after = size.text(r.before), size.text(r.after)
+    return (
+        r.where,
+        r.type.replace(", ", ","),
+        each,
+        str(r.n),
+        before,
+        after,
+        r.decision,
+        added,
+        r.source,
+    )
+
+
+def _sum_cells(
+    label: str, note: str, rows: Sequence[DecisionRow], size: _Scale, time: _Scale
+) -> tuple[str, ...]:
+    before, after = sum(r.before for r in rows), sum(r.after for r in rows)
+    added = time.text(sum(r.seconds for r in rows), sign=True)
+    count = str(sum(r.n for r in rows))
+    return (label, note, "", count, size.text(before), size.text(after), "", added, "")
+
+
+def _decision_notes(
+    plan: Plan, rows: Sequence[DecisionRow], size: _Scale, time: _Scale
+) -> list[str]:
+    notes = [] if size.adds_up and time.adds_up else [_ROUNDED]
+    elsewhere = plan.added_seconds - sum(r.seconds for r in rows)
+    if abs(elsewhere) > 0.005 * plan.added_seconds:
+        added = time.text(plan.added_seconds, sign=True)
+        notes.append(f"The whole plan adds {added} {time.name}.")
+    return notes
+
+
+# -- 3. What else ----------------------------------------------------------------------------------
+
+
+def _else(plan: Plan) -> list[str]:
+    hints = [
+        *_floor_hints(plan),
+        *_residents(plan),
+        *(["Nothing is made again: the step fits as it is."] if _is_unchanged(plan) else []),
+        *_ranges(plan),
+    ]
+    return ["3. What else", *(line for hint in hints for line in _wrapped(hint))] if hints else []
+
+
+def _floor_hints(plan: Plan) -> list[str]:
+    hints = [f"This plan fits every budget from {plan.predicted_peak:,} bytes up."]
+    if plan.floor is not None:
+        hints.append(f'Smallest peak shown to be in reach: {plan.floor:,} bytes (budget "min").')
+    return hints
+
+
+def _residents(plan: Plan) -> list[str]:
+    if not plan.resident:
+        return []
+    share = _percent(plan.resident, plan.predicted_peak)
+    return [
+        f"{format_bytes(plan.resident)} of the peak ({share} %) are parameters, buffers and "
+        "inputs, which no plan changes."
+    ]
+
+
+def _is_unchanged(plan: Plan) -> bool:
+    return all(d.action == "keep" for d in plan.decisions) and not plan.added_seconds
+
+
+def _ranges(plan: Plan) -> list[str]:
+    spans = [
+        f"{name}={low}" if low == high else f"{name} from {low} to {high}"
+        for name, (low, high) in plan.valid_for.items()
+    ]
+    return [f"The plan holds for {', '.join(spans)}."] if spans else []
+
+
+# -- Figures in one unit ---------------------------------------------------------------------------
+
+_ROUNDED = "Figures are rounded; the totals are sums of the exact ones."
+_SECONDS = (("us", 1e-6), ("ms", 1e-3), ("s", 1.0))
+_BYTES = (("bytes", 1), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A unit and its decimals.  adds_up: printed figures add up to the printed totals."""
+
+    name: str
+    size: float
+    decimals: int
+    adds_up: bool = True
+
+    def text(self, value: float, sign: bool = False) -> str:
+        mark = "+" if sign and value > 0 else ""
+        if self.size == 1 and isinstance(value, int):
+            return f"{mark}{value:,}"
+        text = f"{mark}{value / self.size:,.{self.decimals}f}"
+        return text if text.strip("+-0.,") else text.strip("+-")  # no "-0.0", no "+0.0"
+
+
+def _scale(units: Sequence[tuple[str, float]], columns: Sequence[Sequence[float]]) -> _Scale:
+    """The unit that the largest total fills, with the fewest decimals that hide all rounding."""
+    largest = max((sum(map(abs, column)) for column in columns), default=0)
+    # Whole bytes stay readable a good while; a time has no exact unit.
+    start = 10**6 if units is _BYTES else 0
+    name, size = units[0]
+    if largest >= start:
+        name, size = next((u for u in reversed(units) if largest >= u[1]), units[0])
+    for decimals in (1, 2, 3):
+        scale = _Scale(name, size, decimals)
+        if all(_adds_up(column, scale.text) for column in columns) and _rows_agree(columns, scale):
+            return scale
+    coarse = name in ("GiB", "TiB", "s")
+    return _Scale(name, size, 2 if coarse else 1, adds_up=False)
+
+
+def _adds_up(column: Iterable[float], text: Callable[[float], str]) -> bool:
+    column = list(column)
+    return sum(_number(text(value)) for value in column) == _number(text(sum(column)))
+
+
+def _rows_agree(columns: Sequence[Sequence[float]], scale: _Scale) -> bool:
+    """Where the third column is the second less the first, is it so in print too?"""
+    if len(columns) != 3:
+        return True
+    rows = [*zip(*columns, strict=True), tuple(map(sum, columns))]
+    texts = [[_number(scale.text(value)) for value in row] for row in rows]
+    return all(change == after - before for before, after, change in texts)
+
+
+def _number(text: str) -> Decimal:
+    return Decimal(text.replace(",", ""))
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "-"
+
+
+# -- Text that a terminal can be trusted with ------------------------------------------------------
+
+_ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|\x1b.")
+_LONGEST = 2_000
+
+
+def clean(text: str) -> str:
+    """``text`` on one line, every character one column wide.
+
+    Control, bidirectional and other invisible characters go; wide and combining ones are escaped,
+    because a table cannot know how many columns a terminal gives them.
+    """
+    if len(text) > _LONGEST:
+        text = text[: _LONGEST // 2] + text[-_LONGEST // 2 :]
+    return "".join(map(_column, _ESCAPES.sub("", text)))
+
+
+def _column(char: str) -> str:
+    if char.isascii() and char.isprintable():
+        return char
+    category = unicodedata.category(char)
+    if char.isspace():
+        return " "
+    if category.startswith("C"):
+        return ""
+    wide = unicodedata.east_asian_width(char) in "WF" or category.startswith("M")
+    return f"\\u{ord(char):04x}" if wide else char
+
+
+def cut(text: str, width: int) -> str:
+    """``text``, or its two ends where it is longer than ``width``: the end tells more."""
+    if len(text) <= width:
+        return text
+    head = (width - 3) // 3
+    return text[:head] + "..." + text[len(text) - (width - 3 - head) :]
+
+
+def _line(label: str, parts: Sequence[str]) -> list[str]:
+    """``FITS   part   part``: as many lines as it takes, later ones indented."""
+    room = WIDTH - len(_INDENT)
+    lines = [""]
+    for part in (cut(clean(part), room) for part in parts if part):
+        joined = f"{lines[-1]}   {part}" if lines[-1] else part
+        lines[-1:] = [joined] if len(joined) <= room else [lines[-1], part]
+    return [f"{label:<7}{lines[0]}", *(_INDENT + line for line in lines[1:])]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(clean(text), WIDTH, subsequent_indent="  ")
+
+
+_SEPARATOR = 2
+_SMALLEST = 6
+
+
+def _table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    align: str,
+    needs: Mapping[int, int] | None = None,
+) -> list[str]:
+    """A table of at most WIDTH columns: text gives way, figures never do.
+
+    needs: column -> characters below which it shrinks only when nothing else can.
+    """
+    rows = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    elastic = [i for i, side in enumerate(align) if side == "l"]
+    needs = needs or {}
+    while sum(widths) + _SEPARATOR * (len(widths) - 1) > WIDTH:
+        widest = max(elastic, key=lambda i: widths[i] - needs.get(i, len(headers[i])))
+        if widths[widest] <= _SMALLEST:
+            break
+        widths[widest] -= 1
+    rules = ["-" * width for width in widths]
+    cells = [[cut(c, w) for c, w in zip(row, widths, strict=True)] for row in rows]
+    sides = [{"l": "left", "r": "right"}[side] for side in align]
+    # Headers and rules go in as rows: tabulate pads its own headers by two columns each.
+    lines = [headers, rules, *cells]
+    table = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)
+    return [line.rstrip() for line in table.splitlines()]

@@ -1,0 +1,263 @@
+"""What ``optimize`` hands back: a GraphModule that trains like the model, under its plan.
+
+One program is one captured step: Dynamo's guards say which calls it serves.  A call that none
+serves (another shape, ``eval()``, autocast) is captured and planned for the same budget.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxmem import _torch
+from fxmem.capture import StepCall, capture
+from fxmem.errors import FxmemError
+from fxmem.graph import JointGraph, Role
+from fxmem.pipeline import Options, Planned, analyze, backward_for, decide
+from fxmem.plan import Plan
+from fxmem.readable import readable
+from fxmem.report import Report
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured step, ready to run.  plan and graphs are None where nothing needs a gradient."""
+
+    matches: Callable[[dict[str, Any]], bool]
+    run: Callable[..., Any]
+    plan: Plan | None
+    forward_graph: fx.GraphModule | None
+    backward_graph: fx.GraphModule | None
+
+
+class Backward:
+    """The backward of a program: one graph for each set of gradients that really come.
+
+    Called with the saved tensors and the tangents in a list; a tangent that nobody sent is None.
+    """
+
+    def __init__(self, planned: Planned, graph: JointGraph) -> None:
+        self.planned = planned
+        placeholders = planned.split.backward.graph.find_nodes(op="placeholder")
+        self.names = [n.name for n in placeholders]
+        tangents = {n.name for n in graph.placeholders(Role.TANGENT)}
+        self.tangents = [(i, name) for i, name in enumerate(self.names) if name in tangents]
+        self.variants: dict[tuple[str, ...], tuple[list[int], _torch.BoxedCallable]] = {}
+        self.module = self._prepare(planned.undefined)
+
+    def __call__(self, args: list[Any]) -> Any:
+        undefined = tuple(name for i, name in self.tangents if args[i] is None)
+        if undefined not in self.variants:
+            with _torch.COMPILE_LOCK:
+                self._prepare(undefined)
+        places, run = self.variants[undefined]
+        wanted = [args[i] for i in places]
+        args.clear()  # what this variant does not read must not outlive this line
+        return run(wanted)
+
+    def _prepare(self, undefined: tuple[str, ...]) -> fx.GraphModule:
+        module = backward_for(self.planned, undefined)
+        taken = module.graph.find_nodes(op="placeholder")
+        for node in [n for n in taken if not n.users]:
+            module.graph.erase_node(node)
+        module.recompile()
+        places = [self.names.index(n.name) for n in module.graph.find_nodes(op="placeholder")]
+        display = copy.copy(module)
+        self.variants[undefined] = (places, _torch.boxed(module))
+        return display
+
+
+@dataclass
+class Session:
+    """Options and programs; shared by copies of an optimized module, which share nothing else."""
+
+    options: Options
+    loss_fn: Callable[..., Any] | None = None
+    num_loss_inputs: int = 0
+    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
+    programs: list[Program] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def program_for(self, call: StepCall) -> Program:
+        """The program that serves a call; captured and planned if there is none yet."""
+        local = call.locals()
+        for program in self.programs:
+            if program.matches(local):
+                return program
+        with self.lock:
+            for program in self.programs:
+                if program.matches(local):
+                    return program
+            program = build_program(call, self.options, self.dynamic)
+            self.programs.append(program)
+            return program
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self  # programs hold no parameter: the module is an argument of every call
+
+
+def build_program(
+    call: StepCall, options: Options, names: dict[str, dict[int, str]] | None = None
+) -> Program:
+    """Capture, plan and compile one step."""
+    with capture(call, names) as captured:
+        if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
+            return Program(captured.matches, _run_eagerly, None, None, None)
+        planned = decide(analyze(captured.graph, call, options.cost), options)
+        backward = Backward(planned, captured.graph)
+        forward = planned.split.forward
+        shown = readable(captured.graph, forward, backward.module)
+        run = captured.compile(forward, planned.split.backward, backward)
+        return Program(captured.matches, run, planned.plan, *shown)
+
+
+def _run_eagerly(
+    model: nn.Module, loss_fn: Any, args: Any, kwargs: dict[str, Any], loss_inputs: Any
+) -> Any:
+    """Nothing in this step needs a gradient, so nothing is saved and nothing is to be planned."""
+    outputs = model(*args, **kwargs)
+    return outputs if loss_fn is None else loss_fn(outputs, *loss_inputs)
+
+
+class OptimizedModule(fx.GraphModule):
+    """A model under a plan.
+
+    It holds the model's own parameters, buffers and submodules, under the same names.  ``graph``
+    is the rewritten forward; calls run it through AOTAutograd, which pairs it with
+    ``backward_graph``.
+    """
+
+    def __init__(self, model: nn.Module, session: Session) -> None:
+        super().__init__({}, _empty_graph())
+        self.__dict__["_fxmem_model"] = model
+        self.__dict__["_fxmem_session"] = session
+        self._adopt(model)
+
+    def _adopt(self, model: nn.Module) -> None:
+        # The dictionaries themselves are shared: whoever replaces a parameter in one replaces it
+        # in both, so the captured code and the user see the same tensors.
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = model.__dict__[name]
+        self.__dict__["training"] = model.training
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        type(self).forward = OptimizedModule._step  # type: ignore[method-assign]
+        return code
+
+    # -- Running ---------------------------------------------------------------------------------------
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        model: nn.Module = self.__dict__["_fxmem_model"]
+        model.training = self.training
+        call = self._call(args, kwargs)
+        if not torch.is_grad_enabled():
+            return _run_eagerly(*call.values())
+        program = self._session.program_for(call)
+        outputs = program.run(*call.values())
+        _torch.leave_tangents_undefined(outputs)
+        return outputs
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall:
+        """With a ``loss_fn``, its inputs come last: ``opt(*inputs, *loss_inputs)`` is the loss."""
+        model = self.__dict__["_fxmem_model"]
+        session = self._session
+        if session.loss_fn is None:
+            return StepCall(model, args, kwargs)
+        split = len(args) - session.num_loss_inputs
+        if split < 0:
+            raise FxmemError(
+                f"this module computes its loss from {session.num_loss_inputs} further inputs: "
+                f"call it with the model's inputs and then those; got {len(args)} in all"
+            )
+        return StepCall(model, args[:split], kwargs, session.loss_fn, args[split:])
+
+    @property
+    def _session(self) -> Session:
+        return self.__dict__["_fxmem_session"]
+
+    # -- Looking -----------------------------------------------------------------------------------------
+
+    def _planned_program(self) -> Program:
+        for program in self._session.programs:
+            if program.plan is not None:
+                return program
+        raise FxmemError(
+            "there is no plan yet: the module is captured at its first call.\n"
+            "  try: call it once, or pass example_inputs to optimize"
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the first step that was captured."""
+        plan = self._planned_program().plan
+        assert plan is not None
+        return plan
+
+    @property
+    def forward_graph(self) -> fx.GraphModule:
+        """The forward that runs, with the user's names."""
+        graph = self._planned_program().forward_graph
+        assert graph is not None
+        return graph
+
+    @property
+    def backward_graph(self) -> fx.GraphModule:
+        """The backward that runs, with the user's names; nodes made again end in ``_recompute``."""
+        graph = self._planned_program().backward_graph
+        assert graph is not None
+        return graph
+
+    def report(self) -> Report:
+        """What was decided, why, and what it costs."""
+        return Report(self.plan, **self.__dict__.get("_fxmem_checked", {}))
+
+    # -- Being a module ------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_fxmem_model")
+            if model is None:
+                raise
+            return getattr(model, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
+        model = copy.deepcopy(self.__dict__["_fxmem_model"], memo)
+        model.training = self.training
+        return OptimizedModule(model, self._session).show_graph()
+
+    def __reduce__(self) -> Any:
+        session = self._session
+        return _rebuild, (
+            self.__dict__["_fxmem_model"],
+            session.options,
+            session.loss_fn,
+            session.num_loss_inputs,
+            session.dynamic,
+        )
+
+    def show_graph(self) -> OptimizedModule:
+        """Let ``graph`` and ``code`` show the captured forward, once there is one."""
+        program = next((p for p in self._session.programs if p.forward_graph is not None), None)
+        if program is not None and program.forward_graph is not None:
+            self.graph = copy.deepcopy(program.forward_graph.graph)
+        return self
+
+
+def _rebuild(model: nn.Module, options: Options, *rest: Any) -> OptimizedModule:
+    """An unpickled module captures its step at the first call."""
+    return OptimizedModule(model, Session(options, *rest))
+
+
+def _empty_graph() -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(None)
+    return graph

@@ -1,0 +1,306 @@
+"""The exact simulator: what a choice of kept values costs in bytes and seconds, step by step.
+
+It walks the backward once.  A forward value that a backward operator reads is either kept, or made
+again just before: its producer runs, and first the producers of whatever that needs and is neither
+kept nor still alive.  A value made again stays until its last reader, unless it is ``brief``: then
+it is dropped after the backward operator that asked for it, and made once more for the next.
+
+``tests/test_simulate.py`` holds it to the liveness of the rewritten graphs, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxmem.dataflow import Dataflow
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a choice leads to.
+
+    live: int64[steps], bytes while each step runs, residents included.
+    seconds: added by recomputation.  recomputed: (operator, backward operator that it runs before).
+    """
+
+    live: np.ndarray
+    seconds: float
+    recomputed: tuple[tuple[int, int], ...]
+    num_forward_steps: int
+
+    @property
+    def peak(self) -> int:
+        return int(self.live.max(initial=0))
+
+    def overflow(self, budget: int) -> int:
+        """Bytes above the budget, summed over steps: how far a plan is from fitting."""
+        return int(np.maximum(self.live - budget, 0).sum())
+
+
+class Simulator:
+    """Judges choices over one dataflow."""
+
+    def __init__(self, flow: Dataflow) -> None:
+        self.flow = flow
+        self._base = self._forward_slice(self._result_values())
+        self._read_by_backward = self._reads()
+        self.always_kept = frozenset(
+            v
+            for v, value in enumerate(flow.values)
+            if value.producer >= 0 and not flow.operators[value.producer].recomputable
+        )
+        self.readable = self._readable()
+        self._static = _Static(flow, self._base)
+
+    # -- What may be chosen ------------------------------------------------------------------------
+
+    def candidates(self) -> list[int]:
+        """Forward values that the backward may need and that could be made again, in graph order."""
+        return sorted(self.readable - self.always_kept)
+
+    def directly_read(self) -> frozenset[int]:
+        """Forward values that a backward operator reads: what is saved when nothing is recomputed."""
+        return frozenset(v for reads in self._read_by_backward for v in reads)
+
+    # -- Judging -------------------------------------------------------------------------------------
+
+    def run(self, kept: Iterable[int], brief: frozenset[int] = frozenset()) -> Outcome:
+        """Simulate the step with ``kept`` values saved; ``brief`` ones are remade for each reader."""
+        return _Walk(self, self.always_kept.union(kept), brief).outcome()
+
+    def _is_forward(self, v: int) -> bool:
+        producer = self.flow.values[v].producer
+        return 0 <= producer < self.flow.num_forward
+
+    def _result_values(self) -> list[int]:
+        values = enumerate(self.flow.values)
+        return [v for v, value in values if (value.result or value.update) and self._is_forward(v)]
+
+    def _reads(self) -> list[tuple[int, ...]]:
+        """For each backward operator, the forward values that it reads."""
+        backward = self.flow.operators[self.flow.num_forward :]
+        reads = [tuple(v for v in op.reads if self._is_forward(v)) for op in backward]
+        # A gradient that is a forward value is read when the backward returns.
+        late = [v for v, x in enumerate(self.flow.values) if x.gradient and self._is_forward(v)]
+        if late and reads:
+            reads[-1] = tuple(dict.fromkeys((*reads[-1], *late)))
+        return reads
+
+    def _readable(self) -> frozenset[int]:
+        """Forward values that a backward operator, or an operator made again for one, may read."""
+        found: set[int] = set()
+        stack = [v for reads in self._read_by_backward for v in reads]
+        while stack:
+            v = stack.pop()
+            if v in found:
+                continue
+            found.add(v)
+            producer = self.flow.operators[self.flow.values[v].producer]
+            stack += [r for r in producer.reads if self._is_forward(r)]
+        return frozenset(found)
+
+    def _forward_slice(self, values: Iterable[int]) -> frozenset[int]:
+        """Operators that must run in the forward so that ``values`` exist."""
+        operators: set[int] = set()
+        stack = [self.flow.values[v].producer for v in values]
+        while stack:
+            i = stack.pop()
+            if i < 0 or i in operators:
+                continue
+            operators.add(i)
+            stack += [self.flow.values[v].producer for v in self.flow.operators[i].reads]
+        return frozenset(operators)
+
+
+class _Static:
+    """What no choice changes: the backward's own values, and the forward that computes the results."""
+
+    def __init__(self, flow: Dataflow, base: frozenset[int]) -> None:
+        backward = flow.operators[flow.num_forward :]
+        self.workspace = np.array([op.workspace for op in backward], dtype=np.int64)
+        last = {v: j for j, op in enumerate(backward) for v in op.reads}
+        own = [
+            (v, x)
+            for v, x in enumerate(flow.values)
+            if x.producer >= flow.num_forward and (x.nbytes or x.gradient)
+        ]
+        self.born = np.array([x.producer - flow.num_forward for _, x in own], dtype=np.int64)
+        self.dies = np.array(
+            [
+                len(backward) - 1 if x.gradient else last.get(v, x.producer - flow.num_forward)
+                for v, x in own
+            ],
+            dtype=np.int64,
+        )
+        self.nbytes = np.array([x.nbytes for _, x in own], dtype=np.int64)
+        self.tangents = [
+            (x.nbytes, len(backward) - 1 if x.held else last.get(v, 0))
+            for v, x in enumerate(flow.values)
+            if x.tangent
+        ]
+        self.forward = _Forward(flow, base)
+
+
+class _Forward:
+    """The forward phase for one set of operators that run: positions, lives, bytes."""
+
+    def __init__(self, flow: Dataflow, executed: frozenset[int]) -> None:
+        self.order = sorted(executed)
+        self.position = {i: p for p, i in enumerate(self.order)}
+        self.steps = len(self.order) + 1  # and the boundary
+        self.last: dict[int, int] = {}
+        for p, i in enumerate(self.order):
+            for v in (*flow.operators[i].makes, *flow.operators[i].reads):
+                self.last[v] = p
+        self.live = np.zeros(self.steps + 1, dtype=np.int64)
+        self.results: list[int] = []
+        for i in self.order:
+            for v in flow.operators[i].makes:
+                value = flow.values[v]
+                if value.result or value.update:
+                    self.last[v] = self.steps - 1
+                if value.result:
+                    self.results.append(v)
+                self.live[self.position[i]] += value.nbytes
+                self.live[self.last[v] + 1] -= value.nbytes
+        self.workspace = [flow.operators[i].workspace for i in self.order] + [0]
+
+
+class _Walk:
+    """One pass over the backward for one choice."""
+
+    def __init__(self, simulator: Simulator, kept: frozenset[int], brief: frozenset[int]) -> None:
+        self.flow = simulator.flow
+        self.simulator = simulator
+        self.kept = kept
+        self.brief = brief
+        self.forward = self._forward_phase()
+        self.now = self.forward.steps
+        self.workspace: list[int] = []
+        self.backward_position: list[int] = []
+        self.alive: dict[int, list[int]] = {}  # made again: value -> [born, last read]
+        self.closed: list[tuple[int, int, int]] = []  # value, born, last read
+        self.kept_last: dict[int, int] = {}
+        self.recomputed: list[tuple[int, int]] = []
+        self.seconds = 0.0
+        for j, reads in enumerate(simulator._read_by_backward):
+            self._backward_operator(j, reads)
+        self.closed += [(v, born, last) for v, (born, last) in self.alive.items()]
+
+    def _forward_phase(self) -> _Forward:
+        base = self.simulator._base
+        extra = [
+            v
+            for v in self.kept
+            if self.flow.values[v].producer not in base and self._saved(v)
+        ]
+        if not extra:
+            return self.simulator._static.forward
+        return _Forward(self.flow, base | self.simulator._forward_slice(extra))
+
+    def _saved(self, v: int) -> bool:
+        """Kept values outside the base slice run in the forward only if something reads them."""
+        return v in self.simulator.readable
+
+    def _backward_operator(self, j: int, reads: tuple[int, ...]) -> None:
+        missing = [v for v in reads if v not in self.kept and v not in self.alive]
+        if missing:
+            self._remake(missing, j)
+        now = self.now
+        for v in reads:
+            if v in self.kept:
+                self.kept_last[v] = now
+            else:
+                self.alive[v][1] = now
+        self.backward_position.append(now)
+        self.workspace.append(self.flow.operators[self.flow.num_forward + j].workspace)
+        self.now = now + 1
+        if self.brief:
+            for v in [v for v in self.alive if v in self.brief]:
+                self.closed.append((v, *self.alive.pop(v)))
+
+    def _remake(self, missing: list[int], j: int) -> None:
+        for i in sorted(self._producers(missing)):
+            op = self.flow.operators[i]
+            now = self.now
+            for v in op.reads:
+                if v in self.kept:
+                    self.kept_last[v] = now
+                elif v in self.alive:
+                    self.alive[v][1] = now
+            for v in op.remakes:
+                if v in self.kept:
+                    self.closed.append((v, now, now))  # a copy that nobody reads
+                    continue
+                if v in self.alive:  # later readers take the latest
+                    self.closed.append((v, *self.alive[v]))
+                self.alive[v] = [now, now]
+            self.recomputed.append((i, j))
+            self.seconds += op.seconds
+            self.workspace.append(op.workspace + op.rng_state)
+            if op.rng_state:
+                self.kept_last[-1 - i] = now
+            self.now = now + 1
+
+    def _producers(self, missing: list[int]) -> set[int]:
+        producers: set[int] = set()
+        stack = list(missing)
+        values, operators = self.flow.values, self.flow.operators
+        while stack:
+            i = values[stack.pop()].producer
+            if i in producers:
+                continue
+            producers.add(i)
+            for v in operators[i].reads:
+                if v not in self.kept and v not in self.alive and values[v].producer >= 0:
+                    stack.append(v)
+        return producers
+
+    # -- Adding it up ----------------------------------------------------------------------------------
+
+    def outcome(self) -> Outcome:
+        live = np.zeros(self.now + 1, dtype=np.int64)
+        live[0] += self.flow.resident
+        live[: len(self.forward.live)] += self.forward.live
+        self._add_kept(live)
+        self._add_remade(live)
+        self._add_backward(live)
+        np.cumsum(live, out=live)
+        live[: self.forward.steps] += self.forward.workspace
+        live[self.forward.steps : -1] += self.workspace
+        return Outcome(live[:-1], self.seconds, tuple(self.recomputed), self.forward.steps)
+
+    def _add_kept(self, live: np.ndarray) -> None:
+        """A kept value lives on from its last forward reader to its last backward reader."""
+        values, last = self.flow.values, self.forward.last
+        for v, end in self.kept_last.items():
+            if v < 0:
+                self._add_rng_state(live, -1 - v, end)
+            elif not values[v].result:
+                live[last[v] + 1] += values[v].nbytes
+                live[end + 1] -= values[v].nbytes
+        for v in self.forward.results:
+            live[last[v] + 1] += values[v].nbytes  # held by the caller: to the end
+
+    def _add_rng_state(self, live: np.ndarray, i: int, end: int) -> None:
+        nbytes = self.flow.operators[i].rng_state
+        live[self.forward.position[i]] += nbytes
+        live[end + 1] -= nbytes
+
+    def _add_remade(self, live: np.ndarray) -> None:
+        for v, born, end in self.closed:
+            live[born] += self.flow.values[v].nbytes
+            live[end + 1] -= self.flow.values[v].nbytes
+
+    def _add_backward(self, live: np.ndarray) -> None:
+        static = self.simulator._static
+        position = np.array(self.backward_position, dtype=np.int64)
+        if len(position):
+            np.add.at(live, position[static.born], static.nbytes)
+            np.subtract.at(live, position[static.dies] + 1, static.nbytes)
+        for nbytes, end in static.tangents:
+            live[self.forward.steps - 1] += nbytes
+            live[(position[end] if len(position) else self.forward.steps - 1) + 1] -= nbytes

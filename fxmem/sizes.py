@@ -1,0 +1,55 @@
+"""Bytes of fake tensors, as integers where shapes are fixed and as sympy expressions where not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Union
+
+import sympy
+import torch
+from torch.utils import _pytree as pytree
+
+from fxmem._torch import storage_key
+
+Size = Union[int, sympy.Expr]
+"""Bytes: an ``int``, or a sympy polynomial in the shape symbols."""
+
+
+def as_expr(value: int | torch.SymInt) -> Size:
+    """An ``int`` as it is; a symbolic one as its expanded sympy expression."""
+    if isinstance(value, torch.SymInt):
+        return sympy.expand(value.node.expr)
+    return int(value)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The strided tensors in a node's value, which may be a tensor, a tuple or anything nested."""
+    for leaf in pytree.tree_leaves(value):
+        # Sparse tensors have no storage of their own; their parts are not visible to the graph.
+        if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
+            yield leaf
+
+
+def storages_in(value: Any) -> dict[int, Size]:
+    """Storage key -> bytes, one entry for each distinct storage in a node's value."""
+    return {storage_key(t): storage_nbytes(t) for t in tensors_in(value)}
+
+
+def storage_nbytes(tensor: torch.Tensor) -> Size:
+    """Bytes of the whole storage behind a tensor, which a small view keeps alive in full."""
+    return as_expr(tensor.untyped_storage().nbytes())
+
+
+def evaluate(size: Size, bindings: dict[Any, int]) -> int:
+    """Bytes at given values of the symbols.  Raises ``KeyError`` for a symbol without a value."""
+    if isinstance(size, int):
+        return size
+    missing = [s for s in size.free_symbols if s not in bindings]
+    if missing:
+        raise KeyError(f"no value for {sorted(map(str, missing))} in {size}")
+    return int(size.subs(bindings))
+
+
+def hint(value: int | torch.SymInt) -> int:
+    """The value in the example inputs."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)

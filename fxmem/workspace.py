@@ -1,0 +1,340 @@
+"""Operator workspaces: what an operator allocates and frees inside, invisible to the graph.
+
+A convolution's backward reorders its operands, a reduction keeps partial sums, a type promotion
+casts a copy: none of it shows in the graph, all of it counts at the peak.  Each distinct operator
+signature is run once on throwaway tensors of the same shapes and strides, and the allocator is
+asked.  One operator at a time holds no more than the step itself does when it runs that operator.
+
+The same run tells what the operator really returns, where fake tensors guess otherwise: strides,
+which decide whether the next operator copies its operand first, and storages larger than their
+tensor (a mean-reduced loss keeps the storage of its elements).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxmem._torch import (
+    fake_tensors_off,
+    run_and_save_rng_state,
+    run_with_rng_state,
+    storage_key,
+)
+from fxmem.device import free_memory
+from fxmem.graph import is_view, operator_name
+from fxmem.measure import cpu_allocations
+from fxmem.sizes import hint, tensors_in
+
+LAYOUT = "fxmem_strides"
+"""Node metadata: the strides really returned, one tuple a tensor, where fake ones differ."""
+
+
+# -- Signatures -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its bytes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        strides = "x".join(map(str, self.strides))
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}]/{strides}"
+
+    def empty(self, device: torch.device | str) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+    def stand_in(self, device: torch.device) -> torch.Tensor:
+        """A real tensor of this kind; zeros are valid as indices too."""
+        tensor = self.empty(device)
+        return tensor.fill_(1) if self.dtype.is_floating_point else tensor.zero_()
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator and its arguments, tensors replaced by their specs."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, target: Any, args: Any, kwargs: Any) -> Call:
+        """A call on tensors (fake ones will do); symbolic sizes take the example's values."""
+        return cls(target, *pytree.tree_map(_spec, (tuple(args), dict(kwargs))))
+
+    @classmethod
+    def of_node(cls, node: fx.Node) -> Call:
+        """The operator that a node runs, looked at through random replay."""
+        target, args = node.target, tuple(node.args)
+        if target is run_and_save_rng_state:
+            target, args = args[0], args[1:]
+        elif target is run_with_rng_state:
+            target, args = args[1], args[2:]
+        args, kwargs = pytree.tree_map_only(fx.Node, node_specs, (args, dict(node.kwargs)))
+        return cls(target, *pytree.tree_map(_spec, (args, kwargs)))
+
+    @property
+    def signature(self) -> str:
+        """Operator, shapes, strides, types and constants: what its workspace depends on."""
+        return f"{self.target}({', '.join(map(str, pytree.tree_leaves((self.args, self.kwargs))))})"
+
+
+def _spec(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        shape, strides = map(hint, value.shape), map(hint, value.stride())
+        return TensorSpec(tuple(shape), tuple(strides), value.dtype)
+    return hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def node_specs(node: fx.Node) -> Any:
+    """The specs of a node's value, with the strides that it really has."""
+    specs = pytree.tree_map(_spec, node.meta.get("val"))
+    strides = node.meta.get(LAYOUT)
+    if strides is None:
+        return specs
+    leaves, tree = pytree.tree_flatten(specs)
+    real = iter(strides)
+    leaves = [
+        TensorSpec(x.shape, next(real), x.dtype) if isinstance(x, TensorSpec) else x for x in leaves
+    ]
+    return pytree.tree_unflatten(leaves, tree)
+
+
+# -- The table ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """nbytes: the workspace.  strides, storages (bytes): of the results, one a tensor."""
+
+    nbytes: int
+    strides: tuple[tuple[int, ...], ...]
+    storages: tuple[int, ...]
+
+
+class Workspaces:
+    """What is known by operator signature; an unknown one counts as 0 bytes."""
+
+    def __init__(self, table: dict[str, Entry] | None = None) -> None:
+        self.table = dict(table or {})
+
+    def nbytes(self, node: fx.Node) -> int:
+        """Largest bytes that the operator holds beyond its inputs and outputs."""
+        if not self.table or not has_workspace(node):
+            return 0
+        entry = self.table.get(Call.of_node(node).signature)
+        return (entry.nbytes if entry else 0) + _saved_generator_state(node)
+
+    def calibrated(self, graph: fx.Graph, device: torch.device) -> Workspaces:
+        """This table and what it lacks for ``graph``, measured now; real strides go on the nodes."""
+        table = Workspaces(self.table)
+        for node in graph.nodes:
+            if has_workspace(node):
+                entry = table.look_up(Call.of_node(node), device)
+                if entry is not None:
+                    _note_strides(node, entry.strides)
+                    _note_storages(node, entry.storages)
+            elif node.op == "call_function" and is_view(node):
+                _derive_strides(node)
+        return table
+
+    def look_up(self, call: Call, device: torch.device) -> Entry | None:
+        """The entry of a call, measured if it is missing; None where it cannot be."""
+        key = call.signature
+        if key not in self.table and (entry := measure_call(call, device)) is not None:
+            self.table[key] = entry
+        return self.table.get(key)
+
+
+def has_workspace(node: fx.Node) -> bool:
+    if node.op != "call_function" or is_view(node):
+        return False
+    replayed = node.target in (run_and_save_rng_state, run_with_rng_state)
+    if not replayed and not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(True for _ in tensors_in(node.meta.get("val")))
+
+
+def _saved_generator_state(node: fx.Node) -> int:
+    """A replay puts the generator back afterwards, and holds its state meanwhile."""
+    if node.target is not run_with_rng_state:
+        return 0
+    state: Any = node.args[0]
+    return int(state.meta["val"].numel())
+
+
+def _note_strides(node: fx.Node, strides: tuple[tuple[int, ...], ...]) -> None:
+    node.meta.pop(LAYOUT, None)
+    if node.target in (run_and_save_rng_state, run_with_rng_state):
+        return
+    specs = [s for s in pytree.tree_leaves(node_specs(node)) if isinstance(s, TensorSpec)]
+    if len(specs) == len(strides) and any(
+        s.strides != real and 0 not in s.shape for s, real in zip(specs, strides, strict=True)
+    ):
+        node.meta[LAYOUT] = strides
+
+
+def _note_storages(node: fx.Node, storages: tuple[int, ...]) -> None:
+    """Let the example value's storages be as large as the real ones."""
+    tensors = list(tensors_in(node.meta.get("val")))
+    if len(tensors) != len(storages):
+        return
+    for tensor, nbytes in zip(tensors, storages, strict=True):
+        storage = tensor.untyped_storage()
+        if isinstance(storage.nbytes(), int) and storage.nbytes() < nbytes:
+            storage.resize_(nbytes)
+
+
+def _derive_strides(node: fx.Node) -> None:
+    """A view of a tensor with other strides than its fake twin has other strides, too."""
+    node.meta.pop(LAYOUT, None)
+    if not any(LAYOUT in source.meta for source in node.all_input_nodes):
+        return
+    call = Call.of_node(node)
+    if operator_name(node) == "getitem":
+        taken = call.args[0][call.args[1]]
+        strides = tuple(s.strides for s in pytree.tree_leaves(taken) if isinstance(s, TensorSpec))
+    else:
+        try:
+            result = _run(call, torch.device("meta"))
+        except RuntimeError:
+            return  # a view that the real strides do not allow: the fake ones have to do
+        strides = tuple(t.stride() for t in tensors_in(result))
+    _note_strides(node, strides)
+
+
+# -- Measuring ----------------------------------------------------------------------------------------
+
+
+def measure_call(call: Call, device: torch.device) -> Entry | None:
+    """Run an operator once on throwaway tensors.
+
+    None where there is no such device, no room, or the operator refuses the throwaway values.
+    """
+    if device.type not in ("cpu", "cuda") or not _fits(call, device):
+        return None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.no_grad(), fake_tensors_off():
+            try:
+                return (_measure_cuda if device.type == "cuda" else _measure_cpu)(call, device)
+            except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+                return None
+
+
+def _run(call: Call, device: torch.device) -> Any:
+    make = TensorSpec.empty if device.type == "meta" else TensorSpec.stand_in
+    args, kwargs = pytree.tree_map_only(
+        TensorSpec, lambda s: make(s, device), (call.args, call.kwargs)
+    )
+    return call.target(*args, **kwargs)
+
+
+def _measure_cpu(call: Call, device: torch.device) -> Entry:
+    args, kwargs = pytree.tree_map_only(
+        TensorSpec, lambda s: s.stand_in(device), (call.args, call.kwargs)
+    )
+    sizes, result = cpu_allocations(lambda: call.target(*args, **kwargs))
+    held = highest = 0
+    for size in sizes:
+        held += size
+        highest = max(highest, held)
+    return _entry(highest, result, (args, kwargs))
+
+
+def _measure_cuda(call: Call, device: torch.device) -> Entry:
+    _run(call, device)  # the first call makes handles and tunes kernels, which later calls keep
+    args, kwargs = pytree.tree_map_only(
+        TensorSpec, lambda s: s.stand_in(device), (call.args, call.kwargs)
+    )
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call.target(*args, **kwargs)
+    torch.cuda.synchronize(device)
+    return _entry(torch.cuda.max_memory_allocated(device) - before, result, (args, kwargs))
+
+
+def _entry(highest: int, result: Any, given: Any) -> Entry:
+    old = {storage_key(t) for t in tensors_in(given)}
+    new = {storage_key(t): t.untyped_storage().nbytes() for t in tensors_in(result)}
+    fresh = sum(nbytes for key, nbytes in new.items() if key not in old)
+    return Entry(
+        max(0, highest - fresh),
+        tuple(tuple(t.stride()) for t in tensors_in(result)),
+        tuple(new[storage_key(t)] for t in tensors_in(result)),
+    )
+
+
+def _fits(call: Call, device: torch.device) -> bool:
+    """Is there room for the operands?  Where there is none, the table's figure has to do."""
+    specs = [
+        s for s in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(s, TensorSpec)
+    ]
+    needed = sum(s.empty("meta").untyped_storage().nbytes() for s in specs)
+    return needed < 64 << 20 or 3 * needed < free_memory(device)
+
+
+# -- The table on disk --------------------------------------------------------------------------------
+
+
+def cache_path(device: torch.device) -> Path:
+    """The calibration file of this device, torch version and thread count."""
+    folder = os.environ.get("FXMEM_CACHE_DIR") or Path.home() / ".cache" / "fxmem"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    kind = f"{name}-{torch.__version__}-{torch.get_num_threads()}".replace(" ", "_")
+    return Path(folder) / f"workspaces-{kind}.json"
+
+
+def load_workspaces(device: torch.device) -> Workspaces:
+    """The table on disk; an unreadable file counts as empty, since it can be measured again."""
+    try:
+        table = json.loads(cache_path(device).read_text())
+        return Workspaces(
+            {
+                str(k): Entry(int(n), tuple(map(tuple, strides)), tuple(storages))
+                for k, (n, strides, storages) in table.items()
+            }
+        )
+    except (OSError, ValueError, AttributeError, TypeError):
+        return Workspaces()
+
+
+def save_workspaces(workspaces: Workspaces, device: torch.device) -> None:
+    """Write the table in one step, so that a reader never sees half of it."""
+    path = cache_path(device)
+    table = {k: [e.nbytes, e.strides, e.storages] for k, e in workspaces.table.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(table, file, separators=(",", ":"), sort_keys=True)
+        os.replace(file.name, path)
+    except OSError:
+        return  # a read-only home: the figures are measured again next time
+
+
+def calibrate(
+    graphs: Iterable[fx.Graph], device: torch.device, known: Workspaces | None = None
+) -> Workspaces:
+    """The table for these graphs: from disk, and measured where the disk does not know."""
+    start = known or load_workspaces(device)
+    table = start
+    for graph in graphs:
+        table = table.calibrated(graph, device)
+    if len(table.table) > len(start.table):
+        save_workspaces(table, device)
+    return table

@@ -1,0 +1,75 @@
+"""Cleanup: make the backward independent of what the forward changes.
+
+before                                          after
+  # backward                                      # backward
+  d = native_batch_norm_backward(..., mean', ...)  d = native_batch_norm_backward(..., None, ...)
+  e = mul(g, counter)                              e = mul(g, counter_before)
+
+A training batch norm's backward takes the running statistics and ignores them, yet reading them
+would save two tensors that the step itself overwrites.  An input that the step changes is read by
+the backward as it was before, so a copy is made while it still is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxmem.graph import JointGraph, is_backward, is_view
+from fxmem.passes.base import insert_like
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CleanupPass:
+    name: ClassVar[str] = "cleanup"
+
+    def apply(self, graph: JointGraph) -> JointGraph:
+        graph = graph.copy()
+        for node in graph.nodes:
+            if node.target is aten.native_batch_norm_backward.default and node.args[7] is True:
+                _forget_running_statistics(node)
+        for mutated in graph.mutated_inputs():
+            _copy_for_backward(graph.module.graph, mutated)
+        graph.module.graph.eliminate_dead_code(_is_impure)
+        return graph.verified()
+
+
+def _forget_running_statistics(node: fx.Node) -> None:
+    # native_batch_norm_backward(grad, input, weight, running_mean, running_var, ...)
+    node.args = (*node.args[:3], None, None, *node.args[5:])
+
+
+def _copy_for_backward(graph: fx.Graph, mutated: fx.Node) -> None:
+    """Let the backward read a copy of an input that the forward changes."""
+    readers = [n for n in _readers_through_views(mutated) if is_backward(n)]
+    if not readers:
+        return
+    last_placeholder = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last_placeholder):
+        copy = insert_like(
+            graph, mutated, aten.clone.default, (mutated,), suffix="before", backward=False
+        )
+    copy.meta["fxmem_keep"] = "the step changes this input"
+    mutated.replace_all_uses_with(copy, delete_user_cb=lambda n: n is not copy, propagate_meta=False)
+
+
+def _readers_through_views(node: fx.Node) -> list[fx.Node]:
+    readers: list[fx.Node] = []
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        readers.append(user)
+        if is_view(user):
+            stack += list(user.users)
+    return readers
+
+
+def _is_impure(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    return node.op == "call_function" and node.is_impure()

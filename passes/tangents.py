@@ -1,0 +1,144 @@
+"""Undefined tangents: the gradients that nobody sends need no zeros.
+
+before                                     after UndefinedTangentsPass(("tangents_2",))
+  tangents_2: f32[B, V] = input              tangents_2: f32[B, V] = input
+  # backward                                 # backward
+  g = add(tangents_2, h)                     r = relu_backward(h)
+  r = relu_backward(g)                       return r, None
+  u = mm(tangents_3, w)
+  return r, u
+
+A model that returns its loss and its logits gets a gradient for the loss alone.  Autograd leaves
+the other one undefined, and so the step should neither make zeros for it nor add them.  Gradients
+are linear in the tangents, so zero travels through every operator below; where one is not known to
+be linear, zeros are made after all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxmem.graph import JointGraph, is_backward, is_view, operator_name
+from fxmem.passes.base import insert_like
+
+aten = torch.ops.aten
+
+_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+_LINEAR = {
+    "_to_copy", "bmm", "cat", "clone", "constant_pad_nd", "copy", "div", "index", "index_put",
+    "masked_fill", "mean", "mm", "mul", "neg", "select_scatter", "slice_scatter", "squeeze", "stack",
+    "sum", "where", "_unsafe_index", "unfold", "gather", "index_select", "flip", "roll", "repeat",
+    "addmm", "convolution", "contiguous", "_unsafe_view", "_reshape_copy", "as_strided_scatter",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UndefinedTangentsPass:
+    """tangents: names of the placeholders that will be undefined."""
+
+    tangents: tuple[str, ...]
+    name: ClassVar[str] = "undefined_tangents"
+
+    def apply(self, graph: JointGraph) -> JointGraph:
+        graph = graph.copy()
+        _Zeros(graph, self.tangents).spread()
+        graph.module.graph.eliminate_dead_code()
+        return graph.verified()
+
+
+class _Zeros:
+    """Nodes known to be zero, and nodes that depend on a tangent at all."""
+
+    def __init__(self, graph: JointGraph, tangents: tuple[str, ...]) -> None:
+        self.graph = graph
+        self.zero = {n for n in graph.nodes if n.name in tangents}
+        self.varying = {n for n in graph.nodes if n.op == "placeholder" and is_backward(n)}
+
+    def spread(self) -> None:
+        if not self.zero:
+            return
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                self._visit(node)
+        output = self.graph.module.graph.output_node()
+        output.args = (tuple(None if o in self.zero else o for o in output.args[0]),)
+
+    def _visit(self, node: fx.Node) -> None:
+        varying = [i for i in node.all_input_nodes if i in self.varying]
+        if not varying:
+            return
+        self.varying.add(node)
+        zeros = [i for i in varying if i in self.zero]
+        if not zeros:
+            return
+        if node.target in _SUMS and len(varying) == 2 and len(zeros) == 1:
+            self._skip_sum(node, zeros[0])
+        elif len(zeros) == len(varying) and _keeps_zero(node, zeros):
+            self.zero.add(node)
+        else:
+            self._materialize(node, zeros)
+
+    def _skip_sum(self, node: fx.Node, zero: fx.Node) -> None:
+        """a + 0 is a, where shapes and types agree and a is not scaled."""
+        left, right = node.args[:2]
+        other = right if left is zero else left
+        negated = node.target is aten.sub.Tensor and left is zero
+        scaled = node.kwargs.get("alpha", 1) != 1 and right is other
+        if not isinstance(other, fx.Node) or negated or scaled or not _same_type(node, other):
+            self._materialize(node, [zero])
+            return
+        node.replace_all_uses_with(other, propagate_meta=False)
+
+    def _materialize(self, node: fx.Node, zeros: list[fx.Node]) -> None:
+        for zero in zeros:
+            value = zero.meta["val"]
+            with self.graph.module.graph.inserting_before(node):
+                made = insert_like(
+                    self.graph.module.graph,
+                    zero,
+                    aten.full.default,
+                    (list(value.shape), 0),
+                    {"dtype": value.dtype, "device": value.device},
+                    suffix="zeros",
+                    backward=True,
+                )
+            node.replace_input_with(zero, made)
+
+
+def _keeps_zero(node: fx.Node, zeros: list[fx.Node]) -> bool:
+    """Is the result zero when these inputs, all that depend on a tangent, are zero?"""
+    name = operator_name(node)
+    if is_view(node) or name == "getitem" or "backward" in name:
+        return True
+    if name == "div":
+        return node.args[0] in zeros
+    if name in ("where", "cat", "stack", "index_put", "masked_fill", "select_scatter", "addmm"):
+        return _only_zeros_or_constants(node, zeros)
+    return name in _LINEAR
+
+
+def _only_zeros_or_constants(node: fx.Node, zeros: list[fx.Node]) -> bool:
+    """These combine values by adding or choosing: every floating operand must be zero."""
+    return all(i in zeros or not _is_floating(i) for i in node.all_input_nodes) and not any(
+        isinstance(a, (int, float)) and not isinstance(a, bool) and a != 0 and operator_name(node) == "masked_fill"
+        for a in node.args
+    )
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+
+
+def _same_type(node: fx.Node, other: fx.Node) -> bool:
+    mine: Any = node.meta.get("val")
+    theirs: Any = other.meta.get("val")
+    return (
+        mine.shape == theirs.shape
+        and mine.dtype == theirs.dtype
+        and tuple(mine.stride()) == tuple(theirs.stride())
+    )

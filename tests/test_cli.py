@@ -1,0 +1,276 @@
+"""The command line: exit status, JSON, and messages for what cannot be used."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxmem.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+MODELS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(16, 64), nn.GELU(),
+                                                    nn.Linear(64, 16)) for _ in range(4)))
+
+    def forward(self, x, scale=1.0):
+        return (self.layers(x) * scale).square().mean()
+
+
+def build():
+    return Net(), (torch.ones(256, 16),)
+
+
+def build_with_kwargs():
+    return Net(), (torch.ones(256, 16),), {"scale": 2.0}
+
+
+def build_one_tensor():
+    return Net(), torch.ones(256, 16)
+
+
+def wrong():
+    return "not a model"
+
+
+def wrong_parts():
+    return Net(), 5
+
+
+def broken():
+    raise RuntimeError("no weights here")
+
+
+def leaves():
+    raise SystemExit(0)
+
+
+constant = 5
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXMEM_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def models(tmp_path):
+    path = tmp_path / "models.py"
+    path.write_text(MODELS)
+    return path
+
+
+def outcome(capsys, *arguments):
+    """Exit status, standard output, standard error of one command."""
+    try:
+        status = main([str(a) for a in arguments])
+    except SystemExit as error:
+        status = error.code
+    return (status, *capsys.readouterr())
+
+
+# Planning
+
+
+@pytest.mark.parametrize("function", ["build", "build_with_kwargs", "build_one_tensor"])
+def test_plan_prints_one_line(capsys, models, function):
+    status, out, err = outcome(capsys, "plan", f"{models}:{function}", "--budget", "0.8x")
+    assert status == 0, err
+    assert out.startswith("Plan(peak ")
+
+
+def test_plan_is_saved_and_compared(capsys, models, tmp_path):
+    loose, tight = tmp_path / "loose.json", tmp_path / "tight.json"
+    for path, budget in ((loose, "2x"), (tight, "min")):
+        status, _, err = outcome(
+            capsys, "plan", f"{models}:build", "--budget", budget, "--out", path
+        )
+        assert status == 0, err
+    status, out, _ = outcome(capsys, "diff", loose, tight)
+    assert status == 0
+    assert "keep -> recompute" in out
+    status, out, _ = outcome(capsys, "diff", loose, tight, "--json")
+    data = json.loads(out)
+    assert data["predicted_peak"][0] > data["predicted_peak"][1]
+    assert data["changes"]
+
+
+def test_plan_as_json(capsys, models):
+    status, out, _ = outcome(capsys, "plan", f"{models}:build", "--budget", "0.8x", "--json")
+    assert status == 0
+    assert json.loads(out)["predicted_peak"] <= json.loads(out)["budget"]
+
+
+def test_report(capsys, models):
+    arguments = ("report", f"{models}:build", "--budget", "0.8x", "--allow", "recompute")
+    status, out, err = outcome(capsys, *arguments, "--reserve", "1KiB")
+    assert status == 0, err
+    assert out.startswith("fxmem  Net")
+    assert "1. Live at the peak" in out
+    status, out, _ = outcome(capsys, *arguments, "--json")
+    assert json.loads(out)["fits"] is True
+
+
+def test_a_budget_that_nothing_fits_is_status_2(capsys, models):
+    status, out, err = outcome(capsys, "plan", f"{models}:build", "--budget", "1KiB")
+    assert status == 2
+    assert not out
+    assert "smallest plan peaks at" in err
+    status, out, err = outcome(capsys, "report", f"{models}:build", "--budget", "1KiB", "--json")
+    assert status == 2
+    assert json.loads(out)["smallest_peak"] > 1024
+    assert err
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("models.py", "package.module:callable or file.py:callable"),
+        ("", "package.module:callable or file.py:callable"),
+        (":build", "package.module:callable or file.py:callable"),
+        ("models.py:", "package.module:callable or file.py:callable"),
+        ("nothing.py:build", "no such file: nothing.py"),
+        ("no_such_package_of_ours:build", "No module named"),
+        ("{models}:missing", "no callable 'missing'"),
+        ("{models}:constant", "no callable 'constant'"),
+        ("{models}:wrong", "returned str"),
+        ("{models}:wrong_parts", "returned (Net, int)"),
+        ("{models}:broken", "RuntimeError: no weights here"),
+        ("{models}:leaves", "SystemExit"),
+    ],
+)
+def test_a_bad_model_is_one_clear_message(capsys, models, spec, says):
+    status, out, err = outcome(
+        capsys, "plan", spec.replace("{models}", str(models)), "--budget", "0.5x"
+    )
+    assert status == 1
+    assert not out
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_a_missing_function_lists_those_that_exist(capsys, models):
+    _, _, err = outcome(capsys, "plan", f"{models}:missing", "--budget", "0.5x")
+    assert "build, build_with_kwargs" in err
+
+
+def test_a_failing_function_names_its_line(capsys, models):
+    _, _, err = outcome(capsys, "plan", f"{models}:broken", "--budget", "0.5x")
+    line = MODELS.splitlines().index('    raise RuntimeError("no weights here")') + 1
+    assert f"models.py:{line}" in err
+
+
+@pytest.mark.parametrize("budget", ["20", "0", "-1GiB", "much"])
+def test_a_budget_that_cannot_be_read_is_status_1(capsys, models, budget):
+    status, _, err = outcome(capsys, "plan", f"{models}:build", f"--budget={budget}")
+    assert status == 1
+    assert "accepted" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("dance",),
+        ("plan",),
+        ("plan", "models.py:build"),
+        ("demo", "--model", "llama"),
+        ("demo", "--steps", "0"),
+        ("diff", "a.json"),
+        ("doctor", "--colour"),
+    ],
+)
+def test_wrong_usage_is_status_1(capsys, arguments):
+    status, out, err = outcome(capsys, *arguments)
+    assert status == 1
+    assert not out
+    assert "usage: " in err
+
+
+def test_diff_of_what_is_no_plan(capsys, tmp_path):
+    path = tmp_path / "\x1b[31mred.json"
+    path.write_text("{}")
+    status, _, err = outcome(capsys, "diff", path, path)
+    assert status == 1
+    assert "\x1b" not in err
+    status, out, _ = outcome(capsys, "diff", tmp_path / "none.json", path, "--json")
+    assert status == 1
+    assert "no plan file" in json.loads(out)["error"]
+
+
+def test_an_unwritable_plan_file(capsys, models, tmp_path):
+    path = tmp_path / "missing" / "plan.json"
+    status, _, err = outcome(capsys, "plan", f"{models}:build", "--budget", "0.8x", "--out", path)
+    assert status == 1
+    assert "cannot write the plan" in err
+
+
+# Help and doctor
+
+
+def test_help_says_that_the_models_code_runs(capsys):
+    status, out, _ = outcome(capsys, "plan", "--help")
+    assert status == 0
+    assert "imports and runs that code" in " ".join(out.split())
+    assert "80%" in out
+
+
+def test_doctor(capsys):
+    status, out, _ = outcome(capsys, "doctor")
+    assert status == 0
+    assert "torch checked" in out
+    status, out, _ = outcome(capsys, "doctor", "--json")
+    facts = json.loads(out)
+    assert facts["threads"] >= 1
+    assert "workspaces-" in facts["calibration cache"]
+
+
+def test_python_dash_m():
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "fxmem", "doctor", "--json"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["python"]
+
+
+# The demo
+
+
+@pytest.mark.parametrize("model", ["gpt", "resnet"])
+def test_demo_trains_the_same_twice(capsys, model):
+    if model == "resnet":
+        pytest.importorskip("sklearn")
+    status, out, err = outcome(
+        capsys, "demo", "--model", model, "--steps", "2", "--budget", "0.7x", "--json"
+    )
+    assert status == 0, err
+    data = json.loads(out)
+    assert data["identical"]
+    assert data["planned"]["peak"] < data["unchanged"]["peak"]
+    assert len(data["losses"]) == 2
+
+
+def test_the_resnet_demo_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    status, _, err = outcome(capsys, "demo", "--model", "resnet")
+    assert status == 1
+    assert "pip install scikit-learn" in err
