@@ -1,8 +1,8 @@
 """fxmem: fit a PyTorch training step into a byte budget, exactly.
 
-    opt = fxmem.optimize(model, "8GiB", (batch,))
-    loss = opt(batch)
-    loss.backward()
+opt = fxmem.optimize(model, "8GiB", (batch,))
+loss = opt(batch)
+loss.backward()
 """
 
 from fxmem.api import optimize, plan

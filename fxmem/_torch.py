@@ -109,12 +109,15 @@ def joint_compile(
 
     run_backward: called with the backward's arguments in a list, in place of the backward itself.
     """
-    return aot_compile_joint_with_descriptors(
-        exported,
-        partition_fn=lambda *_, **__: (forward, backward),
-        fw_compiler=lambda module, _: boxed(module),
-        bw_compiler=lambda *_: mark_boxed(run_backward),
-    )
+    # No buffer is donated: our backward writes into no saved tensor, so it may run twice.
+    exported._aot_state.fw_metadata.bw_donated_idxs = []
+    with torch._functorch.config.patch(donated_buffer=False):
+        return aot_compile_joint_with_descriptors(
+            exported,
+            partition_fn=lambda *_, **__: (forward, backward),
+            fw_compiler=lambda module, _: boxed(module),
+            bw_compiler=lambda *_: mark_boxed(run_backward),
+        )
 
 
 def boxed(module: fx.GraphModule) -> BoxedCallable:

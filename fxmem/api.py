@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from fxmem.cost import CostModel
 from fxmem.dynamic import dynamic_names, marked
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.graph import Role
-from fxmem.pipeline import Options, analyze, decide
+from fxmem.pipeline import Options, analyze, decide, unchanged_step
 from fxmem.plan import Plan
 from fxmem.runtime import OptimizedModule, Session
 from fxmem.units import format_bytes
@@ -115,13 +114,14 @@ def plan(
             "  try: fxmem.plan(model, budget, (batch,)) or example_kwargs={...}"
         )
     names = dynamic_names(dynamic_shapes, model, call)
+    unchanged = unchanged_step(call)
     with torch.enable_grad(), capture(marked(call, names), names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             raise CaptureError(
                 "nothing in this step needs a gradient, so nothing is saved for a backward.\n"
                 "  try: check requires_grad of the parameters, and torch.no_grad() in forward"
             )
-        found = decide(analyze(captured.graph, call, options.cost), options).plan
+        found = decide(analyze(captured.graph, call, unchanged, options.cost), options).plan
     _warn_if_over(found)
     return found
 
@@ -150,7 +150,9 @@ def read_options(
     if on_infeasible not in ("raise", "best"):
         raise FxmemError(f"on_infeasible should be 'raise' or 'best', not {on_infeasible!r}")
     if compiler != "eager":
-        raise FxmemError(f"compiler should be 'eager', not {compiler!r}: graphs run op by op so far")
+        raise FxmemError(
+            f"compiler should be 'eager', not {compiler!r}: graphs run op by op so far"
+        )
     if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < 1:
         raise FxmemError(f"noise should be a number from 0 to below 1, not {noise!r}")
     return Options(
@@ -234,6 +236,3 @@ def _warn_if_over(plan: Plan) -> None:
             f"peaks at {format_bytes(plan.predicted_peak)}, is applied",
             stacklevel=3,
         )
-
-
-

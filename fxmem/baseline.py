@@ -39,10 +39,10 @@ class _Moment:
 def eager_peak(call: StepCall, workspaces: Workspaces, device: torch.device) -> int:
     """Bytes at the peak of one eager training step, parameters and inputs included.
 
-    Operators that the table does not know yet are measured on ``device``.
+    Operators that the table does not know yet are measured on ``device``.  Not to be called within
+    a capture, where models believe themselves traced.
     """
-    with fake_tensors_off():  # a capture around has a fake mode of its own
-        moments = _watched_step(call, workspaces, device)
+    moments = _watched_step(call, workspaces, device)
     peak = 0
     for moment in sorted(moments, key=lambda m: -m.live):
         entry = workspaces.look_up(moment.call, device) if moment.call else None
@@ -50,9 +50,7 @@ def eager_peak(call: StepCall, workspaces: Workspaces, device: torch.device) -> 
     return peak
 
 
-def _watched_step(
-    call: StepCall, workspaces: Workspaces, device: torch.device
-) -> list[_Moment]:
+def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) -> list[_Moment]:
     mode = new_fake_mode()
     fake = _fake_call(call, mode)
     watch = _StorageWatch(workspaces, device)

@@ -19,6 +19,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from fxmem import _torch
 from fxmem.errors import CaptureError, FxmemError
+from fxmem.fakes import fake_like, refresh, views_below
 from fxmem.graph import Input, JointGraph, OutputKind, Role, Symbol, is_backward
 from fxmem.sizes import tensors_in
 
@@ -133,6 +134,8 @@ _OUTPUT_KINDS = {
 
 def _joint_graph(exported: Any, roles: list[Input], names: dict[str, dict[int, str]]) -> JointGraph:
     module: fx.GraphModule = exported.graph_module
+    _tag_backward(module)
+    _own_tangents(module)
     descriptions = module.graph.output_node().meta["desc"]
     kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
     num_forward = sum(1 for kind in kinds if kind is not OutputKind.GRADIENT)
@@ -141,6 +144,25 @@ def _joint_graph(exported: Any, roles: list[Input], names: dict[str, dict[int, s
     graph = JointGraph(module, num_forward, inputs, kinds)
     graph.symbols.update(_symbols(graph, names))
     return graph.verified()
+
+
+def _tag_backward(module: fx.GraphModule) -> None:
+    """Whatever depends on a tangent runs in the backward.
+
+    Autograd's tags miss the body of a user's own backward function.
+    """
+    for node in module.graph.nodes:
+        if node.op == "call_function" and any(map(is_backward, node.all_input_nodes)):
+            node.meta["partitioner_tag"] = "is_backward"
+
+
+def _own_tangents(module: fx.GraphModule) -> None:
+    """Tangents come from the caller, though their example values alias the outputs'."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        if is_backward(node) and isinstance(node.meta.get("val"), torch.Tensor):
+            views = views_below(node)
+            node.meta["val"] = fake_like(node.meta["val"])
+            refresh(views)
 
 
 def _input(node: fx.Node, roles: list[Input]) -> Input:
@@ -173,7 +195,9 @@ def _symbols(graph: JointGraph, names: dict[str, dict[int, str]]) -> dict[Any, S
                 given = names.get(where, {}).get(dim)
                 symbols.setdefault(
                     size.node.expr,
-                    Symbol(given or f"{where}.shape[{dim}]", int(size.node.hint), f"{where}, {dim}"),
+                    Symbol(
+                        given or f"{where}.shape[{dim}]", int(size.node.hint), f"{where}, {dim}"
+                    ),
                 )
     return symbols
 
@@ -181,7 +205,9 @@ def _symbols(graph: JointGraph, names: dict[str, dict[int, str]]) -> dict[Any, S
 # -- Errors in the user's words ---------------------------------------------------------------------
 
 
-_USER_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s+(?P<code>.+)')
+_USER_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s+(?P<code>.+)'
+)
 _OWN_FILES = ("/fxmem/", "/torch/", "<frozen", "<string>", "<eval_with_key>")
 
 
@@ -227,7 +253,9 @@ def _way_out(error: Exception) -> str:
             "or optimize the submodules around it one by one"
         )
     if name == "TorchRuntimeError":
-        return "run the model once without fxmem on the same inputs: the operator itself refuses them"
+        return (
+            "run the model once without fxmem on the same inputs: the operator itself refuses them"
+        )
     if isinstance(error, TorchDynamoException):
         return (
             "torch.compile(model, fullgraph=True) must accept the step; move the reported call out "

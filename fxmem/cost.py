@@ -66,4 +66,3 @@ def _numel(tensor: torch.Tensor) -> int:
 
 def _nbytes(value: object) -> int:
     return sum(_numel(t) * t.element_size() for t in tensors_in(value))
-

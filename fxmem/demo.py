@@ -1,11 +1,12 @@
-"""The demo: train a model as it is, then in a budget, and compare every loss and both peaks."""
+"""The demo: train a model as it is and in a budget, and compare every loss and both peaks."""
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -89,64 +90,78 @@ class Demo:
 
 
 def run(name: str = "gpt", budget: int | float | str = "0.4x", steps: int = 20) -> Demo:
-    """Train the model ``name`` for ``steps`` steps unchanged, then again in ``budget``.
+    """Train the model ``name`` for ``steps`` steps unchanged and, beside it, in ``budget``.
 
-    Both runs start from the same parameters, batches and seed.  Raises ``BudgetInfeasibleError``.
+    Both start from the same parameters and see the same batches and seeds.  Raises
+    ``BudgetInfeasibleError``.
     """
     chosen = task(name, steps)
-    model = chosen.model
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    optimized = fxmem.optimize(model, budget, chosen.batches[0])
-    resident = optimized.plan.resident
-    unchanged = _train(model, model, chosen, resident, "unchanged")
-    model.load_state_dict(start)
-    planned = _train(optimized, model, chosen, resident, "in the budget")
+    copied = copy.deepcopy(chosen.model)
+    optimized = fxmem.optimize(copied, budget, chosen.batches[0])
+    plan = optimized.plan
+    sides = (_Side(chosen.model, chosen.model), _Side(optimized, copied))
+    for side in sides:
+        side.measure(chosen.batches[0], plan.resident)
+    _train(sides, chosen)
+    unchanged, planned = (side.training() for side in sides)
     same = _same_named(unchanged.gradients, planned.gradients)
     gradients = "bitwise equal to the unchanged step's" if same else "NOT equal to the unchanged"
-    return Demo(Report(optimized.plan, planned.peak, gradients), unchanged, planned)
+    return Demo(Report(plan, planned.peak, gradients), unchanged, planned)
 
 
-def _train(
-    step: Callable[..., Tensor], model: nn.Module, chosen: Task, resident: int, label: str
-) -> Training:
-    """Measure one step, then train.  ``step`` computes the loss with ``model``'s parameters."""
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    peak, gradients = _measured_step(step, model, chosen.batches[0], resident)
-    model.load_state_dict(start)  # a batch norm counts the measured step, too
-    torch.manual_seed(_SEED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate)
-    losses, seconds = [], []
-    for batch in tqdm(chosen.batches, desc=f"{chosen.name} {label}", unit="step", disable=None):
+@dataclass
+class _Side:
+    """One of the two runs.  step: computes the loss of a batch with the parameters of ``model``."""
+
+    step: Callable[..., Tensor]
+    model: nn.Module
+    peak: int = 0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def measure(self, batch: Batch, resident: int) -> None:
+        """Bytes that one step holds at its peak, and its gradients; the model stays as it is.
+
+        Everything else that is alive (other batches, the other side) is there before the step and
+        after it, so it cancels; what the step finds there of its own is ``resident``.
+        """
+        start = {key: value.clone() for key, value in self.model.state_dict().items()}
+        for _ in range(2):  # the first call prepares, the second is measured
+            self.model.zero_grad()
+            torch.manual_seed(_SEED)
+            measured = fxmem.measure(lambda: self.step(*batch).backward())
+        self.peak = measured.peak - measured.at_start + resident
+        gradients = {name: p.grad for name, p in self.model.named_parameters()}
+        self.gradients = {name: g.clone() for name, g in gradients.items() if g is not None}
+        self.model.zero_grad()
+        self.model.load_state_dict(start)  # a batch norm counts the measured steps, too
+
+    def train(self, batch: Batch, seed: int, optimizer: torch.optim.Optimizer) -> None:
+        torch.manual_seed(seed)
         began = time.perf_counter()
-        loss = step(*batch)
+        loss = self.step(*batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
-        losses.append(loss.detach())
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    return Training(losses, state, gradients, peak, statistics.median(seconds[1:] or seconds))
+        self.seconds.append(time.perf_counter() - began)
+        self.losses.append(loss.detach())
+
+    def training(self) -> Training:
+        median = statistics.median(self.seconds[1:] or self.seconds)
+        return Training(self.losses, self.model.state_dict(), self.gradients, self.peak, median)
 
 
-def _measured_step(
-    step: Callable[..., Tensor], model: nn.Module, batch: Batch, resident: int
-) -> tuple[int, dict[str, Tensor]]:
-    """Bytes that one step holds at its peak, and its gradients.
+def _train(sides: Sequence[_Side], chosen: Task) -> None:
+    """Both sides take turns, so that whatever else the machine does slows both alike."""
+    optimizers = [torch.optim.AdamW(s.model.parameters(), lr=chosen.learning_rate) for s in sides]
+    bar = tqdm(chosen.batches, desc=f"{chosen.name}, both ways", unit="step", disable=None)
+    for number, batch in enumerate(bar):
+        for side, optimizer in zip(sides, optimizers, strict=True):
+            side.train(batch, _SEED + number, optimizer)
 
-    Everything else that is alive (other batches, saved states) is there before the step and after
-    it, so it cancels; what the step finds there of its own is ``resident``.
-    """
 
-    def one_step() -> None:
-        step(*batch).backward()
-
-    for _ in range(2):  # the first call prepares, the second is measured
-        model.zero_grad()
-        torch.manual_seed(_SEED)
-        measured = fxmem.measure(one_step)
-    gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return measured.peak - measured.at_start + resident, gradients
+# -- Equal to the bit ------------------------------------------------------------------------------
 
 
 def _same(mine: list[Tensor], theirs: list[Tensor]) -> bool:

@@ -169,7 +169,7 @@ class ResNet(nn.Module):
 
 def _resnet(steps: int) -> Task:
     images, labels = _digits()
-    picks = [torch.randint(len(images), (48,)) for _ in range(steps)]
+    picks = [torch.randint(len(images), (32,)) for _ in range(steps)]
     return Task("resnet", ResNet(), [(images[p], labels[p]) for p in picks], learning_rate=1e-3)
 
 

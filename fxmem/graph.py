@@ -188,14 +188,15 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 
 def source_line(node: fx.Node) -> str:
     """Where the user's code made the node, as ``file.py:12 in forward``; empty if unknown."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    trace = node.meta.get("stack_trace") or ""
+    frames = [f for f in _FRAME.findall(trace) if not f[0].endswith("fxmem/capture.py")]
     if not frames:
         return ""
     file, line, function = frames[-1]
     return f"{file.rsplit('/', 1)[-1]}:{line} in {function}"
 
 
-_MODULE_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)")
+_MODULE_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 
 
 def module_name(node: fx.Node) -> str:

@@ -169,7 +169,11 @@ def second_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """
     if node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True:
         x, weight, bias, _, _, training, momentum, eps = node.args
-        return aten._native_batch_norm_legit.no_stats, (x, weight, bias, training, momentum, eps), {}
+        return (
+            aten._native_batch_norm_legit.no_stats,
+            (x, weight, bias, training, momentum, eps),
+            {},
+        )
     return node.target, tuple(node.args), dict(node.kwargs)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -26,7 +25,9 @@ from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.plan import Plan
 from fxmem.planner import Choice, Planner
 from fxmem.tags import tagged_values
-from fxmem.workspace import Workspaces, calibrate
+from fxmem.workspace import Workspaces, load_workspaces, save_workspaces
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,47 @@ class Analysis:
     call: StepCall = field(repr=False)
 
 
-def analyze(graph: JointGraph, call: StepCall, cost: CostModel | None = None) -> Analysis:
+@dataclass(frozen=True)
+class Unchanged:
+    """The user's step as it is: its device, its peak in bytes, and the workspaces it met.
+
+    peak is None where the model cannot run on a copy with fake tensors.
+    """
+
+    device: torch.device
+    peak: int | None
+    workspaces: Workspaces
+
+
+def unchanged_step(call: StepCall) -> Unchanged:
+    """Look at the step before it is captured."""
+    device = device_of(call)
+    workspaces = load_workspaces(device)
+    try:
+        peak = eager_peak(call, workspaces, device)
+    except Exception as error:  # whatever a model's own code may raise: capture will say it better
+        log.info("the unchanged step could not be run on fake tensors: %s", error)
+        peak = None
+    return Unchanged(device, peak, workspaces)
+
+
+def analyze(
+    graph: JointGraph, call: StepCall, unchanged: Unchanged, cost: CostModel | None = None
+) -> Analysis:
     """Clean the joint graph up and measure what the planner needs to know about it."""
-    device = device_of(graph)
+    device = unchanged.device
     cost = cost or default_cost_model(device)
     graph = CleanupPass().apply(graph)
     undefined = undefined_tangents(graph)
-    workspaces = calibrate([graph.module.graph], device)
+    workspaces = unchanged.workspaces.calibrated(graph.module.graph, device)
+    save_workspaces(workspaces, device)
     expected = UndefinedTangentsPass(undefined).apply(graph)
     flow = dataflow(expected, workspaces, cost, recomputable_nodes(expected))
     keep, remake = tagged_values(flow)
     planner = Planner(flow, keep, remake)
-    baseline = eager_peak(call, workspaces, device)
+    baseline = unchanged.peak
+    if baseline is None:
+        baseline = planner.keep_all().outcome.peak
     return Analysis(
         graph, expected, undefined, flow, planner, workspaces, cost, device, baseline, call
     )
@@ -103,9 +133,7 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     return Planned(plan, rewritten, halves, analysis.undefined)
 
 
-def _choose(
-    analysis: Analysis, options: Options, budget: int | None
-) -> tuple[Choice, int | None]:
+def _choose(analysis: Analysis, options: Options, budget: int | None) -> tuple[Choice, int | None]:
     """The choice to apply, and the smallest peak shown to be reachable where somebody looked."""
     planner = analysis.planner
     if options.plan is not None:
@@ -168,9 +196,11 @@ def recompute_pass(flow: Dataflow, planner: Planner, choice: Choice) -> Recomput
 # -- Questions about the step ------------------------------------------------------------------------
 
 
-def device_of(graph: JointGraph) -> torch.device:
+def device_of(call: StepCall) -> torch.device:
     """The device that the budget is about: an accelerator if the step uses one."""
-    devices = {n.meta["val"].device for n in graph.placeholders() if hasattr(n.meta["val"], "device")}
+    leaves = [*call.model.parameters(), *call.model.buffers()]
+    leaves += torch.utils._pytree.tree_leaves((call.args, call.kwargs, call.loss_inputs))
+    devices = {t.device for t in leaves if isinstance(t, torch.Tensor)}
     accelerators = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
     if accelerators:
         return accelerators[0]
@@ -202,6 +232,3 @@ def backward_for(planned: Planned, undefined: tuple[str, ...]) -> fx.GraphModule
     if unknown:
         raise VerificationError(f"the forward does not save {unknown}")
     return backward
-
-
-Compile = Callable[..., Any]

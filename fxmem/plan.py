@@ -245,7 +245,10 @@ def _plan_from(data: Any) -> Plan:
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema {version!r}")
     data["decisions"] = tuple(_decision(d) for d in _list(data["decisions"], "decisions"))
-    data["peak"], data["before"] = _record(PeakPoint, data["peak"]), _record(PeakPoint, data["before"])
+    data["peak"], data["before"] = (
+        _record(PeakPoint, data["peak"]),
+        _record(PeakPoint, data["before"]),
+    )
     data["valid_for"] = {k: tuple(v) for k, v in data["valid_for"].items()}
     return _record(Plan, data)
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from fxmem.dataflow import Dataflow
 from fxmem.simulate import Outcome, Simulator
 
+Move = tuple[int, str]
+"""A value, and what to do with it: ``keep`` it, ``drop`` it, or let its remade copies be ``brief``."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -34,131 +37,139 @@ class Choice:
 class Planner:
     """must_keep, must_remake: values that the user's checkpoint policies decide.
 
-    limit: simulations, the search's only clock.
+    limit: simulations that one search may take, the only clock there is.
     """
 
     flow: Dataflow
     must_keep: frozenset[int] = frozenset()
     must_remake: frozenset[int] = frozenset()
-    limit: int = 20_000
+    limit: int = 4_000
     simulations: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.simulator = Simulator(self.flow)
-        candidates = self.simulator.candidates()
-        self.free = [v for v in candidates if v not in self.must_keep | self.must_remake]
+        self.candidates = self.simulator.candidates()
+        fixed = self.must_keep | self.must_remake
+        self.free = [v for v in self.candidates if v not in fixed]
+        self._until = 0
 
-    # -- The two ends ------------------------------------------------------------------------------
+    # -- What is asked of a planner ----------------------------------------------------------------
 
     def keep_all(self) -> Choice:
         """Save what the backward reads: no time added."""
-        return self._choose(self.simulator.directly_read() - self.must_remake)
+        return self.choice(self.simulator.directly_read() - self.must_remake)
 
     def fit(self, budget: int) -> Choice | None:
         """The fastest choice found that peaks at or below ``budget`` bytes; None if none was."""
         unchanged = self.keep_all()
         if unchanged.outcome.peak <= budget:
             return unchanged
-        found = [
-            self._faster(choice, budget)
-            for choice in (self._from_above(budget), self._from_below(budget))
-            if choice is not None
-        ]
-        return min(found, key=lambda c: c.rank, default=None)
+        found = [c for c in self._searches(budget) if c.outcome.peak <= budget]
+        return min((self._faster(c, budget) for c in found), key=lambda c: c.rank, default=None)
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
-        best = min((self.keep_all(), self._choose(())), key=lambda c: c.outcome.peak)
-        while True:
-            lower = self._from_below(best.outcome.peak - 1)
-            if lower is None:
-                return self._faster(best, best.outcome.peak)
-            best = lower
+        starts = [self.choice(self.must_keep, brief) for brief in self._briefs()]
+        ends = [self.keep_all(), *map(self._lower, starts)]
+        best = min(ends, key=lambda c: c.outcome.peak)
+        return self._faster(best, best.outcome.peak)
 
-    def choice(self, kept: frozenset[int], brief: frozenset[int]) -> Choice:
+    def choice(self, kept: Iterable[int], brief: frozenset[int] = frozenset()) -> Choice:
         """A given choice, judged."""
-        return self._choose(kept, brief)
-
-    # -- From above ----------------------------------------------------------------------------------
-
-    def _from_above(self, budget: int) -> Choice | None:
-        """Drop values one at a time, best overflow per second first, while that helps."""
-        current = self.keep_all()
-        heap = _Ranking(v for v in self.free if v in current.kept)
-        while (overflow := current.outcome.overflow(budget)) > 0 and self._has_time():
-
-            def gain(v: int, base: Choice = current, overflow: int = overflow) -> float:
-                after = self._choose(base.kept - {v})
-                added = after.outcome.seconds - base.outcome.seconds
-                return (overflow - after.outcome.overflow(budget)) / max(added, 1e-9)
-
-            best = heap.take(gain)
-            if best is None:
-                return None
-            current = self._choose(current.kept - {best})
-        return current if current.outcome.overflow(budget) == 0 else None
-
-    # -- From below ----------------------------------------------------------------------------------
-
-    def _from_below(self, budget: int) -> Choice | None:
-        """Keep values one at a time, most overflow removed first, from nothing kept at all."""
-        for brief in (frozenset(), frozenset(self.simulator.candidates())):
-            current = self._grow(self._choose(self.must_keep, brief), budget)
-            if current.outcome.overflow(budget) == 0:
-                return current
-        return None
-
-    def _grow(self, current: Choice, budget: int) -> Choice:
-        heap = _Ranking(self.free)
-        while (overflow := current.outcome.overflow(budget)) > 0 and self._has_time():
-
-            def gain(v: int, base: Choice = current, overflow: int = overflow) -> float:
-                after = self._choose(base.kept | {v}, base.brief)
-                return float(overflow - after.outcome.overflow(budget))
-
-            best = heap.take(gain)
-            if best is None:
-                break
-            current = self._choose(current.kept | {best}, current.brief)
-        return current
-
-    # -- Faster at the same budget ---------------------------------------------------------------------
-
-    def _faster(self, current: Choice, budget: int) -> Choice:
-        """Keep more, most seconds saved first, as long as the plan fits."""
-        current = self._lasting(current, budget)
-        heap = _Ranking(v for v in self.free if v not in current.kept)
-        while self._has_time():
-
-            def gain(v: int, base: Choice = current) -> float:
-                after = self._choose(base.kept | {v}, base.brief)
-                if after.outcome.peak > budget:
-                    return 0.0
-                return (base.outcome.seconds - after.outcome.seconds) / self.flow.values[v].nbytes
-
-            best = heap.take(gain)
-            if best is None:
-                return current
-            current = self._choose(current.kept | {best}, current.brief)
-        return current
-
-    def _lasting(self, current: Choice, budget: int) -> Choice:
-        """Let remade values stay between their readers wherever that fits."""
-        for v in sorted(current.brief, key=lambda v: self.flow.values[v].nbytes):
-            after = self._choose(current.kept, current.brief - {v})
-            if after.outcome.peak <= budget and after.outcome.seconds <= current.outcome.seconds:
-                current = after
-        return current
-
-    # -- Simulation --------------------------------------------------------------------------------------
-
-    def _choose(self, kept: Iterable[int], brief: frozenset[int] = frozenset()) -> Choice:
         self.simulations += 1
         kept = frozenset(kept) | self.must_keep
         return Choice(kept, brief, self.simulator.run(kept, brief))
 
-    def _has_time(self) -> bool:
-        return self.simulations < self.limit
+    # -- Searches for a choice that fits -----------------------------------------------------------
+
+    def _searches(self, budget: int) -> Iterable[Choice]:
+        yield self._descend(self.keep_all(), budget, ("drop",), per_second=True)
+        lasting, brief = (self.choice(self.must_keep, b) for b in self._briefs())
+        below = self._descend(lasting, budget, ("keep", "brief"))
+        yield below
+        if below.outcome.peak > budget:
+            yield self._descend(brief, budget, ("keep",))
+
+    def _briefs(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Remade values stay between their readers, or none of them does."""
+        return frozenset(), frozenset(self.candidates)
+
+    def _lower(self, current: Choice) -> Choice:
+        """Take the peak down in steps that shrink when they fail."""
+        until = self.simulations + self.limit
+        step = current.outcome.peak // 4
+        while step > current.outcome.peak // 400 and self.simulations < until:
+            target = current.outcome.peak - step
+            after = self._descend(current, target, ("keep", "brief", "drop"))
+            if after.outcome.peak > target:
+                step //= 2
+            if after.outcome.peak < current.outcome.peak:
+                current = after
+        return current
+
+    def _descend(
+        self, current: Choice, budget: int, kinds: tuple[str, ...], per_second: bool = False
+    ) -> Choice:
+        """Make moves, most overflow removed first (or most a second), until it is gone."""
+        self._until = self.simulations + self.limit
+        ranking = _Ranking((v, kind) for v in self.free for kind in kinds)
+        while (overflow := current.outcome.overflow(budget)) > 0:
+
+            def gain(move: Move, base: Choice = current, overflow: int = overflow) -> float:
+                after = self._moved(base, move)
+                if after is None:
+                    return 0.0
+                removed = overflow - after.outcome.overflow(budget)
+                added = after.outcome.seconds - base.outcome.seconds
+                return removed / max(added, 1e-9) if per_second else float(removed)
+
+            best = ranking.take(gain)
+            moved = self._moved(current, best) if best else None
+            if moved is None or self.simulations >= self._until:
+                break
+            current = moved
+        return current
+
+    def _moved(self, base: Choice, move: Move) -> Choice | None:
+        """The choice after a move; None if the move changes nothing."""
+        v, kind = move
+        if (v in base.kept) != (kind == "drop") or (kind == "brief" and v in base.brief):
+            return None
+        if kind == "brief":
+            return self.choice(base.kept, base.brief | {v})
+        kept = base.kept - {v} if kind == "drop" else base.kept | {v}
+        return self.choice(kept, base.brief)
+
+    # -- Faster at the same budget -----------------------------------------------------------------
+
+    def _faster(self, current: Choice, budget: int) -> Choice:
+        """Keep more, most seconds saved a byte first, as long as the plan fits."""
+        current = self._lasting(current, budget)
+        self._until = self.simulations + self.limit
+        ranking = _Ranking((v, "keep") for v in self.free if v not in current.kept)
+        while self.simulations < self._until:
+
+            def gain(move: Move, base: Choice = current) -> float:
+                after = self._moved(base, move)
+                if after is None or after.outcome.peak > budget:
+                    return 0.0
+                saved = base.outcome.seconds - after.outcome.seconds
+                return saved / max(self.flow.values[move[0]].nbytes, 1)
+
+            best = ranking.take(gain)
+            moved = self._moved(current, best) if best else None
+            if moved is None:
+                break
+            current = moved
+        return self._lasting(current, budget)
+
+    def _lasting(self, current: Choice, budget: int) -> Choice:
+        """Let remade values stay between their readers wherever that fits."""
+        for v in sorted(current.brief, key=lambda v: (self.flow.values[v].nbytes, v)):
+            after = self.choice(current.kept, current.brief - {v})
+            if after.outcome.peak <= budget and after.outcome.seconds <= current.outcome.seconds:
+                current = after
+        return current
 
 
 class _Ranking:
@@ -168,20 +179,19 @@ class _Ranking:
     Source: Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions".
     """
 
-    def __init__(self, items: Iterable[int]) -> None:
-        self.stale: dict[int, float] = {v: float("inf") for v in items}
+    def __init__(self, moves: Iterable[Move]) -> None:
+        self.stale: dict[Move, float] = {move: float("inf") for move in moves}
 
-    def take(self, gain: Callable[[int], float]) -> int | None:
-        """Remove and return the item with the largest positive gain; None when there is none."""
-        fresh: dict[int, float] = {}
+    def take(self, gain: Callable[[Move], float]) -> Move | None:
+        """Remove and return the move with the largest positive gain; None when there is none."""
+        fresh: set[Move] = set()
         while self.stale:
-            leader = max(self.stale, key=lambda v: (self.stale[v], -v))
+            leader = max(self.stale, key=self.stale.__getitem__)  # ties: first in graph order
             if leader in fresh:
-                break
-            self.stale[leader] = fresh[leader] = gain(leader)
-        else:
-            return None
-        if self.stale[leader] <= 0:
-            return None
-        del self.stale[leader]
-        return leader
+                if self.stale[leader] <= 0:
+                    return None
+                del self.stale[leader]
+                return leader
+            self.stale[leader] = gain(leader)
+            fresh.add(leader)
+        return None

@@ -19,7 +19,7 @@ from fxmem import _torch
 from fxmem.capture import StepCall, capture
 from fxmem.errors import FxmemError
 from fxmem.graph import JointGraph, Role
-from fxmem.pipeline import Options, Planned, analyze, backward_for, decide
+from fxmem.pipeline import Options, Planned, analyze, backward_for, decide, unchanged_step
 from fxmem.plan import Plan
 from fxmem.readable import readable
 from fxmem.report import Report
@@ -106,10 +106,11 @@ def build_program(
     call: StepCall, options: Options, names: dict[str, dict[int, str]] | None = None
 ) -> Program:
     """Capture, plan and compile one step."""
+    unchanged = unchanged_step(call)
     with capture(call, names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             return Program(captured.matches, _run_eagerly, None, None, None)
-        planned = decide(analyze(captured.graph, call, options.cost), options)
+        planned = decide(analyze(captured.graph, call, unchanged, options.cost), options)
         backward = Backward(planned, captured.graph)
         forward = planned.split.forward
         shown = readable(captured.graph, forward, backward.module)

@@ -50,7 +50,8 @@ class Simulator:
         self.always_kept = frozenset(
             v
             for v, value in enumerate(flow.values)
-            if value.producer >= 0 and not flow.operators[value.producer].recomputable
+            if 0 <= value.producer < flow.num_forward
+            and not flow.operators[value.producer].recomputable
         )
         self.readable = self._readable()
         self._static = _Static(flow, self._base)
@@ -193,9 +194,7 @@ class _Walk:
     def _forward_phase(self) -> _Forward:
         base = self.simulator._base
         extra = [
-            v
-            for v in self.kept
-            if self.flow.values[v].producer not in base and self._saved(v)
+            v for v in self.kept if self.flow.values[v].producer not in base and self._saved(v)
         ]
         if not extra:
             return self.simulator._static.forward

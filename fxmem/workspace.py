@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,9 @@ class Entry:
 class Workspaces:
     """What is known by operator signature; an unknown one counts as 0 bytes."""
 
-    def __init__(self, table: dict[str, Entry] | None = None) -> None:
+    def __init__(self, table: dict[str, Entry] | None = None, on_disk: int = 0) -> None:
         self.table = dict(table or {})
+        self.on_disk = on_disk  # how many of the entries came from the file
 
     def nbytes(self, node: fx.Node) -> int:
         """Largest bytes that the operator holds beyond its inputs and outputs."""
@@ -142,7 +142,7 @@ class Workspaces:
 
     def calibrated(self, graph: fx.Graph, device: torch.device) -> Workspaces:
         """This table and what it lacks for ``graph``, measured now; real strides go on the nodes."""
-        table = Workspaces(self.table)
+        table = Workspaces(self.table, self.on_disk)
         for node in graph.nodes:
             if has_workspace(node):
                 entry = table.look_up(Call.of_node(node), device)
@@ -282,9 +282,7 @@ def _entry(highest: int, result: Any, given: Any) -> Entry:
 
 def _fits(call: Call, device: torch.device) -> bool:
     """Is there room for the operands?  Where there is none, the table's figure has to do."""
-    specs = [
-        s for s in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(s, TensorSpec)
-    ]
+    specs = [s for s in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(s, TensorSpec)]
     needed = sum(s.empty("meta").untyped_storage().nbytes() for s in specs)
     return needed < 64 << 20 or 3 * needed < free_memory(device)
 
@@ -304,18 +302,19 @@ def load_workspaces(device: torch.device) -> Workspaces:
     """The table on disk; an unreadable file counts as empty, since it can be measured again."""
     try:
         table = json.loads(cache_path(device).read_text())
-        return Workspaces(
-            {
-                str(k): Entry(int(n), tuple(map(tuple, strides)), tuple(storages))
-                for k, (n, strides, storages) in table.items()
-            }
-        )
+        known = {
+            str(k): Entry(int(n), tuple(map(tuple, strides)), tuple(storages))
+            for k, (n, strides, storages) in table.items()
+        }
+        return Workspaces(known, len(known))
     except (OSError, ValueError, AttributeError, TypeError):
         return Workspaces()
 
 
 def save_workspaces(workspaces: Workspaces, device: torch.device) -> None:
     """Write the table in one step, so that a reader never sees half of it."""
+    if len(workspaces.table) == workspaces.on_disk:
+        return
     path = cache_path(device)
     table = {k: [e.nbytes, e.strides, e.storages] for k, e in workspaces.table.items()}
     try:
@@ -325,16 +324,3 @@ def save_workspaces(workspaces: Workspaces, device: torch.device) -> None:
         os.replace(file.name, path)
     except OSError:
         return  # a read-only home: the figures are measured again next time
-
-
-def calibrate(
-    graphs: Iterable[fx.Graph], device: torch.device, known: Workspaces | None = None
-) -> Workspaces:
-    """The table for these graphs: from disk, and measured where the disk does not know."""
-    start = known or load_workspaces(device)
-    table = start
-    for graph in graphs:
-        table = table.calibrated(graph, device)
-    if len(table.table) > len(start.table):
-        save_workspaces(table, device)
-    return table

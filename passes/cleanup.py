@@ -55,7 +55,9 @@ def _copy_for_backward(graph: fx.Graph, mutated: fx.Node) -> None:
             graph, mutated, aten.clone.default, (mutated,), suffix="before", backward=False
         )
     copy.meta["fxmem_keep"] = "the step changes this input"
-    mutated.replace_all_uses_with(copy, delete_user_cb=lambda n: n is not copy, propagate_meta=False)
+    mutated.replace_all_uses_with(
+        copy, delete_user_cb=lambda n: n is not copy, propagate_meta=False
+    )
 
 
 def _readers_through_views(node: fx.Node) -> list[fx.Node]:

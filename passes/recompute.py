@@ -24,9 +24,10 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxmem._torch import run_and_save_rng_state, run_with_rng_state
+from fxmem.fakes import fake_empty_bytes, fake_value
 from fxmem.graph import JointGraph, is_backward, is_symbolic_scalar, is_view
 from fxmem.operators import is_random, recomputable_nodes, rng_state_nbytes, second_call
-from fxmem.passes.base import fake_empty_bytes, fake_value, insert_like
+from fxmem.passes.base import insert_like
 from fxmem.sizes import storages_in
 
 
@@ -188,9 +189,7 @@ class _Rewriter:
             self.again = latest
 
     def _twin_view(self, view: fx.Node, before: fx.Node) -> fx.Node:
-        args, kwargs = fx.node.map_arg(
-            (view.args, view.kwargs), lambda n: self._source(n, before)
-        )
+        args, kwargs = fx.node.map_arg((view.args, view.kwargs), lambda n: self._source(n, before))
         with self.fx.inserting_before(before):
             return insert_like(
                 self.fx, view, view.target, args, kwargs, suffix="recompute", backward=True
@@ -198,9 +197,7 @@ class _Rewriter:
 
     def _shows_forward_value(self, node: fx.Node) -> bool:
         """A view in the backward of what the forward made: it moves to where it is read."""
-        return is_view(node) and self.forward_storages.issuperset(
-            storages_in(node.meta.get("val"))
-        )
+        return is_view(node) and self.forward_storages.issuperset(storages_in(node.meta.get("val")))
 
     def _dropped(self, node: fx.Node) -> bool:
         """Is one of the node's storages neither kept nor an input's?"""

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxmem.fakes import refresh, views_below
 from fxmem.graph import JointGraph, is_backward, is_view, operator_name
 from fxmem.passes.base import insert_like
 
@@ -91,7 +92,9 @@ class _Zeros:
         if not isinstance(other, fx.Node) or negated or scaled or not _same_type(node, other):
             self._materialize(node, [zero])
             return
+        views = views_below(node)
         node.replace_all_uses_with(other, propagate_meta=False)
+        refresh(views)
 
     def _materialize(self, node: fx.Node, zeros: list[fx.Node]) -> None:
         for zero in zeros:
@@ -124,7 +127,10 @@ def _keeps_zero(node: fx.Node, zeros: list[fx.Node]) -> bool:
 def _only_zeros_or_constants(node: fx.Node, zeros: list[fx.Node]) -> bool:
     """These combine values by adding or choosing: every floating operand must be zero."""
     return all(i in zeros or not _is_floating(i) for i in node.all_input_nodes) and not any(
-        isinstance(a, (int, float)) and not isinstance(a, bool) and a != 0 and operator_name(node) == "masked_fill"
+        isinstance(a, (int, float))
+        and not isinstance(a, bool)
+        and a != 0
+        and operator_name(node) == "masked_fill"
         for a in node.args
     )
 

@@ -1,0 +1,65 @@
+"""Example values: what a node returns on fake tensors, and keeping them true when inputs change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxmem.sizes import storages_in
+
+
+def fake_value(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the call returns on the example values of its arguments; nothing is allocated."""
+    example_args, example_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta.get("val"))
+    mode = _fake_mode(example_args, example_kwargs)
+    with mode or contextlib.nullcontext(), torch.no_grad():
+        return target(*example_args, **example_kwargs)
+
+
+def fake_empty_bytes(like: fx.Node, nbytes: int) -> torch.Tensor:
+    """An example value of ``nbytes`` bytes on the CPU, as fake as that of ``like``."""
+    with _fake_mode(like.meta.get("val")) or contextlib.nullcontext():
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def fake_like(value: torch.Tensor) -> torch.Tensor:
+    """An example value of the same kind with a storage of its own."""
+    with _fake_mode(value) or contextlib.nullcontext():
+        return torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
+
+
+def views_below(node: fx.Node) -> list[fx.Node]:
+    """The nodes that look at the node's storages through views, in graph order."""
+    mine = set(storages_in(node.meta.get("val")))
+    found: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user not in found and user.op == "call_function" and mine & set(_storages(user)):
+            found.add(user)
+            stack += list(user.users)
+    return [n for n in node.graph.nodes if n in found]
+
+
+def refresh(nodes: list[fx.Node]) -> None:
+    """Compute the nodes' example values again from those of their inputs."""
+    for node in nodes:
+        node.meta["val"] = fake_value(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+
+
+def _storages(node: fx.Node) -> dict[int, Any]:
+    return storages_in(node.meta.get("val"))
+
+
+def _fake_mode(*values: Any) -> Any:
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, torch.Tensor) and hasattr(leaf, "fake_mode"):
+            return leaf.fake_mode
+    return None
