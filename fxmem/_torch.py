@@ -149,7 +149,7 @@ BACKWARD_NODE = "CompiledFunctionBackward"
 def leave_tangents_undefined(outputs: Any) -> None:
     """Ask autograd to pass None, not zeros, for gradients that nobody sends into ``outputs``."""
     seen: set[Any] = set()
-    stack = [
+    stack: list[Any] = [
         t.grad_fn
         for t in torch.utils._pytree.tree_leaves(outputs)
         if isinstance(t, torch.Tensor) and t.grad_fn is not None

@@ -90,7 +90,7 @@ def dataflow(
     def value_of(key: int, nbytes: object, node: fx.Node) -> int:
         if key not in index:
             index[key] = len(flow.values)
-            flow.values.append(Value(evaluate(nbytes, sizes), node))  # type: ignore[arg-type]
+            flow.values.append(Value(evaluate(nbytes, sizes), node))
         return index[key]
 
     def values_of(node: fx.Node) -> list[int]:

@@ -1,4 +1,4 @@
-"""The joint graph: forward and backward of one training step in a single FX graph, with roles and origins."""
+"""The joint graph: forward and backward of one step in one FX graph, with roles and origins."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class JointGraph:
 
     def outputs(self) -> list[Any]:
         """The flat outputs; an entry is a node, or None where an input gets no gradient."""
-        return list(self.module.graph.output_node().args[0])
+        return output_values(self.module)
 
     def forward_outputs(self) -> list[Any]:
         return self.outputs()[: self.num_forward_outputs]
@@ -141,6 +141,12 @@ class Symbol:
     name: str
     hint: int
     source: str
+
+
+def output_values(module: fx.GraphModule) -> list[Any]:
+    """What a graph returns, as a flat list."""
+    values: Any = module.graph.output_node().args[0]
+    return list(values)
 
 
 # -- Questions about one node ---------------------------------------------------------------------
@@ -220,7 +226,8 @@ def operator_name(node: fx.Node) -> str:
 def node_line(node: fx.Node) -> str:
     """One node as text: ``relu: f32[4, 8] = relu(mm)``; the output as ``return a, b``."""
     if node.op == "output":
-        return "return " + ", ".join(str(a) for a in node.args[0])
+        values: Any = node.args[0]
+        return "return " + ", ".join(map(str, values))
     if node.op == "placeholder":
         return f"{node.name}: {type_text(node.meta.get('val'))} = input"
     arguments = [_text(a) for a in node.args]

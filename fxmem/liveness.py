@@ -15,7 +15,7 @@ import sympy
 from torch import fx
 
 from fxmem._torch import storage_key
-from fxmem.graph import OutputKind, is_backward, is_held_tangent
+from fxmem.graph import OutputKind, is_backward, is_held_tangent, output_values
 from fxmem.partition import Split
 from fxmem.sizes import Size, evaluate, storages_in
 from fxmem.workspace import Workspaces
@@ -144,7 +144,7 @@ class _Recorder:
                 storage.aliases.append(node.name)
 
     def _forward_outputs(self, split: Split) -> None:
-        outputs = split.forward.graph.output_node().args[0]
+        outputs = output_values(split.forward)
         for index, node in enumerate(outputs):
             if not isinstance(node, fx.Node):
                 continue
@@ -162,7 +162,7 @@ class _Recorder:
                     self.table[storage_key(node.meta["val"])].held = True
 
     def _gradients(self, backward: fx.GraphModule) -> None:
-        for node in backward.graph.output_node().args[0]:
+        for node in output_values(backward):
             if isinstance(node, fx.Node):
                 for key in storages_in(node.meta.get("val")):
                     self.table[key].held = True

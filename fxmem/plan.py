@@ -249,7 +249,9 @@ def _plan_from(data: Any) -> Plan:
         _record(PeakPoint, data["peak"]),
         _record(PeakPoint, data["before"]),
     )
-    data["valid_for"] = {k: tuple(v) for k, v in data["valid_for"].items()}
+    data["symbols"] = _sizes(data["symbols"], "symbols")
+    ranges = _object(data["valid_for"], "valid_for")
+    data["valid_for"] = {k: _range(v) for k, v in ranges.items()}
     return _record(Plan, data)
 
 
@@ -283,6 +285,8 @@ def _record(kind: Any, data: Any) -> Any:
         )
     for f in fields(kind):
         _check(kind, f.name, str(f.type), data[f.name])
+        if str(f.type) == "dict[str, int]":
+            _sizes(data[f.name], f"{kind.__name__}.{f.name}")
     return kind(**data)
 
 
@@ -292,9 +296,27 @@ def _check(kind: Any, name: str, declared: str, value: Any) -> None:
         return
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ValueError(f"{kind.__name__}.{name} should be {declared}, not {value!r:.80}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{kind.__name__}.{name} should be finite and not negative: {value!r}")
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{kind.__name__}.{name} should be finite and not negative: {value!r}")
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} should be an object")
+    return value
+
+
+def _sizes(value: Any, what: str) -> dict[str, int]:
+    for name, size in _object(value, what).items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"{what}[{name!r:.80}] should be a size, not {size!r:.80}")
+    return value
+
+
+def _range(value: Any) -> tuple[int, int]:
+    smallest, largest = _list(value, "a range of valid_for")
+    sizes = _sizes({"smallest": smallest, "largest": largest}, "valid_for")
+    return sizes["smallest"], sizes["largest"]
 
 
 def _list(value: Any, what: str) -> Iterable[Any]:

@@ -145,18 +145,26 @@ class OptimizedModule(fx.GraphModule):
         # in both, so the captured code and the user see the same tensors.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = model.__dict__[name]
-        self.__dict__["training"] = model.training
+
+    @property
+    def training(self) -> bool:
+        """One mode, the model's: ``opt.eval()`` and ``model.eval()`` are the same."""
+        model = self.__dict__.get("_fxmem_model")
+        return model is None or model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_fxmem_model" in self.__dict__:  # nn.Module sets it before there is a model
+            self.__dict__["_fxmem_model"].training = mode
 
     def recompile(self) -> Any:
         code = super().recompile()
-        type(self).forward = OptimizedModule._step  # type: ignore[method-assign]
+        type(self).forward = OptimizedModule._step
         return code
 
     # -- Running ---------------------------------------------------------------------------------------
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        model: nn.Module = self.__dict__["_fxmem_model"]
-        model.training = self.training
         call = self._call(args, kwargs)
         if not torch.is_grad_enabled():
             return _run_eagerly(*call.values())
@@ -232,7 +240,6 @@ class OptimizedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
         model = copy.deepcopy(self.__dict__["_fxmem_model"], memo)
-        model.training = self.training
         return OptimizedModule(model, self._session).show_graph()
 
     def __reduce__(self) -> Any:

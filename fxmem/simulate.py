@@ -219,7 +219,12 @@ class _Walk:
         self.now = now + 1
         if self.brief:
             for v in [v for v in self.alive if v in self.brief]:
-                self.closed.append((v, *self.alive.pop(v)))
+                self._close(v)
+                del self.alive[v]
+
+    def _close(self, v: int) -> None:
+        born, last = self.alive[v]
+        self.closed.append((v, born, last))
 
     def _remake(self, missing: list[int], j: int) -> None:
         for i in sorted(self._producers(missing)):
@@ -235,7 +240,7 @@ class _Walk:
                     self.closed.append((v, now, now))  # a copy that nobody reads
                     continue
                 if v in self.alive:  # later readers take the latest
-                    self.closed.append((v, *self.alive[v]))
+                    self._close(v)
                 self.alive[v] = [now, now]
             self.recomputed.append((i, j))
             self.seconds += op.seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fxmem._torch import storage_key
 
-Size = Union[int, sympy.Expr]
+Size: TypeAlias = int | sympy.Expr
 """Bytes: an ``int``, or a sympy polynomial in the shape symbols."""
 
 

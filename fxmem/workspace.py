@@ -79,7 +79,8 @@ class Call:
     @classmethod
     def of_node(cls, node: fx.Node) -> Call:
         """The operator that a node runs, looked at through random replay."""
-        target, args = node.target, tuple(node.args)
+        target: Any = node.target
+        args: Any = tuple(node.args)
         if target is run_and_save_rng_state:
             target, args = args[0], args[1:]
         elif target is run_with_rng_state:
@@ -228,12 +229,13 @@ def measure_call(call: Call, device: torch.device) -> Entry | None:
     """
     if device.type not in ("cpu", "cuda") or not _fits(call, device):
         return None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        with torch.no_grad(), fake_tensors_off():
-            try:
-                return (_measure_cuda if device.type == "cuda" else _measure_cpu)(call, device)
-            except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
-                return None
+    measure = _measure_cuda if device.type == "cuda" else _measure_cpu
+    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generators, torch.no_grad(), fake_tensors_off():
+        try:
+            return measure(call, device)
+        except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+            return None
 
 
 def _run(call: Call, device: torch.device) -> Any:

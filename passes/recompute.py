@@ -95,8 +95,9 @@ class _Rewriter:
             self._rewire(node, node)
         output = self.fx.output_node()
         split = self.graph.num_forward_outputs
-        forward, late = output.args[0][:split], output.args[0][split:]
-        late = fx.node.map_arg(list(late), lambda n: self._source(n, output))
+        values = self.graph.outputs()
+        forward = values[:split]
+        late: Any = fx.node.map_arg(values[split:], lambda n: self._source(n, output))
         output.args = ((*forward, *late),)
 
     def _may_run_again(self) -> list[fx.Node]:
@@ -189,10 +190,11 @@ class _Rewriter:
             self.again = latest
 
     def _twin_view(self, view: fx.Node, before: fx.Node) -> fx.Node:
+        target: Any = view.target
         args, kwargs = fx.node.map_arg((view.args, view.kwargs), lambda n: self._source(n, before))
         with self.fx.inserting_before(before):
             return insert_like(
-                self.fx, view, view.target, args, kwargs, suffix="recompute", backward=True
+                self.fx, view, target, args, kwargs, suffix="recompute", backward=True
             )
 
     def _shows_forward_value(self, node: fx.Node) -> bool:

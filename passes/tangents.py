@@ -66,7 +66,8 @@ class _Zeros:
             if node.op == "call_function":
                 self._visit(node)
         output = self.graph.module.graph.output_node()
-        output.args = (tuple(None if o in self.zero else o for o in output.args[0]),)
+        values = self.graph.outputs()
+        output.args = (tuple(None if o in self.zero else o for o in values),)
 
     def _visit(self, node: fx.Node) -> None:
         varying = [i for i in node.all_input_nodes if i in self.varying]

@@ -6,11 +6,33 @@ import pytest
 import torch
 from hazards import HAZARDS, Case, Seen, differences, fresh, gradients, snapshot, total
 
-# How a case's model becomes the step that is run: name -> apply(case).  Eager against itself shows
-# that the programs are deterministic; planned steps are added here, one entry per budget.
-APPLY = {"eager": lambda case: case.model}
+import fxmem
+from fxmem.errors import FxmemError
 
-REFUSALS = (RuntimeError, NotImplementedError)
+
+def planned(case: Case, budget) -> fxmem.OptimizedModule:
+    return fxmem.optimize(
+        case.model,
+        budget,
+        case.inputs,
+        example_kwargs=case.kwargs,
+        dynamic_shapes=case.dynamic_shapes,
+        on_infeasible="best",
+    )
+
+
+# How a case's model becomes the step that is run: name -> apply(case).  Eager against itself shows
+# that the programs are deterministic.
+APPLY = {
+    "eager": lambda case: case.model,
+    "unbounded": lambda case: planned(case, "1TiB"),
+    "0.5x": lambda case: planned(case, "0.5x"),
+    "min": lambda case: planned(case, "min"),
+}
+
+REFUSALS = (RuntimeError, NotImplementedError, FxmemError)
+
+pytestmark = pytest.mark.filterwarnings("ignore:fxmem. no plan fits")
 
 
 @pytest.fixture(autouse=True)

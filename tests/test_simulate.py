@@ -38,7 +38,7 @@ def choices(captured: Captured, seed: int) -> list[Choice]:
     return found
 
 
-def rewritten(captured: Captured, choice: Choice) -> tuple[Planned, MemoryTimeline]:
+def rewritten(captured: Captured, whole: Planned, choice: Choice) -> tuple[Planned, MemoryTimeline]:
     """The step with a choice applied, and the timeline of what is expected to run of it."""
     analysis = captured.analysis
     graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
@@ -46,8 +46,7 @@ def rewritten(captured: Captured, choice: Choice) -> tuple[Planned, MemoryTimeli
     halves = split(graph)
     expected = split(UndefinedTangentsPass(analysis.undefined).apply(graph))
     run = dataclasses.replace(halves, backward=expected.backward)
-    planned = captured.decide("1TiB")
-    return dataclasses.replace(planned, graph=graph, split=halves), timeline(run, table)
+    return dataclasses.replace(whole, graph=graph, split=halves), timeline(run, table)
 
 
 def runs(step: Step) -> bool:
@@ -86,13 +85,13 @@ def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) 
 
     wrong = []
     with capture_once(model, args, kwargs) as captured:
-        whole = captured.compile(captured.decide("1TiB"))
-        steps = []
+        whole = captured.decide("1TiB")
+        unchanged, steps = captured.compile(whole), []
         for share, choice in zip(SHARES, choices(captured, seed), strict=True):
-            planned, line = rewritten(captured, choice)
+            planned, line = rewritten(captured, whole, choice)
             steps.append((share, captured.compile(planned)))
             wrong += [f"{share:.0%} kept: {text}" for text in wrong_steps(choice, line)]
-    want = seen(whole)
+    want = seen(unchanged)
     for share, step in steps:
         wrong += [f"{share:.0%} kept: {text}" for text in differences(want, seen(step))]
     assert not wrong, "\n".join(wrong)

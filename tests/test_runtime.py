@@ -1,0 +1,623 @@
+"""The optimized module as users meet it: lifetimes in the backward, modes, errors, copies, plans."""
+
+import ast
+import copy
+import dataclasses
+import functools
+import gc
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hazards import differences
+from test_engine import capture_once
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fxmem
+from fxmem import verify
+from fxmem.runtime import Backward
+from fxmem.units import format_bytes
+
+# -- Models ------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Its loss is the mean square of what the layers make."""
+
+    def __init__(self, width=64, depth=2, dropout=0.0):
+        super().__init__()
+        layers = []
+        for _ in range(depth):
+            layers += [nn.Linear(width, width), nn.Tanh(), nn.GELU(), nn.Dropout(dropout)]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.net(x).pow(2).mean()
+
+
+class Dropping(Mlp):
+    def __init__(self):
+        super().__init__(dropout=0.3)
+
+
+class Classifier(nn.Module):
+    """Returns (loss, logits); ``second`` serves the logits alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU())
+        self.first = nn.Linear(64, 4)
+        self.second = nn.Linear(64, 4)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.first(h).pow(2).mean(), self.second(h)
+
+
+class Regressor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 4))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def seeded(make, *args, **kwargs):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(*args, **kwargs)
+
+
+def batch(rows=32, width=64, seed=1):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model):
+    return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def trained(step, model, *inputs, seed=7):
+    """Loss and gradients of one step from fresh gradients."""
+    model.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loss = step(*inputs)
+        loss.backward()
+    return {"loss": loss.detach().clone(), "gradients": gradients(model)}
+
+
+def assert_same(want, got):
+    wrong = differences(want, got)
+    assert not wrong, "\n".join(wrong)
+
+
+def optimized(make=Mlp, budget="min", inputs=None, **options):
+    model = seeded(make)
+    inputs = (batch(),) if inputs is None else inputs
+    return model, fxmem.optimize(model, budget, inputs, **options)
+
+
+@functools.cache
+def shared(budget="min"):
+    """One for all tests that leave parameters and mode as they are."""
+    return optimized(Dropping, budget)
+
+
+@functools.cache
+def classifier(budget):
+    return optimized(Classifier, budget, (batch(width=16),))
+
+
+@functools.cache
+def plan_of(rows, budget="min"):
+    return fxmem.plan(seeded(Mlp), budget, (batch(rows),))
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+# -- Lifetimes in the backward -----------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Before each operator: which of the watched storages are still alive."""
+
+    def __init__(self, storages):
+        super().__init__()
+        self.storages = storages
+        self.alive = []
+        self.last_use = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        step = len(self.alive)
+        self.alive.append([not s.expired() for s in self.storages])
+        for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                for i, storage in enumerate(self.storages):
+                    if storage == StorageWeakRef(tensor.untyped_storage()):
+                        self.last_use[i] = step
+        return func(*args, **(kwargs or {}))
+
+
+class StopAt(TorchDispatchMode):
+    """Raises instead of running the n-th operator."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("the machine is on fire")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("budget", ["1GiB", "min"])
+def test_a_saved_tensor_dies_at_its_last_use(budget):
+    model = seeded(Mlp)
+    with capture_once(model, (batch(),)) as captured:
+        planned = captured.decide(budget)
+        backward = Backward(planned, captured.capture.graph)
+    graph = captured.capture.graph
+    parameters = dict(model.named_parameters())
+    inputs = [
+        parameters.get(graph.inputs[n.name].name, batch()).detach()
+        for n in planned.split.forward.graph.find_nodes(op="placeholder")
+    ]
+    resident = {t.untyped_storage()._cdata for t in inputs}
+    saved = planned.split.forward(*inputs)[planned.split.num_forward_outputs :]
+    args = [*saved, torch.ones(())]
+    watched = [
+        StorageWeakRef(t.untyped_storage())
+        for t in saved
+        if t.untyped_storage()._cdata not in resident
+    ]
+    assert len(watched) >= 3
+    del saved
+    watch = Watch(watched)
+    with watch:
+        backward(args)
+    assert args == []
+    steps = len(watch.alive)
+    for i in range(len(watched)):
+        last = watch.last_use[i]
+        assert all(watch.alive[s][i] for s in range(last + 1))
+        assert not any(watch.alive[s][i] for s in range(last + 1, steps))
+    died_early = [last for last in watch.last_use.values() if last < steps - 5]
+    assert len(died_early) >= len(watched) - 1
+
+
+def test_autograd_keeps_no_second_reference():
+    _, opt = shared("1GiB")
+    loss = opt(batch())
+    resident = {p.untyped_storage()._cdata for p in opt.parameters()}
+    watched = [
+        StorageWeakRef(t.untyped_storage())
+        for t in loss.grad_fn.saved_tensors
+        if t.untyped_storage()._cdata not in resident
+    ]
+    watch = Watch(watched)
+    with watch:
+        loss.backward()
+    counts = [sum(alive) for alive in watch.alive]
+    assert counts[0] == len(watched)
+    assert counts[-1] <= 1  # the batch itself
+    assert sorted(counts, reverse=True) == counts
+    assert len(set(counts)) > 3
+
+
+def test_the_peak_is_the_measured_one():
+    _, opt = shared()
+    x = batch()
+    opt(x).backward()
+    opt.zero_grad(set_to_none=True)
+    start = fxmem.measure(lambda: None).at_start
+    peak = fxmem.measure(lambda: opt(x).backward()).peak
+    assert peak - start + opt.plan.resident == opt.plan.predicted_peak
+
+
+# -- Like the model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["1GiB", "min"])
+def test_gradients_are_those_of_the_model(budget):
+    model, opt = shared(budget)
+    assert_same(trained(model, model, batch()), trained(opt, opt, batch()))
+
+
+def test_train_eval_and_no_grad():
+    model, opt = optimized(Dropping)
+    x = batch()
+    want = trained(model, model, x)
+    assert_same(want, trained(opt, opt, x))
+    opt.eval()
+    assert not any(m.training for m in opt.modules())
+    quiet = trained(model, model, x)
+    assert_same(quiet, trained(opt, opt, x))
+    assert not torch.equal(want["loss"], quiet["loss"])
+    with torch.no_grad():
+        loss = opt(x)
+    assert not loss.requires_grad
+    assert torch.equal(loss, quiet["loss"])
+    opt.train()
+    assert all(m.training for m in opt.modules())
+    assert_same(want, trained(opt, opt, x))
+
+
+@pytest.mark.xfail(strict=True, reason="the root's mode is copied at a call, and only one way")
+def test_model_and_optimized_module_have_one_mode():
+    model, opt = shared()
+    try:
+        opt.eval()
+        assert not model.training
+        model.train()
+        assert opt.training
+    finally:
+        model.train()
+        opt.train()
+
+
+def test_gradients_accumulate():
+    model, opt = shared()
+
+    def accumulated(step):
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(5)
+        for seed in range(3):
+            (step(batch(seed=seed)) / 3).backward()
+        return gradients(model)
+
+    assert_same(accumulated(model), accumulated(opt))
+
+
+def test_two_models_side_by_side():
+    a, opt_a = shared()
+    b, opt_b = shared("1GiB")
+    want = trained(a, a, batch(), seed=3), trained(b, b, batch(seed=2), seed=4)
+    a.zero_grad(set_to_none=True)
+    b.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    loss_a = opt_a(batch())
+    torch.manual_seed(4)
+    loss_b = opt_b(batch(seed=2))
+    loss_a.backward()
+    loss_b.backward()
+    got = [
+        {"loss": loss.detach(), "gradients": gradients(model)}
+        for loss, model in ((loss_a, a), (loss_b, b))
+    ]
+    assert_same(list(want), got)
+
+
+def test_four_threads_share_one_module():
+    model = seeded(Mlp)
+    opt = fxmem.optimize(model, "min")  # captured by whichever thread comes first
+    start = threading.Barrier(4)
+
+    def work(seed):
+        start.wait()
+        seen = []
+        for _ in range(3):
+            seen.append(torch.autograd.grad(opt(batch(seed=seed)), list(opt.parameters())))
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(work, range(4)))
+    for seed in range(4):
+        want = torch.autograd.grad(model(batch(seed=seed)), list(model.parameters()))
+        for seen in got[seed]:
+            assert_same(list(want), list(seen))
+    assert len(opt._session.programs) == 1
+
+
+def test_state_dict_goes_both_ways():
+    model, opt = optimized()
+    assert list(opt.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(opt.parameters(), model.parameters(), strict=True))
+    other = Mlp()
+    other.load_state_dict(opt.state_dict(), strict=True)
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+    changed = {k: v + 1 for k, v in other.state_dict().items()}
+    opt.load_state_dict(changed, strict=True)
+    other.load_state_dict(changed)
+    assert_same(trained(other, other, batch()), trained(opt, opt, batch()))
+
+
+def test_a_deep_copy_trains_on_its_own():
+    model, opt = shared()
+    twin = copy.deepcopy(opt)
+    want = trained(model, model, batch())
+    model.zero_grad(set_to_none=True)
+    assert_same(want, trained(twin, twin, batch()))
+    assert all(p.grad is None for p in opt.parameters())
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(2)
+    assert_same(want, trained(opt, opt, batch()))
+    assert not torch.equal(trained(twin, twin, batch())["loss"], want["loss"])
+
+
+def test_pickle_and_back():
+    model, opt = shared()
+    again = pickle.loads(pickle.dumps(opt))
+    assert list(again.state_dict()) == list(opt.state_dict())
+    assert_same(trained(model, model, batch()), trained(again, again, batch()))
+    assert again.plan.predicted_peak == opt.plan.predicted_peak
+
+
+def test_forward_takes_part_in_modules_and_parameters():
+    _, opt = shared()
+    assert isinstance(opt, torch.fx.GraphModule)
+    assert isinstance(opt.net[0], nn.Linear)
+    assert [n for n, _ in opt.named_modules()][:2] == ["", "net"]
+
+
+# -- The backward's own rules ------------------------------------------------------------------------
+
+
+def test_retain_graph_runs_the_same_backward_twice():
+    model, opt = shared()
+    parameters = list(model.parameters())
+    torch.manual_seed(3)
+    want = torch.autograd.grad(model(batch()), parameters)
+    torch.manual_seed(3)
+    loss = opt(batch())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert_same(list(want), list(first))
+    assert_same(list(want), list(second))
+
+
+def test_a_second_backward_without_the_graph_raises():
+    _, opt = shared()
+    loss = opt(batch())
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_double_backward_is_refused():
+    _, opt = shared()
+    with pytest.raises(RuntimeError, match="double backward"):
+        grads = torch.autograd.grad(opt(batch()), list(opt.parameters()), create_graph=True)
+        grads[0].sum().backward()
+
+
+def test_an_error_inside_the_backward_leaves_nothing_behind():
+    model, opt = shared()
+    x = batch()
+    want = trained(model, model, x)
+    assert_same(want, trained(opt, opt, x))
+    opt.zero_grad(set_to_none=True)
+    before = live_tensors()
+    for n in (3, 9, 15):
+        loss = opt(x)
+        with pytest.raises(RuntimeError, match="on fire"), StopAt(n):
+            loss.backward()
+        del loss
+        opt.zero_grad(set_to_none=True)
+    assert live_tensors() == before
+    assert_same(want, trained(opt, opt, x))
+
+
+def test_a_hook_that_raises_leaves_nothing_behind():
+    model, opt = shared()
+    x = batch()
+    want = trained(model, model, x)
+    assert_same(want, trained(opt, opt, x))
+    opt.zero_grad(set_to_none=True)
+    before = live_tensors()
+
+    def fail(_):
+        raise ValueError("no")
+
+    handle = model.net[4].weight.register_hook(fail)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no"):
+            opt(x).backward()
+    handle.remove()
+    opt.zero_grad(set_to_none=True)
+    assert live_tensors() == before
+    assert_same(want, trained(opt, opt, x))
+
+
+def test_a_forward_without_backward_leaves_nothing_behind():
+    _, opt = shared()
+    x = batch()
+    opt(x)
+    before = live_tensors()
+    for _ in range(3):
+        opt(x)
+    assert live_tensors() == before
+
+
+# -- Gradients that nobody sends ---------------------------------------------------------------------
+
+
+def total(outputs, way):
+    loss, logits = outputs
+    return {"loss": loss, "both": loss + logits.sum(), "logits": logits.sum()}[way]
+
+
+@pytest.mark.parametrize("budget", ["1GiB", "min"])
+@pytest.mark.parametrize("way", ["loss", "both", "logits"])
+def test_gradients_of_what_is_sent(way, budget):
+    x = batch(width=16)
+    model, opt = classifier(budget)
+    want = trained(lambda x: total(model(x), way), model, x)
+    assert_same(want, trained(lambda x: total(opt(x), way), opt, x))
+    unused = {"loss": "second.weight", "both": None, "logits": "first.weight"}[way]
+    assert {n for n, g in want["gradients"].items() if g is None} == (
+        {unused, unused.replace("weight", "bias")} if unused else set()
+    )
+
+
+def test_the_ways_take_turns():
+    x = batch(width=16)
+    model, opt = classifier("min")
+    for way in ("both", "loss", "logits", "both", "loss"):
+        want = trained(lambda x, way=way: total(model(x), way), model, x)
+        assert_same(want, trained(lambda x, way=way: total(opt(x), way), opt, x))
+
+
+# -- Calls other than the example --------------------------------------------------------------------
+
+
+def test_capture_at_the_first_call():
+    model = seeded(Mlp)
+    opt = fxmem.optimize(model, "min")
+    with pytest.raises(fxmem.FxmemError, match="no plan yet"):
+        opt.plan  # noqa: B018
+    want = trained(model, model, batch())
+    assert_same(want, trained(opt, opt, batch()))
+    assert opt.plan.predicted_peak == plan_of(32).predicted_peak
+
+
+def test_another_batch_size_gets_a_plan_of_its_own():
+    model = seeded(Mlp)
+    small, large = batch(16), batch(128)
+    budget = (plan_of(128).predicted_peak + plan_of(128, "1TiB").predicted_peak) // 2
+    opt = fxmem.optimize(model, budget, (small,))
+    assert_same(trained(model, model, small), trained(opt, opt, small))
+    assert_same(trained(model, model, large), trained(opt, opt, large))
+    plans = [program.plan for program in opt._session.programs]
+    assert [p.budget for p in plans] == [budget, budget]
+    assert all(p.predicted_peak <= budget for p in plans)
+    assert [any(d.action == "recompute" for d in p.decisions) for p in plans] == [False, True]
+    trained(opt, opt, small)
+    assert len(opt._session.programs) == 2
+
+
+def test_a_batch_that_does_not_fit_raises_at_its_call():
+    model = seeded(Mlp)
+    budget = plan_of(32).predicted_peak
+    opt = fxmem.optimize(model, budget, (batch(),))
+    with pytest.raises(fxmem.BudgetInfeasibleError):
+        opt(batch(512))
+    assert_same(trained(model, model, batch()), trained(opt, opt, batch()))
+
+
+def test_loss_outside_the_model():
+    x, y = batch(width=16), batch(width=4)
+    model = seeded(Regressor)
+    opt = fxmem.optimize(model, "min", (x,), loss_fn=F.mse_loss, loss_inputs=(y,))
+    want = trained(lambda x, y: F.mse_loss(model(x), y), model, x, y)
+    assert_same(want, trained(opt, opt, x, y))
+    with torch.no_grad():
+        assert torch.equal(opt(x, y), want["loss"])
+    again = pickle.loads(pickle.dumps(opt))
+    assert_same(want, trained(again, again, x, y))
+
+
+# -- Options -----------------------------------------------------------------------------------------
+
+
+def recomputed(plan):
+    return [d.value for d in plan.decisions if d.action == "recompute"]
+
+
+def test_allow_nothing_rewrites_nothing():
+    model, whole = shared("1GiB")
+    small = shared()[1].plan.predicted_peak
+    opt = fxmem.optimize(model, "min", (batch(),), allow=())
+    assert not recomputed(opt.plan)
+    assert opt.backward_graph.code == whole.backward_graph.code
+    with pytest.raises(fxmem.BudgetInfeasibleError):
+        fxmem.optimize(model, small, (batch(),), allow=())
+    with pytest.warns(UserWarning, match="no plan fits"):
+        opt = fxmem.optimize(model, small, (batch(),), allow=(), on_infeasible="best")
+    assert not recomputed(opt.plan)
+
+
+def test_the_best_plan_comes_with_a_warning():
+    model, opt = shared()
+    best = opt.plan
+    with pytest.raises(fxmem.BudgetInfeasibleError) as error:
+        fxmem.optimize(model, 1000, (batch(),))
+    assert error.value.smallest_peak == best.predicted_peak
+    with pytest.warns(UserWarning, match="no plan fits") as seen:
+        opt = fxmem.optimize(model, 1000, (batch(),), on_infeasible="best")
+    assert opt.plan.predicted_peak == best.predicted_peak
+    assert format_bytes(1000) in str(seen[0].message)
+    assert format_bytes(best.predicted_peak) in str(seen[0].message)
+    assert_same(trained(model, model, batch()), trained(opt, opt, batch()))
+
+
+def test_a_plan_is_replayed(tmp_path):
+    model, opt = shared()
+    path = tmp_path / "plan.json"
+    opt.plan.save(path)
+    for plan in (path, str(path), fxmem.Plan.load(path), opt.plan):
+        again = fxmem.optimize(model, "1GiB", (batch(),), plan=plan)
+        assert again.forward_graph.code == opt.forward_graph.code
+        assert again.backward_graph.code == opt.backward_graph.code
+        assert again.plan.predicted_peak == opt.plan.predicted_peak
+    assert_same(trained(model, model, batch()), trained(again, again, batch()))
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path):
+    model, opt = shared()
+    opt.plan.save(tmp_path / "plan.json")
+    with pytest.raises(fxmem.PlanMismatchError):
+        fxmem.optimize(seeded(Mlp, depth=1), "1GiB", (batch(),), plan=tmp_path / "plan.json")
+    with pytest.raises(fxmem.PlanMismatchError):
+        fxmem.optimize(model, "1GiB", (batch(16),), plan=opt.plan)
+
+
+def test_verify_measures_the_step():
+    model, opt = optimized(verify=True)
+    text = str(opt.report())
+    assert "measured" in text
+    assert "bitwise equal" in text
+    seen = opt.report().to_dict()
+    assert seen["measured_peak"] == opt.plan.predicted_peak
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_verify_notices_a_wrong_prediction(monkeypatch):
+    def twice(step):
+        found = measure(step)
+        return dataclasses.replace(found, peak=2 * found.peak)
+
+    measure = verify.measure
+    monkeypatch.setattr(verify, "measure", twice)
+    with pytest.raises(fxmem.VerificationError, match="peaked"):
+        optimized(budget=plan_of(32).predicted_peak, verify=True)
+
+
+# -- Looking -----------------------------------------------------------------------------------------
+
+
+def test_graphs_are_readable_python():
+    _, opt = shared()
+    for graph in (opt.forward_graph, opt.backward_graph):
+        assert isinstance(graph, torch.fx.GraphModule)
+        graph.graph.lint()
+        ast.parse(graph.code.strip())
+    forward, backward = opt.forward_graph.code, opt.backward_graph.code
+    for name in ("net_0_weight", "net_4_bias", "args_0", "tanh_1", "gelu"):
+        assert name in forward
+    for name in ("grad_1", "_recompute = torch.ops.aten.", "gelu_backward", "= None"):
+        assert name in backward
+    assert "net_0_weight" in opt.code
+    assert "primals" not in forward + backward
+    assert "tangents" not in forward + backward
+
+
+def test_names_of_keyword_inputs():
+    class Two(Mlp):
+        def forward(self, x, *, scale):
+            return super().forward(x * scale)
+
+    opt = fxmem.optimize(seeded(Two), "min", (batch(),), example_kwargs={"scale": batch(seed=3)})
+    placeholders = [n.name for n in opt.forward_graph.graph.find_nodes(op="placeholder")]
+    assert {"args_0", "scale", "net_0_weight"} <= set(placeholders)
