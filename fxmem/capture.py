@@ -87,7 +87,7 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
         except FxmemError:
             raise
         except Exception as error:
-            raise _capture_error(error) from error
+            raise _capture_error(error, call.model) from error
         if output.backend_input is None:
             raise CaptureError(
                 "the step computes no tensor, so there is nothing to capture.\n"
@@ -102,7 +102,7 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
             except FxmemError:
                 raise
             except Exception as error:
-                raise _capture_error(error) from error
+                raise _capture_error(error, call.model) from error
             yield Capture(graph, matches, output, exported)
 
 
@@ -211,9 +211,9 @@ _USER_FRAME = re.compile(
 _OWN_FILES = ("/fxmem/", "/torch/", "<frozen", "<string>", "<eval_with_key>")
 
 
-def _capture_error(error: Exception) -> CaptureError:
+def _capture_error(error: Exception, model: nn.Module) -> CaptureError:
     reason = _first_lines(str(error)) or type(error).__name__
-    where = _user_line(error)
+    where = _user_line(error) or _forward_line(model)
     return CaptureError(
         f"the training step could not be captured as one graph.\n"
         f"  reason  {type(error).__name__}: {reason}\n"
@@ -239,6 +239,14 @@ def _user_line(error: Exception) -> str:
         return ""
     last = frames[-1]
     return f"{last['file']}:{last['line']} in {last['function']}: {last['code'].strip()}"
+
+
+def _forward_line(model: nn.Module) -> str:
+    """Where the model's forward stands: for an error that has no line of its own."""
+    code = getattr(type(model).forward, "__code__", None)
+    if code is None:
+        return ""
+    return f"{code.co_filename}:{code.co_firstlineno} in {type(model).__name__}.forward"
 
 
 def _is_own(file: str) -> bool:

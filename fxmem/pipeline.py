@@ -19,7 +19,9 @@ from fxmem.graph import JointGraph, Role
 from fxmem.liveness import MemoryTimeline, timeline
 from fxmem.operators import recomputable_nodes
 from fxmem.partition import Split, split
+from fxmem.passes.base import Pass
 from fxmem.passes.cleanup import CleanupPass
+from fxmem.passes.deduplicate import DeduplicatePass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.plan import Plan
@@ -28,6 +30,10 @@ from fxmem.tags import tagged_values
 from fxmem.workspace import Workspaces, load_workspaces, save_workspaces
 
 log = logging.getLogger(__name__)
+
+
+BEFORE_PLANNING: tuple[Pass, ...] = (CleanupPass(), DeduplicatePass())
+"""Rewrites that cost no time, in order; what the planner chooses is applied after them."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ def analyze(
     """Clean the joint graph up and measure what the planner needs to know about it."""
     device = unchanged.device
     cost = cost or default_cost_model(device)
-    graph = CleanupPass().apply(graph)
+    for rewrite in BEFORE_PLANNING:
+        graph = rewrite.apply(graph)
     undefined = undefined_tangents(graph)
     workspaces = unchanged.workspaces.calibrated(graph.module.graph, device)
     save_workspaces(workspaces, device)

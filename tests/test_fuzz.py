@@ -6,6 +6,7 @@ results, or its results alone.
 """
 
 import copy
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -177,7 +178,7 @@ def wrong_order(trial: Trial) -> list[str]:
     """A larger budget never costs more time, a smaller one never more bytes."""
     lines = []
     plans = [trial.steps[budget].plan for budget in BUDGETS]
-    for larger, smaller in zip(plans, plans[1:], strict=False):
+    for larger, smaller in itertools.pairwise(plans):
         pair = f"{larger.asked} -> {smaller.asked}"
         if larger.added_seconds > smaller.added_seconds and smaller.predicted_peak <= (
             larger.budget or 0

@@ -1,0 +1,594 @@
+"""The passes: graphs before and after as text, and each hazard with and without its guard."""
+
+# ruff: noqa: E501 (a node is one line of text, however long)
+
+import contextlib
+import difflib
+import functools
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from hazards import differences
+from test_engine import capture_once
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import fxmem
+from fxmem import operators, pipeline
+from fxmem.capture import StepCall, capture
+from fxmem.graph import JointGraph, OutputKind
+from fxmem.operators import recomputable_nodes, refusal
+from fxmem.partition import split
+from fxmem.passes import recompute
+from fxmem.passes.cleanup import CleanupPass
+from fxmem.passes.recompute import Recompute, RecomputePass
+from fxmem.passes.tangents import UndefinedTangentsPass
+
+aten = torch.ops.aten
+
+# -- Small graphs ------------------------------------------------------------------------------------
+
+
+class Body(nn.Module):
+    """A forward written as a function of the module and its inputs; ``b_`` names are buffers."""
+
+    def __init__(self, body, **tensors):
+        super().__init__()
+        self.body = body
+        for name, value in tensors.items():
+            if isinstance(value, nn.Module):
+                self.add_module(name, value)
+            elif name.startswith("b_"):
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, *args):
+        return self.body(self, *args)
+
+
+def tensor(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def captured(body, *inputs, **tensors):
+    with capture(StepCall(Body(body, **tensors), inputs)) as found:
+        return found.graph
+
+
+def two_layers():
+    def body(m, x):
+        return (F.relu(x @ m.a) @ m.b).sum()
+
+    return captured(body, tensor(5, 4), a=tensor(4, 3), b=tensor(3, 2))
+
+
+def diff(before, after):
+    lines = difflib.ndiff(str(before).splitlines(), str(after).splitlines())
+    return "\n".join(line for line in lines if line[0] in "+-")
+
+
+def changed(graph, a_pass):
+    """The pass's effect as text, after checking that the graph it was given stayed as it was."""
+    text = str(graph)
+    after = a_pass.apply(graph)
+    assert str(graph) == text
+    return after, diff(graph, after)
+
+
+def arguments(graph):
+    """A value for each placeholder, from its example value alone."""
+    values = [n.meta["val"] for n in graph.module.graph.find_nodes(op="placeholder")]
+    return [
+        tensor(*v.shape, seed=i)
+        if v.dtype.is_floating_point
+        else torch.ones(v.shape, dtype=v.dtype)
+        for i, v in enumerate(values)
+    ]
+
+
+def run(graph, seed=0):
+    """One step: forward, then the input changes it asked for, then backward.  All that they return."""
+    halves = split(graph)
+    names = [n.name for n in graph.module.graph.find_nodes(op="placeholder")]
+    values = dict(zip(names, arguments(graph), strict=True))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        forward = [n.name for n in halves.forward.graph.find_nodes(op="placeholder")]
+        made = halves.forward(*[values[n] for n in forward])
+        outputs, saved = made[: graph.num_forward_outputs], made[graph.num_forward_outputs :]
+        outputs = [o.clone() for o in outputs]
+        news = [
+            o
+            for o, kind in zip(outputs, graph.output_kinds, strict=False)
+            if kind is OutputKind.MUTATION
+        ]
+        for name, new in zip(graph.module.meta.get("fxmem_mutated", ()), news, strict=True):
+            values[name].copy_(new)
+        backward = [n.name for n in halves.backward.graph.find_nodes(op="placeholder")]
+        known = dict(zip(backward, saved, strict=False))
+        late = halves.backward(*[known.get(n, values.get(n)) for n in backward])
+        return {"forward": outputs, "backward": list(late)}
+
+
+def assert_same_outputs(a, b):
+    wrong = differences(run(a), run(b))
+    assert not wrong, "\n".join(wrong)
+
+
+# -- Cleanup -----------------------------------------------------------------------------------------
+
+
+def batch_norm():
+    def body(m, x):
+        return m.norm(x @ m.w).exp().sum()
+
+    return captured(body, tensor(5, 4), w=tensor(4, 3), norm=nn.BatchNorm1d(3))
+
+
+def test_batch_norm_backward_forgets_the_running_statistics():
+    graph = batch_norm()
+    after, text = changed(graph, CleanupPass())
+    assert_expected_inline(
+        text,
+        """\
+- native_batch_norm_backward: (f32[5, 3], f32[3], f32[3]) = native_batch_norm_backward(mul, mm, primals_6, getitem_3, getitem_4, getitem_1, getitem_2, True, 1e-05, [True, True, True])
++ native_batch_norm_backward: (f32[5, 3], f32[3], f32[3]) = native_batch_norm_backward(mul, mm, primals_6, None, None, getitem_1, getitem_2, True, 1e-05, [True, True, True])""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_an_input_that_the_step_changes_is_copied_for_the_backward():
+    def body(m, x, s):
+        return (x @ m.w * s).sum(), s + 1
+
+    graph = captured(body, tensor(5, 4), tensor(5, 3), w=tensor(4, 3))
+    plain = run(graph)
+    # The captured step returns s + 1; now let it write it into s.
+    changed_input = graph.node("mul").args[1].name
+    graph.module.meta["fxmem_mutated"] = (changed_input,)
+    kinds = [
+        OutputKind.MUTATION if getattr(n, "name", "") == "add" else kind
+        for n, kind in zip(graph.outputs(), graph.output_kinds, strict=True)
+    ]
+    graph.output_kinds = tuple(kinds)
+    after, text = changed(graph, CleanupPass())
+    assert_expected_inline(
+        text,
+        """\
++ primals_3_before: f32[5, 3] = clone(primals_3)
+- mul: f32[5, 3] = mul(mm, primals_3)
++ mul: f32[5, 3] = mul(mm, primals_3_before)
+- add: f32[5, 3] = add(primals_3, 1)
++ add: f32[5, 3] = add(primals_3_before, 1)
+- mul_1: f32[5, 3] = mul(expand, primals_3)
++ mul_1: f32[5, 3] = mul(expand, primals_3_before)""",
+    )
+    assert not differences(plain, run(after))
+    assert differences(plain, run(graph))  # what reading the changed input would give
+    copy = after.node(f"{changed_input}_before")
+    assert refusal(copy) == "the step changes this input"
+
+
+def test_cleanup_leaves_other_graphs_alone():
+    _, text = changed(two_layers(), CleanupPass())
+    assert text == ""
+
+
+# -- Undefined tangents ------------------------------------------------------------------------------
+
+
+def two_results():
+    def body(m, x):
+        h = F.relu(x @ m.a)
+        return (h @ m.b).sum(), h
+
+    return captured(body, tensor(5, 4), a=tensor(4, 3), b=tensor(3, 2))
+
+
+def test_a_sum_with_an_undefined_tangent_is_skipped():
+    graph = two_results()
+    _, text = changed(graph, UndefinedTangentsPass(("tangents_2",)))
+    assert_expected_inline(
+        text,
+        """\
+- add: f32[5, 3] = add(tangents_2, mm_3)
+- threshold_backward: f32[5, 3] = threshold_backward(add, detach_1, 0)
++ threshold_backward: f32[5, 3] = threshold_backward(mm_3, detach_1, 0)""",
+    )
+
+
+def test_gradients_of_an_undefined_tangent_are_none():
+    graph = two_results()
+    _, text = changed(graph, UndefinedTangentsPass(("tangents_1",)))
+    assert_expected_inline(
+        text,
+        """\
+- expand: f32[5, 2] = expand(tangents_1, [5, 2])
+- t: f32[3, 5] = t(relu)
+- mm_2: f32[3, 2] = mm(t, expand)
+- t_1: f32[2, 3] = t(primals_3)
+- mm_3: f32[5, 3] = mm(expand, t_1)
+- add: f32[5, 3] = add(tangents_2, mm_3)
+- threshold_backward: f32[5, 3] = threshold_backward(add, detach_1, 0)
++ threshold_backward: f32[5, 3] = threshold_backward(tangents_2, detach_1, 0)
+- return sum_1, relu, mm_4, None, mm_2
++ return sum_1, relu, mm_4, None, None""",
+    )
+
+
+def test_zeros_are_made_where_zero_is_not_known_to_stay_zero():
+    def body(m, x):
+        h = x @ m.w
+        return h.sum(), h.cumsum(0)
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3))
+    _, text = changed(graph, UndefinedTangentsPass(("tangents_2",)))
+    assert_expected_inline(
+        text,
+        """\
+- flip: f32[5, 3] = flip(tangents_2, [0])
++ flip_zeros: f32[5, 3] = full([5, 3], 0, dtype=torch.float32, device=cpu)
+- cumsum_1: f32[5, 3] = cumsum(flip, 0)
++ cumsum_1: f32[5, 3] = cumsum(flip_zeros, 0)""",
+    )
+
+
+@pytest.mark.parametrize("undefined", ["tangents_1", "tangents_2"])
+def test_undefined_is_what_zero_gives(undefined):
+    graph = two_results()
+    after = UndefinedTangentsPass((undefined,)).apply(graph)
+    names = [n.name for n in graph.module.graph.find_nodes(op="placeholder")]
+    values = arguments(graph)
+    values[names.index(undefined)].zero_()
+    want = fx.Interpreter(graph.module).run(*values, enable_io_processing=False)
+    got = fx.Interpreter(after.module).run(*values, enable_io_processing=False)
+    for a, b in zip(want, got, strict=True):
+        assert (a is None and b is None) or torch.equal(a, torch.zeros_like(a) if b is None else b)
+
+
+def test_no_undefined_tangent_changes_nothing():
+    _, text = changed(two_results(), UndefinedTangentsPass(()))
+    assert text == ""
+
+
+# -- Recompute ---------------------------------------------------------------------------------------
+
+
+def test_recompute_runs_the_producer_again_in_the_backward():
+    graph = two_layers()
+    after, text = changed(graph, RecomputePass((Recompute("relu", "mm_2"),), frozenset({"mm"})))
+    assert_expected_inline(
+        text,
+        """\
+- detach: f32[5, 3] = detach(relu)
+- t: f32[3, 5] = t(relu)
++ relu_recompute: f32[5, 3] = relu(mm)
++ t_recompute: f32[3, 5] = t(relu_recompute)
+- mm_2: f32[3, 2] = mm(t, expand)
++ mm_2: f32[3, 2] = mm(t_recompute, expand)
++ detach_recompute: f32[5, 3] = detach(relu_recompute)
+- detach_1: f32[5, 3] = detach(detach)
++ detach_1_recompute: f32[5, 3] = detach(detach_recompute)
+- threshold_backward: f32[5, 3] = threshold_backward(mm_3, detach_1, 0)
++ threshold_backward: f32[5, 3] = threshold_backward(mm_3, detach_1_recompute, 0)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_a_chain_is_made_again_in_order():
+    graph = two_layers()
+    again = (Recompute("mm", "mm_2"), Recompute("relu", "mm_2"))
+    after, text = changed(graph, RecomputePass(again, frozenset()))
+    assert_expected_inline(
+        text,
+        """\
+- detach: f32[5, 3] = detach(relu)
+- t: f32[3, 5] = t(relu)
++ mm_recompute: f32[5, 3] = mm(primals_2, primals_1)
++ relu_recompute: f32[5, 3] = relu(mm_recompute)
++ t_recompute: f32[3, 5] = t(relu_recompute)
+- mm_2: f32[3, 2] = mm(t, expand)
++ mm_2: f32[3, 2] = mm(t_recompute, expand)
++ detach_recompute: f32[5, 3] = detach(relu_recompute)
+- detach_1: f32[5, 3] = detach(detach)
++ detach_1_recompute: f32[5, 3] = detach(detach_recompute)
+- threshold_backward: f32[5, 3] = threshold_backward(mm_3, detach_1, 0)
++ threshold_backward: f32[5, 3] = threshold_backward(mm_3, detach_1_recompute, 0)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_nothing_to_recompute_gives_the_graph_itself():
+    graph = two_layers()
+    assert RecomputePass((), frozenset()).apply(graph) is graph
+
+
+def test_a_twin_remembers_where_it_comes_from():
+    graph = two_layers()
+    after = RecomputePass((Recompute("relu", "mm_2"),), frozenset({"mm"})).apply(graph)
+    twin, first = after.node("relu_recompute"), after.node("relu")
+    assert twin.meta["fxmem_origin"] == "relu"
+    assert twin.meta["stack_trace"] == first.meta["stack_trace"]
+    assert twin.meta["val"].shape == first.meta["val"].shape
+    assert twin.meta["val"].untyped_storage()._cdata != first.meta["val"].untyped_storage()._cdata
+
+
+# -- Hazards: random numbers -------------------------------------------------------------------------
+
+
+def dropout():
+    def body(m, x):
+        return F.dropout(x @ m.w, 0.5).sin().sum()
+
+    return captured(body, tensor(16, 16), w=tensor(16, 16))
+
+
+DROPOUT_AGAIN = RecomputePass((Recompute("native_dropout", "cos"),), frozenset({"mm"}))
+
+
+def test_dropout_is_replayed():
+    graph = dropout()
+    after, text = changed(graph, DROPOUT_AGAIN)
+    assert_expected_inline(
+        text,
+        """\
++ native_dropout_run: (u8[5056], (f32[16, 16], bool[16, 16])) = run_and_save_rng_state(native_dropout, mm, 0.5, True)
++ native_dropout_state: u8[5056] = getitem(native_dropout_run, 0)
+- native_dropout: (f32[16, 16], bool[16, 16]) = native_dropout(mm, 0.5, True)
++ native_dropout_result: (f32[16, 16], bool[16, 16]) = getitem(native_dropout_run, 1)
+- getitem: f32[16, 16] = getitem(native_dropout, 0)
++ getitem: f32[16, 16] = getitem(native_dropout_result, 0)
+- getitem_1: bool[16, 16] = getitem(native_dropout, 1)
++ native_dropout_result_recompute: (f32[16, 16], bool[16, 16]) = run_with_rng_state(native_dropout_state, native_dropout, mm, 0.5, True)
++ getitem_recompute: f32[16, 16] = getitem(native_dropout_result_recompute, 0)
++ getitem_1_recompute: bool[16, 16] = getitem(native_dropout_result_recompute, 1)
+- cos: f32[16, 16] = cos(getitem)
++ cos: f32[16, 16] = cos(getitem_recompute)
+- native_dropout_backward: f32[16, 16] = native_dropout_backward(mul, getitem_1, 2.0)
++ native_dropout_backward: f32[16, 16] = native_dropout_backward(mul, getitem_1_recompute, 2.0)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_dropout_without_replay_would_be_wrong(monkeypatch):
+    graph = dropout()
+    monkeypatch.setattr(recompute, "is_random", lambda node: False)
+    assert differences(run(graph), run(DROPOUT_AGAIN.apply(graph)))
+
+
+def test_the_generator_ends_where_it_would_have():
+    graph = dropout()
+    ends = []
+    for g in (graph, DROPOUT_AGAIN.apply(graph)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            fx.Interpreter(g.module).run(*arguments(g), enable_io_processing=False)
+            ends.append(torch.get_rng_state())
+    assert torch.equal(*ends)
+
+
+# -- Hazards: statistics and changed inputs ----------------------------------------------------------
+
+
+def norm_again(graph):
+    norm = next(n.name for n in graph.nodes if "batch_norm_legit" in n.name)
+    reader = next(n.name for n in graph.nodes if n.name.startswith("native_batch_norm_backward"))
+    return RecomputePass((Recompute(norm, reader),), frozenset({"mm", "exp"}))
+
+
+def test_a_second_batch_norm_counts_no_statistics():
+    graph = CleanupPass().apply(batch_norm())
+    after, text = changed(graph, norm_again(graph))
+    assert_expected_inline(
+        text,
+        """\
+- getitem_1: f32[3] = getitem(_native_batch_norm_legit_functional, 1)
+- getitem_2: f32[3] = getitem(_native_batch_norm_legit_functional, 2)
++ _native_batch_norm_legit_functional_recompute: (f32[5, 3], f32[3], f32[3]) = _native_batch_norm_legit(mm, primals_6, primals_7, True, 0.1, 1e-05)
++ getitem_1_recompute: f32[3] = getitem(_native_batch_norm_legit_functional_recompute, 1)
++ getitem_2_recompute: f32[3] = getitem(_native_batch_norm_legit_functional_recompute, 2)
+- native_batch_norm_backward: (f32[5, 3], f32[3], f32[3]) = native_batch_norm_backward(mul, mm, primals_6, None, None, getitem_1, getitem_2, True, 1e-05, [True, True, True])
++ native_batch_norm_backward: (f32[5, 3], f32[3], f32[3]) = native_batch_norm_backward(mul, mm, primals_6, None, None, getitem_1_recompute, getitem_2_recompute, True, 1e-05, [True, True, True])""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_a_second_batch_norm_with_statistics_would_be_refused(monkeypatch):
+    graph = CleanupPass().apply(batch_norm())
+    norm = next(n for n in graph.nodes if "batch_norm_legit" in n.name)
+    assert norm in recomputable_nodes(graph)
+    monkeypatch.setattr(operators, "second_call", lambda n: (n.target, n.args, dict(n.kwargs)))
+    assert norm not in recomputable_nodes(graph)
+
+
+def counter():
+    def body(m, x):
+        y = torch.sin(x * (m.b_count * 2)) @ m.w
+        m.b_count.add_(1)
+        return y.sum()
+
+    x = tensor(5, 4).requires_grad_()
+    return CleanupPass().apply(captured(body, x, w=tensor(4, 3), b_count=tensor(4)))
+
+
+COUNTER_AGAIN = RecomputePass((Recompute("mul", "cos"),), frozenset({"mul_1", "sin"}))
+
+
+def test_what_reads_a_changed_input_is_not_made_again(monkeypatch):
+    graph = counter()
+    doubled = graph.node("mul")
+    assert doubled not in recomputable_nodes(graph)
+    monkeypatch.setattr(JointGraph, "mutated_inputs", lambda self: set())
+    assert doubled in recomputable_nodes(graph)
+    assert differences(run(graph), run(COUNTER_AGAIN.apply(graph)))
+
+
+# -- Hazards: operators that must not run twice ------------------------------------------------------
+
+
+@torch.library.custom_op("fxmem_test_passes::scale", mutates_args=())
+def scale(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@scale.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+scale.register_autograd(lambda ctx, g: g * 3)
+
+
+def custom():
+    def body(m, x):
+        return torch.ops.fxmem_test_passes.scale(x @ m.w).sin().sum()
+
+    return captured(body, tensor(5, 4), w=tensor(4, 3))
+
+
+def test_a_custom_operator_runs_again_only_if_declared_pure(monkeypatch):
+    monkeypatch.setattr(operators, "_declared_pure", set())
+    graph = custom()
+    node = graph.node("scale")
+    assert "call fxmem.declare_pure if it is pure" in refusal(node)
+    assert node not in recomputable_nodes(graph)
+    fxmem.declare_pure(torch.ops.fxmem_test_passes.scale)
+    assert refusal(node) is None
+    assert node in recomputable_nodes(graph)
+    after, text = changed(graph, RecomputePass((Recompute("scale", "cos"),), frozenset({"mm"})))
+    assert_expected_inline(
+        text,
+        """\
++ scale_recompute: f32[5, 3] = scale(mm)
+- cos: f32[5, 3] = cos(scale)
++ cos: f32[5, 3] = cos(scale_recompute)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_declare_pure_takes_operators_only():
+    with pytest.raises(TypeError, match="takes an operator"):
+        fxmem.declare_pure(lambda x: x)
+
+
+def made_node(target, device, *, returns_tensor=True):
+    """A forward node with an example value on ``device``, whether or not there is such a device."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(target, (x,))
+    if returns_tensor:
+        node.meta["val"] = FakeTensor(
+            FakeTensorMode(), torch.empty(4, device="meta"), torch.device(device)
+        )
+    return node
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        aten.scatter_add.default,
+        aten.index_add.default,
+        aten.index_put.default,
+        aten.cumsum.default,
+    ],
+)
+def test_operators_that_add_in_any_order_on_cuda(target):
+    assert refusal(made_node(target, "cpu")) is None
+    assert refusal(made_node(target, "cuda")) == (
+        "runs in a different order each time on this device"
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ordinary_operators_may_run_again(device):
+    assert refusal(made_node(aten.relu.default, device)) is None
+
+
+def test_a_random_operator_on_an_unknown_generator_is_refused():
+    node = made_node(aten.rand_like.default, "cpu")
+    assert refusal(node) is None
+    node.kwargs = {"generator": torch.Generator()}
+    assert "generator" in refusal(node)
+
+
+def test_operators_that_change_their_arguments_are_refused():
+    assert refusal(made_node(aten.relu_.default, "cpu")) == "changes its arguments"
+
+
+def test_collectives_are_refused():
+    pytest.importorskip("torch.distributed._functional_collectives")
+    node = made_node(torch.ops._c10d_functional.all_reduce.default, "cpu")
+    assert "custom operator" in refusal(node)
+
+
+def test_effects_and_python_functions_are_refused():
+    for target in (torch.ops.higher_order.with_effects, print):
+        assert refusal(made_node(target, "cpu")) == "not an operator fxmem knows to be pure"
+    assert refusal(made_node(operator.getitem, "cpu")) is None
+
+
+# -- The user's own checkpoint policies --------------------------------------------------------------
+
+
+class Tagged(nn.Module):
+    """One region under a policy that gives ``tag`` to one operator and leaves the rest open."""
+
+    def __init__(self, packet, tag):
+        super().__init__()
+        self.a = nn.Linear(16, 64)
+        self.b = nn.Linear(64, 16)
+
+        def policy(ctx, op, *args, **kwargs):
+            return tag if op is packet else CheckpointPolicy.PREFER_RECOMPUTE
+
+        self.contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def region(self, x):
+        return torch.tanh(self.b(F.gelu(self.a(x))))
+
+    def forward(self, x):
+        h = checkpoint(self.region, x, use_reentrant=False, context_fn=self.contexts)
+        return h.pow(2).sum()
+
+
+@contextlib.contextmanager
+def tagged(packet, tag):
+    torch.manual_seed(0)
+    with capture_once(Tagged(packet, tag), (tensor(32, 16),)) as found:
+        yield found
+
+
+def again(found, budget):
+    return {d.key.operator for d in found.decide(budget).plan.decisions if d.action == "recompute"}
+
+
+def test_must_save_is_kept_at_every_budget(monkeypatch):
+    with tagged(aten.addmm.default, CheckpointPolicy.MUST_SAVE) as found:
+        assert "addmm" not in again(found, "min")
+    monkeypatch.setattr(pipeline, "tagged_values", lambda flow: (frozenset(), frozenset()))
+    with tagged(aten.addmm.default, CheckpointPolicy.MUST_SAVE) as found:
+        assert "addmm" in again(found, "min")
+
+
+def test_must_recompute_is_made_again_at_every_budget(monkeypatch):
+    with tagged(aten.gelu.default, CheckpointPolicy.MUST_RECOMPUTE) as found:
+        assert again(found, "1TiB") == {"gelu"}
+    monkeypatch.setattr(pipeline, "tagged_values", lambda flow: (frozenset(), frozenset()))
+    with tagged(aten.gelu.default, CheckpointPolicy.MUST_RECOMPUTE) as found:
+        assert not again(found, "1TiB")
+
+
+def test_prefer_leaves_the_choice_to_the_plan():
+    with tagged(aten.gelu.default, CheckpointPolicy.PREFER_RECOMPUTE) as found:
+        assert not again(found, "1TiB")
+    with tagged(aten.addmm.default, CheckpointPolicy.PREFER_SAVE) as found:
+        assert "addmm" in again(found, "min")
