@@ -26,6 +26,12 @@ from fxmem.verify import verify_step
 ALLOWED = ("recompute", "lossless")
 LATER = ("quantize", "offload")
 
+NOTHING_TO_PLAN = (
+    "nothing in this step needs a gradient, so nothing is saved for a backward.\n"
+    "  try: check requires_grad of the parameters, torch.no_grad() in forward, and that loss_fn "
+    "returns a tensor with a gradient"
+)
+
 
 def optimize(
     model: nn.Module,
@@ -62,21 +68,23 @@ def optimize(
     Raises ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``,
     ``VerificationError``.
     """
+    loss_inputs = _read_loss_inputs(loss_inputs)
     options = read_options(
         model, budget, allow=allow, noise=noise, reserve=reserve, on_infeasible=on_infeasible,
         compiler=compiler, cost=cost, plan=plan,
     )  # fmt: skip
     call = example_call(model, example_inputs, example_kwargs, loss_fn, loss_inputs)
     names = dynamic_names(dynamic_shapes, model, call)
-    session = Session(options, loss_fn, len(tuple(loss_inputs)), names)
+    session = Session(options, loss_fn, len(loss_inputs), names)
     optimized = OptimizedModule(model, session)
     if call is None:
         if verify:
             raise FxmemError("verify=True runs one step, so it needs example_inputs")
         return optimized
-    first = session.program_for(marked(call, names))
-    if first.plan is not None:
-        _warn_if_over(first.plan)
+    first = session.program_for(call)
+    if first.plan is None:
+        raise CaptureError(NOTHING_TO_PLAN)
+    _warn_if_over(first.plan)
     optimized.show_graph()
     if verify:
         optimized.__dict__["_fxmem_checked"] = verify_step(optimized, call)
@@ -103,6 +111,7 @@ def plan(
 
     Raises ``CaptureError`` also where nothing in the step needs a gradient.
     """
+    loss_inputs = _read_loss_inputs(loss_inputs)
     options = read_options(
         model, budget, allow=allow, noise=noise, reserve=reserve, on_infeasible=on_infeasible,
         compiler="eager", cost=cost, plan=plan,
@@ -117,10 +126,7 @@ def plan(
     unchanged = unchanged_step(call)
     with torch.enable_grad(), capture(marked(call, names), names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
-            raise CaptureError(
-                "nothing in this step needs a gradient, so nothing is saved for a backward.\n"
-                "  try: check requires_grad of the parameters, and torch.no_grad() in forward"
-            )
+            raise CaptureError(NOTHING_TO_PLAN)
         found = decide(analyze(captured.graph, call, unchanged, options.cost), options).plan
     _warn_if_over(found)
     return found
@@ -165,7 +171,17 @@ def read_options(
     )
 
 
+def _read_loss_inputs(loss_inputs: Any) -> tuple[Any, ...]:
+    if not isinstance(loss_inputs, (tuple, list)):
+        raise FxmemError(
+            f"loss_inputs should be a tuple, not {type(loss_inputs).__name__}\n  try: (target,)"
+        )
+    return tuple(loss_inputs)
+
+
 def _read_allow(allow: Any) -> tuple[str, ...]:
+    if not isinstance(allow, (str, tuple, list, set, frozenset)):
+        raise FxmemError(f"allow takes names from {ALLOWED}, not {allow!r}")
     names = (allow,) if isinstance(allow, str) else tuple(allow)
     for name in names:
         if name in LATER:
@@ -210,9 +226,7 @@ def example_call(
         raise FxmemError(f"example_kwargs should be a dict, not {type(kwargs).__name__}")
     if loss_fn is not None and not callable(loss_fn):
         raise FxmemError(f"loss_fn should be callable, not {type(loss_fn).__name__}")
-    if isinstance(loss_inputs, torch.Tensor):
-        raise FxmemError("loss_inputs should be a tuple, not a single tensor\n  try: (target,)")
-    call = StepCall(model, tuple(inputs or ()), dict(kwargs or {}), loss_fn, tuple(loss_inputs))
+    call = StepCall(model, tuple(inputs or ()), dict(kwargs or {}), loss_fn, loss_inputs)
     _check_devices(call)
     return call
 
@@ -230,7 +244,7 @@ def _check_devices(call: StepCall) -> None:
 
 
 def _warn_if_over(plan: Plan) -> None:
-    if plan.budget is not None and plan.predicted_peak > plan.budget:
+    if plan.predicted_peak > plan.budget:
         warnings.warn(
             f"fxmem: no plan fits {format_bytes(plan.budget)}; the smallest one found, which "
             f"peaks at {format_bytes(plan.predicted_peak)}, is applied",

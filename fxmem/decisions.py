@@ -36,7 +36,7 @@ def explain(
     before = timeline(split(graph), analysis.workspaces)
     symbols = {s.name: s.hint for s in graph.symbols.values()}
     return Plan(
-        budget=budget,
+        budget=line.peak(bindings).nbytes if budget is None else budget,
         asked=options.budget.asked,
         reserve=options.reserve,
         predicted_peak=line.peak(bindings).nbytes,
@@ -49,7 +49,7 @@ def explain(
         gap=0.0 if not choice.outcome.recomputed else None,
         decisions=tuple(_decisions(analysis, choice)),
         symbols=symbols,
-        valid_for={name: (size, size) for name, size in symbols.items()},
+        valid_for={name: (min(size, 2), size) for name, size in symbols.items()},
         peak=_peak_point(line, graph, bindings),
         before=_peak_point(before, graph, bindings),
         fingerprint=fingerprint(graph),
@@ -206,4 +206,9 @@ def find_choice(analysis: Analysis, plan: Plan) -> Choice:
             )
         elif decision.brief:
             brief.add(v)
+    decided = {values[nodes[d.key]] for d in plan.decisions}
+    forgotten = planner.simulator.directly_read() - planner.simulator.always_kept - decided
+    if forgotten:
+        names = sorted(flow.values[v].node.name for v in forgotten)
+        raise PlanMismatchError(f"the plan says nothing of {', '.join(names[:5])}")
     return planner.choice(frozenset(kept), frozenset(brief))

@@ -17,6 +17,9 @@ Names = dict[str, dict[int, str]]
 """Input, as the captured function reaches it (``args[0]``), -> dimension -> symbol."""
 
 
+_FORMS = 'accepted is {"x": {0: "B"}}'
+
+
 def dynamic_names(shapes: Any, model: nn.Module, call: StepCall | None) -> Names:
     """Read ``dynamic_shapes``: ``{"x": {0: "B"}}``, ``{0: {0: "B"}}``, or a tuple as torch.export's.
 
@@ -26,6 +29,10 @@ def dynamic_names(shapes: Any, model: nn.Module, call: StepCall | None) -> Names
         return {}
     if call is None:
         raise FxmemError("dynamic_shapes names dimensions of the example inputs, so it needs them")
+    if not isinstance(shapes, (Mapping, tuple, list)):
+        raise FxmemError(
+            f"dynamic_shapes should be a mapping or a tuple, not {shapes!r:.80}; {_FORMS}"
+        )
     entries = shapes.items() if isinstance(shapes, Mapping) else enumerate(shapes)
     return {
         _place(key, model, call): _dimensions(key, dims, _tensor(key, model, call))
@@ -56,6 +63,10 @@ def _tensor(key: Any, model: nn.Module, call: StepCall) -> torch.Tensor:
 
 def _dimensions(key: Any, dims: Any, tensor: torch.Tensor) -> dict[int, str]:
     """torch.export writes a sequence with None for static dimensions, or a mapping; both do."""
+    if not isinstance(dims, (Mapping, tuple, list)):
+        raise FxmemError(
+            f"dynamic_shapes[{key!r}] should map dimensions, not {dims!r:.80}; {_FORMS}"
+        )
     items = dims.items() if isinstance(dims, Mapping) else enumerate(dims)
     named = {d: _symbol(key, d, name) for d, name in items if name is not None}
     for d in named:
@@ -72,7 +83,9 @@ def _symbol(key: Any, dim: Any, name: Any) -> str:
         return name
     if hasattr(name, "__name__"):  # torch.export.Dim("B")
         return str(name.__name__)
-    return f"{key}_{dim}"
+    raise FxmemError(
+        f"dynamic_shapes[{key!r}][{dim!r}] should be a name, not {name!r:.80}; {_FORMS}"
+    )
 
 
 def marked(call: StepCall, names: Names) -> StepCall:
@@ -91,3 +104,18 @@ def _mark(value: Any, dims: dict[int, str] | None) -> Any:
     for dim in dims:
         torch._dynamo.mark_dynamic(alias, dim)
     return alias
+
+
+Sizes = dict[tuple[str, int], int]
+"""Input and dimension -> size."""
+
+
+def sizes_of(call: StepCall, names: Names) -> Sizes:
+    """The call's sizes in the dynamic dimensions."""
+    found: Sizes = {}
+    for place, dims in names.items():
+        inputs: Any = call.args if place.startswith("args") else call.kwargs
+        key: Any = place[place.index("[") + 1 : -1]
+        value = inputs[int(key)] if place.startswith("args") else inputs[key.strip("'")]
+        found.update({(place, dim): int(value.shape[dim]) for dim in dims})
+    return found

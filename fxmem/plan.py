@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from fxmem.graph import (
 SCHEMA_VERSION = 1
 ACTIONS = ("keep", "recompute")
 _MAX_FILE_BYTES = 64 << 20
+_LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class PeakPoint:
 class Plan:
     """Bytes unless said.
 
-    budget: what the step may hold, after ``reserve``; None when the smallest peak was asked for.
+    budget: what the step may hold, after ``reserve``; for ``"min"`` the smallest peak found.
     asked: the budget as the user wrote it.  baseline_peak: of the user's step as it is today.
     keep_all_peak: of the captured step with everything saved.  resident: parameters, buffers,
     inputs.  floor: smallest peak that a plan was shown to reach, or None where nobody looked.
@@ -93,7 +93,7 @@ class Plan:
     None.  symbols: name -> value in the example.  valid_for: symbol -> (smallest, largest) size.
     """
 
-    budget: int | None
+    budget: int
     asked: str
     reserve: int
     predicted_peak: int
@@ -114,6 +114,11 @@ class Plan:
     model: str
     torch_version: str
     cost_model: str
+
+    @property
+    def smallest(self) -> bool:
+        """Was the smallest peak asked for, so that the budget is whatever that turned out to be?"""
+        return self.asked == "min"
 
     @property
     def predicted_overhead(self) -> float:
@@ -296,7 +301,7 @@ def _check(kind: Any, name: str, declared: str, value: Any) -> None:
         return
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ValueError(f"{kind.__name__}.{name} should be {declared}, not {value!r:.80}")
-    if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+    if isinstance(value, (int, float)) and not 0 <= value < _LARGEST:
         raise ValueError(f"{kind.__name__}.{name} should be finite and not negative: {value!r}")
 
 
@@ -308,7 +313,7 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 def _sizes(value: Any, what: str) -> dict[str, int]:
     for name, size in _object(value, what).items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < _LARGEST:
             raise ValueError(f"{what}[{name!r:.80}] should be a size, not {size!r:.80}")
     return value
 

@@ -41,8 +41,7 @@ class Report:
     @property
     def fits(self) -> bool:
         """Is no known peak, predicted or measured, above the budget?"""
-        budget = self.plan.budget
-        return budget is None or max(self.plan.predicted_peak, self.measured_peak or 0) <= budget
+        return max(self.plan.predicted_peak, self.measured_peak or 0) <= self.plan.budget
 
     def __str__(self) -> str:
         sections = (_verdict(self), _live(self.plan), _decisions(self.plan), _else(self.plan))
@@ -93,7 +92,7 @@ def _fit(report: Report) -> tuple[str, list[str]]:
     plan, budget = report.plan, report.plan.budget
     peak, was = format_bytes(plan.predicted_peak), f"was {format_bytes(plan.baseline_peak)}"
     reserve = f"reserve {format_bytes(plan.reserve)} extra" if plan.reserve else ""
-    if budget is None:
+    if plan.smallest:
         return "LEAST", [f"peak {peak}, the smallest that was found", was, reserve]
     of = f"peak {peak} of {format_bytes(budget)} ({_percent(plan.predicted_peak, budget)} %)"
     return "FITS" if report.fits else "OVER", [of, was, _room(report, budget), reserve]
@@ -168,7 +167,7 @@ def _live(plan: Plan) -> list[str]:
         [r.after - r.before for r in rows],
     ]
     unit = _scale(_BYTES, columns)
-    whole = total.after if plan.budget is None else plan.budget
+    whole = total.after if plan.smallest else plan.budget
     cells = [
         (
             r.category,
@@ -179,7 +178,7 @@ def _live(plan: Plan) -> list[str]:
         )
         for r in (*rows, total)
     ]
-    share = "% of peak" if plan.budget is None else "% of budget"
+    share = "% of peak" if plan.smallest else "% of budget"
     table = _table(("category", "before", "after", "change", share), cells, "lrrrr")
     return [f"1. Live at the peak ({unit.name})", *table, *_live_notes(plan, unit)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from fxmem import _torch
 from fxmem.capture import StepCall, capture
+from fxmem.dynamic import Names, Sizes, marked, sizes_of
 from fxmem.errors import FxmemError
 from fxmem.graph import JointGraph, Role
 from fxmem.pipeline import Options, Planned, analyze, backward_for, decide, unchanged_step
@@ -34,6 +35,13 @@ class Program:
     plan: Plan | None
     forward_graph: fx.GraphModule | None
     backward_graph: fx.GraphModule | None
+    sizes: Sizes = field(default_factory=dict)
+
+    def serves(self, call: StepCall, sizes: Sizes) -> bool:
+        """Was the program captured for such a call, and planned for sizes at least as large?"""
+        return self.matches(call.locals()) and all(
+            size <= self.sizes.get(place, size) for place, size in sizes.items()
+        )
 
 
 class Backward:
@@ -80,21 +88,23 @@ class Session:
     options: Options
     loss_fn: Callable[..., Any] | None = None
     num_loss_inputs: int = 0
-    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
+    dynamic: Names = field(default_factory=dict)
     programs: list[Program] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def program_for(self, call: StepCall) -> Program:
         """The program that serves a call; captured and planned if there is none yet."""
-        local = call.locals()
+        sizes = sizes_of(call, self.dynamic)
         for program in self.programs:
-            if program.matches(local):
+            if program.serves(call, sizes):
                 return program
         with self.lock:
             for program in self.programs:
-                if program.matches(local):
+                if program.serves(call, sizes):
                     return program
-            program = build_program(call, self.options, self.dynamic)
+            # A plan that was given is for the first step; further ones are planned.
+            options = replace(self.options, plan=None) if self.programs else self.options
+            program = build_program(marked(call, self.dynamic), options, self.dynamic)
             self.programs.append(program)
             return program
 
@@ -102,9 +112,7 @@ class Session:
         return self  # programs hold no parameter: the module is an argument of every call
 
 
-def build_program(
-    call: StepCall, options: Options, names: dict[str, dict[int, str]] | None = None
-) -> Program:
+def build_program(call: StepCall, options: Options, names: Names) -> Program:
     """Capture, plan and compile one step."""
     unchanged = unchanged_step(call)
     with capture(call, names) as captured:
@@ -115,7 +123,7 @@ def build_program(
         forward = planned.split.forward
         shown = readable(captured.graph, forward, backward.module)
         run = captured.compile(forward, planned.split.backward, backward)
-        return Program(captured.matches, run, planned.plan, *shown)
+        return Program(captured.matches, run, planned.plan, *shown, sizes_of(call, names))
 
 
 def _run_eagerly(

@@ -227,7 +227,7 @@ def measure_call(call: Call, device: torch.device) -> Entry | None:
 
     None where there is no such device, no room, or the operator refuses the throwaway values.
     """
-    if device.type not in ("cpu", "cuda") or not _fits(call, device):
+    if device.type not in ("cpu", "cuda") or _reads_opaque(call) or not _fits(call, device):
         return None
     measure = _measure_cuda if device.type == "cuda" else _measure_cpu
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -236,6 +236,16 @@ def measure_call(call: Call, device: torch.device) -> Entry | None:
             return measure(call, device)
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
             return None
+
+
+def _reads_opaque(call: Call) -> bool:
+    """Does the operator read what only its own forward can write, and trust it blindly?
+
+    A recurrent layer's backward follows pointers in its workspace: throwaway bytes there crash.
+    """
+    schema = getattr(call.target, "_schema", None)
+    names = {a.name for a in schema.arguments} if schema is not None else set()
+    return bool(names & {"workspace", "reserve", "reserveSpace"})
 
 
 def _run(call: Call, device: torch.device) -> Any:

@@ -25,8 +25,11 @@ T = TypeVar("T")
 
 BUDGETS = ("0.9x", "0.6x", "0.4x", "min")
 
-SMALL = ("gpt2-dropout", "resnet", "unet", "vit")
+SMALL = ("resnet", "unet", "vit")
 """Families at the size where activations outweigh parameters; the others are tiny."""
+
+ONE_LAYER = ("llama", "gpt2", "encdec", "vit-dropout")
+"""Their graphs are long already, by this start of their names."""
 
 BASELINE_OFF: dict[str, str] = {}
 """Families whose ``baseline_peak`` is more than 1 % off eager's measured peak, and why."""
@@ -101,7 +104,7 @@ def measured_peak(run: Callable[[], T], forget: Callable[[], None]) -> tuple[int
 class Trial:
     """A family under each budget; an error where a budget is below what any plan reaches.
 
-    smallest: the step at the smallest peak that the last such error named.
+    Only the largest such budget is tried; smallest: the step at the peak that its error named.
     """
 
     model: nn.Module
@@ -132,19 +135,22 @@ class Trial:
 
 @functools.lru_cache(maxsize=1)  # the tests of one family follow each other
 def trial(name: str) -> Trial:
-    model, args, kwargs = FAMILIES[name].build("small" if name in SMALL else "tiny")
+    changes = {"layers": 1} if name.startswith(ONE_LAYER) else {}
+    model, args, kwargs = FAMILIES[name].build("small" if name in SMALL else "tiny", **changes)
     start = copy.deepcopy(model.state_dict())
     steps: dict[str, Step | fxmem.BudgetInfeasibleError] = {}
     smallest = None
     with capture_once(model, args, kwargs) as captured:
+        refused: fxmem.BudgetInfeasibleError | None = None
         for budget in BUDGETS:
+            if refused and budget != "min":
+                continue  # smaller than one that is too small already
             try:
                 steps[budget] = captured.step(budget)
             except fxmem.BudgetInfeasibleError as error:
-                steps[budget] = error
-        refused = [e for e in steps.values() if isinstance(e, fxmem.BudgetInfeasibleError)]
+                steps[budget] = refused = error
         if refused:
-            smallest = captured.step(refused[-1].smallest_peak)
+            smallest = captured.step(refused.smallest_peak)
     return Trial(model, args, kwargs, start, steps, smallest)
 
 
@@ -162,6 +168,8 @@ def check(run: Trial, step: Step, budget: int | None) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, budget):
     run = trial(name)
+    if budget not in run.steps:
+        pytest.skip("a larger budget is too small already")
     step = run.steps[budget]
     if isinstance(step, Step):
         check(run, step, step.plan.budget)
