@@ -43,7 +43,7 @@ class Planner:
     flow: Dataflow
     must_keep: frozenset[int] = frozenset()
     must_remake: frozenset[int] = frozenset()
-    limit: int = 4_000
+    limit: int = 3_000
     simulations: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +52,7 @@ class Planner:
         fixed = self.must_keep | self.must_remake
         self.free = [v for v in self.candidates if v not in fixed]
         self._until = 0
+        self._smallest: Choice | None = None
 
     # -- What is asked of a planner ----------------------------------------------------------------
 
@@ -69,6 +70,11 @@ class Planner:
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
+        if self._smallest is None:
+            self._smallest = self._find_smallest()
+        return self._smallest
+
+    def _find_smallest(self) -> Choice:
         starts = [self.choice(self.must_keep, brief) for brief in self._briefs()]
         ends = [self.keep_all(), *map(self._lower, starts)]
         best = min(ends, key=lambda c: c.outcome.peak)
@@ -96,7 +102,7 @@ class Planner:
 
     def _lower(self, current: Choice) -> Choice:
         """Take the peak down in steps that shrink when they fail."""
-        until = self.simulations + self.limit
+        until = self.simulations + self.limit // 2
         step = current.outcome.peak // 4
         while step > current.outcome.peak // 400 and self.simulations < until:
             target = current.outcome.peak - step

