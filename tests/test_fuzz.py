@@ -6,6 +6,7 @@ results, or its results alone.
 """
 
 import copy
+import dataclasses
 import itertools
 import os
 from dataclasses import dataclass
@@ -203,3 +204,74 @@ def test_random_program(seed):
     trial = Trial.of(program)
     wrong = [f"{name} {line}" for name, oracle in ORACLES.items() for line in oracle(trial)]
     assert not wrong, "\n".join([*wrong, program.source])
+
+
+# -- The oracles see what is wrong -------------------------------------------------------------------
+
+
+class Planted(nn.Module):
+    """Values that are cheap to make again, randomly and with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 64)
+        self.norm = nn.BatchNorm1d(64)
+        self.last = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        h = torch.sin(self.norm(self.first(x)))
+        return (self.last(torch.sin(nn.functional.dropout(h, 0.5))),)
+
+
+def planted() -> Trial:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Planted()
+        program = Program("", model, (torch.randn(64, 16, requires_grad=True),), seed=2)
+    return Trial.of(program)
+
+
+def redraw(rewriter: Any, target: Any, function: Any, args: Any, kwargs: Any) -> Any:
+    """Run a random node again as it stands, from wherever the generator is by then."""
+    state, rewriter.states = rewriter.states, {}
+    try:
+        return _run_again(rewriter, target, function, args, kwargs)
+    finally:
+        rewriter.states = state
+
+
+_run_again = recompute._Rewriter._run_again
+
+
+def count_twice(node: Any) -> Any:
+    """The call itself, which returns updated running statistics once more."""
+    return node.target, tuple(node.args), dict(node.kwargs)
+
+
+def test_nothing_is_wrong_with_the_planted_program():
+    trial = planted()
+    assert trial.steps["min"].plan.recomputed
+    assert not [line for oracle in ORACLES.values() for line in oracle(trial)]
+
+
+def test_a_mask_drawn_anew_is_seen(monkeypatch):
+    monkeypatch.setattr(recompute._Rewriter, "_run_again", redraw)
+    assert any("grad" in line for line in wrong_bits(planted()))
+
+
+def test_a_value_swapped_for_another_is_seen(monkeypatch):
+    def swapped(self: Any, node: Any, before: Any) -> Any:
+        found = _source(self, node, before)
+        return self.by_name["sin_1"] if found.name.startswith("sin_recompute") else found
+
+    _source = recompute._Rewriter._source
+    monkeypatch.setattr(recompute._Rewriter, "_source", swapped)
+    assert any("grad" in line for line in wrong_bits(planted()))
+
+
+def test_bytes_that_were_not_counted_are_seen():
+    trial = planted()
+    for budget, step in trial.steps.items():
+        plan = dataclasses.replace(step.plan, predicted_peak=step.plan.predicted_peak - 4096)
+        trial.steps[budget] = dataclasses.replace(step, plan=plan)
+    assert len(wrong_peaks(trial)) == len(BUDGETS)

@@ -1,0 +1,116 @@
+"""What users get wrong, and what they are told; what a call serves, and what it plans anew."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxmem
+from fxmem.workspace import Call, measure_call
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1)), torch.randn(30, 16)
+
+
+WRONG = {
+    "model is a function": ({"model": torch.sin}, "nn.Module"),
+    "budget without a unit": ({"budget": "20"}, "20GiB"),
+    "budget is True": ({"budget": True}, "True"),
+    "budget is None": ({"budget": None}, "None"),
+    "inputs are a tensor": ({"example_inputs": torch.zeros(2, 16)}, "(x,)"),
+    "inputs are a string": ({"example_inputs": "x"}, "str"),
+    "kwargs are a list": ({"example_kwargs": [1]}, "list"),
+    "too many inputs": ({"example_inputs": (torch.zeros(2, 16), 1)}, "forward"),
+    "wrong shape": ({"example_inputs": (torch.zeros(2, 5),)}, "try"),
+    "allow is None": ({"allow": None}, "recompute"),
+    "allow names nothing known": ({"allow": ("magic",)}, "magic"),
+    "allow names what is to come": ({"allow": "quantize"}, "not available"),
+    "noise is large": ({"noise": 2}, "noise"),
+    "reserve is negative": ({"reserve": -1}, "-1"),
+    "on_infeasible is misspelt": ({"on_infeasible": "rise"}, "'best'"),
+    "compiler is unknown": ({"compiler": "tvm"}, "tvm"),
+    "cost is unknown": ({"cost": "guess"}, "guess"),
+    "plan is a number": ({"plan": 3}, "int"),
+    "plan is no file": ({"plan": "/nowhere/plan.json"}, "/nowhere"),
+    "loss_fn is a string": ({"loss_fn": "mse"}, "callable"),
+    "loss_inputs are a number": ({"loss_inputs": 1}, "tuple"),
+    "loss has no gradient": ({"loss_fn": lambda y: None}, "gradient"),
+    "dynamic_shapes is a number": ({"dynamic_shapes": 1}, '{"x"'),
+    "dynamic_shapes maps to a name": ({"dynamic_shapes": {0: "B"}}, '{"x"'),
+    "dynamic_shapes names no input": ({"dynamic_shapes": {"z": {0: "B"}}}, "z"),
+    "dynamic_shapes names no dimension": ({"dynamic_shapes": {0: {9: "B"}}}, "9"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_argument_is_named_and_nothing_changes(case):
+    changes, expected = WRONG[case]
+    model, x = small()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    given = {"model": model, "budget": "0.9x", "example_inputs": (x,), **changes}
+    with pytest.raises(fxmem.FxmemError) as error:
+        fxmem.optimize(**given)
+    assert expected in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_infeasible_names_a_budget_that_works():
+    model, x = small()
+    with pytest.raises(fxmem.BudgetInfeasibleError) as error:
+        fxmem.optimize(model, 100, (x,))
+    smallest = error.value.smallest_peak
+    assert str(smallest) in str(error.value)
+    assert error.value.best_plan.predicted_peak == smallest
+    assert "parameters" in error.value.why
+    assert fxmem.optimize(model, smallest, (x,)).plan.predicted_peak <= smallest
+
+
+def test_a_recurrent_layer_is_refused_and_the_process_lives():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTM(4, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.cell(x)[0].sum()
+
+    with pytest.raises(fxmem.CaptureError):
+        fxmem.optimize(Recurrent(), "min", (torch.randn(2, 3, 4),))
+
+
+def test_an_operator_that_trusts_its_workspace_is_never_run_on_throwaway_bytes():
+    operator = torch.ops.aten.mkldnn_rnn_layer_backward.default
+    assert measure_call(Call(operator, (), {}), torch.device("cpu")) is None
+
+
+def test_a_larger_size_is_planned_anew_and_a_smaller_one_is_not():
+    model, x = small()
+    opt = fxmem.optimize(model, "2x", (x,), dynamic_shapes={0: {0: "B"}})
+    assert opt.plan.symbols == {"B": 30}
+    assert opt.plan.valid_for == {"B": (2, 30)}
+    for rows, programs in ((30, 1), (7, 1), (40, 2), (35, 2)):
+        opt(torch.randn(rows, 16)).sum().backward()
+        assert len(opt._session.programs) == programs
+
+
+def test_a_plan_that_forgets_a_value_is_refused(tmp_path):
+    import dataclasses
+
+    model, x = small()
+    plan = fxmem.plan(model, "min", (x,))
+    assert plan.budget == plan.predicted_peak
+    less = dataclasses.replace(plan, decisions=plan.decisions[1:])
+    less.save(tmp_path / "plan.json")
+    with pytest.raises(fxmem.PlanMismatchError):
+        fxmem.optimize(model, "min", (x,), plan=tmp_path / "plan.json")
+
+
+def test_numpy_numbers_are_budgets():
+    model, x = small()
+    assert fxmem.plan(model, np.int64(1 << 30), (x,)).budget == 1 << 30
