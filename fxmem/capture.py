@@ -20,8 +20,16 @@ from torch._dynamo.exc import TorchDynamoException
 from fxmem import _torch
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.fakes import fake_like, refresh, views_below
-from fxmem.graph import Input, JointGraph, OutputKind, Role, Symbol, is_backward
-from fxmem.sizes import tensors_in
+from fxmem.graph import (
+    Input,
+    JointGraph,
+    OutputKind,
+    Role,
+    Symbol,
+    is_backward,
+    output_values,
+)
+from fxmem.sizes import storages_in, tensors_in
 
 
 def training_step(
@@ -138,12 +146,37 @@ def _joint_graph(exported: Any, roles: list[Input], names: dict[str, dict[int, s
     _own_tangents(module)
     descriptions = module.graph.output_node().meta["desc"]
     kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
+    kinds = _without_regenerated(module, kinds)
     num_forward = sum(1 for kind in kinds if kind is not OutputKind.GRADIENT)
     inputs = {n.name: _input(n, roles) for n in module.graph.find_nodes(op="placeholder")}
     module.meta["fxmem_mutated"] = _mutated(module, descriptions)
     graph = JointGraph(module, num_forward, inputs, kinds)
     graph.symbols.update(_symbols(graph, names))
     return graph.verified()
+
+
+def _without_regenerated(
+    module: fx.GraphModule, kinds: tuple[OutputKind, ...]
+) -> tuple[OutputKind, ...]:
+    """A returned view of an input that the step changes is made again from that input.
+
+    What the graph returns in its place is dropped when the forward ends, as the update is.
+    """
+    outputs = list(zip(output_values(module), kinds, strict=True))
+    updated = {
+        key
+        for node, kind in outputs
+        if kind is OutputKind.MUTATION and isinstance(node, fx.Node)
+        for key in storages_in(node.meta.get("val"))
+    }
+    return tuple(
+        OutputKind.MUTATION
+        if kind is OutputKind.RESULT
+        and isinstance(node, fx.Node)
+        and updated.intersection(storages_in(node.meta.get("val")))
+        else kind
+        for node, kind in outputs
+    )
 
 
 def _tag_backward(module: fx.GraphModule) -> None:
