@@ -57,10 +57,25 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return fullgraph_capture(function, args, {})
 
 
-def dynamo_guards(output: Any, function: Callable[..., Any]) -> Callable[[dict[str, Any]], bool]:
-    """A predicate on the function's local variables: does the captured graph still apply to them?"""
+def dispatch_state() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """The thread's dispatch keys as they are now; the result puts them back for a while."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    return lambda: torch._C._ForceDispatchKeyGuard(included, excluded)
+
+
+def dynamo_guards(
+    output: Any,
+    function: Callable[..., Any],
+    as_called: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> Callable[[dict[str, Any]], bool]:
+    """A predicate on the function's local variables: does the captured graph still apply to them?
+
+    as_called: ``dispatch_state`` of the caller.  Guards compare tensors by the dispatch keys that
+    are active, and while the joint graph is traced others are.
+    """
     code = function.__code__
-    with get_metrics_context(), dynamo_timed("fxmem_guards"):
+    with as_called(), get_metrics_context(), dynamo_timed("fxmem_guards"):
         manager = output.graph_capture_output.build_guards(code).guard_manager
     return manager.check
 

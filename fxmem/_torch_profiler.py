@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -69,6 +70,30 @@ def record(function: Callable[[], Result]) -> tuple[list[Event], Result]:
     finally:
         session = torch.autograd._disable_profiler()
     return _events(session), result
+
+
+def sizes_apart(function: Callable[[], Result]) -> tuple[list[int], Result]:
+    """``function`` run on a thread of its own; the bytes it allocates and frees on the CPU there.
+
+    For use within someone's profiler session: sessions belong to a thread, and this older kind of
+    profiler shares nothing with them.  It tells no addresses.
+    """
+    config = ProfilerConfig(
+        ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig()
+    )
+
+    def run() -> tuple[Any, Result]:
+        torch.autograd._enable_profiler_legacy(config)
+        try:
+            result = function()
+        finally:
+            records = torch.autograd._disable_profiler_legacy()
+        return records, result
+
+    with ThreadPoolExecutor(1) as thread:
+        records, result = thread.submit(run).result()
+    events = [event for of_thread in records for event in of_thread]
+    return [e.cpu_memory_usage() for e in events if e.kind() == "memory_alloc"], result
 
 
 def mark(name: str) -> None:

@@ -90,6 +90,7 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
     Raises ``CaptureError`` with the user's line and a way out.
     """
     with _torch.COMPILE_LOCK:
+        as_called = _torch.dispatch_state()
         try:
             output = _torch.dynamo_capture(training_step, call.values())
         except FxmemError:
@@ -106,7 +107,7 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
             try:
                 exported = stack.enter_context(_torch.joint_export(output))
                 graph = _joint_graph(exported, roles, names or {})
-                matches = _torch.dynamo_guards(output, training_step)
+                matches = _torch.dynamo_guards(output, training_step, as_called)
             except FxmemError:
                 raise
             except Exception as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -25,7 +25,6 @@ from fxmem.units import format_bytes
 
 Result = TypeVar("Result")
 
-_NEXT = "fxmem: next"
 _FREED = "fxmem: freed "
 _measuring = threading.Lock()
 
@@ -76,29 +75,6 @@ def cpu_allocations(function: Callable[[], Result]) -> tuple[list[int], Result]:
     _refuse_profiler()
     events, result = record(function)
     return _own_sizes(events), result
-
-
-def cpu_allocations_each(functions: Sequence[Callable[[], object]]) -> list[list[int]]:
-    """``cpu_allocations`` of each function, all in one profiler session.
-
-    A result is dropped at once, so its bytes appear as freed at the end of its own list, unless
-    something else holds them.
-    """
-
-    def run_all() -> None:
-        for function in functions:
-            mark(_NEXT)
-            function()
-
-    _refuse_profiler()
-    events, _ = record(run_all)
-    lists: list[list[Event]] = []
-    for event in events:
-        if event.mark == _NEXT:
-            lists.append([])
-        elif lists:
-            lists[-1].append(event)
-    return [_own_sizes(one) for one in lists]
 
 
 def _measure(step: Callable[[], Result]) -> Measurement[Result]:

@@ -29,6 +29,7 @@ from fxmem._torch import (
     run_with_rng_state,
     storage_key,
 )
+from fxmem._torch_profiler import is_recording, sizes_apart
 from fxmem.device import free_memory
 from fxmem.graph import is_view, operator_name
 from fxmem.measure import cpu_allocations
@@ -260,7 +261,9 @@ def _measure_cpu(call: Call, device: torch.device) -> Entry:
     args, kwargs = pytree.tree_map_only(
         TensorSpec, lambda s: s.stand_in(device), (call.args, call.kwargs)
     )
-    sizes, result = cpu_allocations(lambda: call.target(*args, **kwargs))
+    # The first call of a model, and so its planning, may well be what a user is profiling.
+    allocations = sizes_apart if is_recording() else cpu_allocations
+    sizes, result = allocations(lambda: call.target(*args, **kwargs))
     held = highest = 0
     for size in sizes:
         held += size

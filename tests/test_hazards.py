@@ -69,10 +69,11 @@ def test_hazard(name, how):
 @pytest.mark.parametrize("how", APPLY)
 def test_two_models_made_and_run_in_two_threads(how):
     names = ("inplace-chain", "saved-is-output")
+    cases = {name: HAZARDS[name].make() for name in names}  # here: threads share one generator
     got: dict[str, Seen] = {}
 
     def work(name):
-        case = HAZARDS[name].make()
+        case = cases[name]
         inputs = fresh(case.inputs)
         step = APPLY[how](case)
         outputs = step(*inputs)

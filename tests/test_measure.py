@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxmem.errors import FxmemError
-from fxmem.measure import Measurement, cpu_allocations, cpu_allocations_each, measure
+from fxmem.measure import Measurement, cpu_allocations, measure
 
 # Large enough that a stray small tensor cannot hide a miscount, small enough to be quick.
 N = 1 << 16
@@ -167,7 +167,7 @@ def test_an_exception_passes_and_leaves_no_profiler_running():
     with pytest.raises(KeyError, match="mine"):
         measure(step)
     with pytest.raises(KeyError, match="mine"):
-        cpu_allocations_each([step])
+        cpu_allocations(step)
     assert above_start(measure(block)) == (BLOCK, BLOCK)
 
 
@@ -236,15 +236,6 @@ def test_allocations_leave_out_frees_of_memory_from_before():
     held = [mine, block()]
     del mine
     assert cpu_allocations(held.clear)[0] == []
-
-
-def test_each_function_has_its_own_allocations():
-    kept = []
-    lists = cpu_allocations_each(
-        [block, lambda: None, lambda: kept.append(block()), kept.clear, block]
-    )
-    assert lists == [[BLOCK, -BLOCK], [], [BLOCK], [], [BLOCK, -BLOCK]]
-    assert cpu_allocations_each([]) == []
 
 
 def test_an_operators_workspace_is_seen():

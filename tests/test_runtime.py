@@ -318,6 +318,27 @@ def test_four_threads_share_one_module():
     assert len(opt._session.programs) == 1
 
 
+def test_guards_compare_tensors_as_the_caller_sees_them():
+    _, opt = shared()
+    opt(batch())
+    (program,) = opt._session.programs
+    assert "TENSOR_MATCH" in str(program.matches.__self__)
+    assert "PythonDispatcher" not in str(program.matches.__self__)  # active while tracing only
+
+
+def test_the_first_call_may_be_profiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXMEM_CACHE_DIR", str(tmp_path))
+    want = fxmem.plan(seeded(Mlp), "min", (batch(),))
+    monkeypatch.setenv("FXMEM_CACHE_DIR", str(tmp_path / "empty"))
+    model = seeded(Mlp)
+    opt = fxmem.optimize(model, "min")
+    with torch.profiler.profile(profile_memory=True) as profile:
+        opt(batch()).backward()
+    assert any(event.key == "aten::addmm" for event in profile.key_averages())
+    assert opt.plan.predicted_peak == want.predicted_peak
+    assert (tmp_path / "empty").exists()  # the workspaces were measured nevertheless
+
+
 def test_state_dict_goes_both_ways():
     model, opt = optimized()
     assert list(opt.state_dict()) == list(model.state_dict())
