@@ -22,7 +22,7 @@ from torch._functorch.aot_autograd import (
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.graph import _BoxedCodeGen
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._ordered_set import OrderedSet
 
 CHECKED_VERSIONS = ("2.13.0",)
@@ -118,10 +118,12 @@ def joint_compile(
     exported: Any,
     forward: fx.GraphModule,
     backward: fx.GraphModule,
+    compile_forward: Callable[[fx.GraphModule], BoxedCallable],
     run_backward: BoxedCallable,
 ) -> Callable[..., Any]:
     """AOTAutograd's runtime around two graphs.
 
+    compile_forward: what makes a callable of the forward's graph.
     run_backward: called with the backward's arguments in a list, in place of the backward itself.
     """
     # No buffer is donated: our backward writes into no saved tensor, so it may run twice.
@@ -130,22 +132,14 @@ def joint_compile(
         return aot_compile_joint_with_descriptors(
             exported,
             partition_fn=lambda *_, **__: (forward, backward),
-            fw_compiler=lambda module, _: boxed(module),
+            fw_compiler=lambda module, _: compile_forward(module),
             bw_compiler=lambda *_: mark_boxed(run_backward),
         )
 
 
-def boxed(module: fx.GraphModule) -> BoxedCallable:
-    """Run a graph op by op, taking its arguments from a list that it empties.
-
-    The generated code must own the only reference to each saved tensor, or freeing at last use
-    frees nothing: a wrapper that calls ``forward(*args)`` keeps every argument to the end.
-    """
-    module.graph.set_codegen(_BoxedCodeGen())
-    module.recompile()
-    forward = module.forward
-
-    return mark_boxed(forward)
+def autograd_off() -> contextlib.AbstractContextManager[Any]:
+    """Inside, no operator looks whether autograd records; views still share version counters."""
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def mark_boxed(function: BoxedCallable) -> BoxedCallable:
@@ -211,6 +205,11 @@ def is_fake(value: object) -> bool:
 def new_fake_mode() -> FakeTensorMode:
     # Tensors that hide in a model's lists and dictionaries stay real, and are only read.
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def symbolic_fake_mode() -> FakeTensorMode:
+    """A mode whose tensors Dynamo takes as they are, symbolic sizes included."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -17,9 +17,10 @@ from fxmem.cost import CostModel
 from fxmem.dynamic import dynamic_names, marked
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.graph import Role
-from fxmem.pipeline import Options, analyze, decide, unchanged_step
+from fxmem.pipeline import Options, analyze, decide, device_of, unchanged_step
 from fxmem.plan import Plan
 from fxmem.runtime import OptimizedModule, Session
+from fxmem.standins import without_meta
 from fxmem.units import format_bytes
 from fxmem.verify import verify_step
 
@@ -75,6 +76,11 @@ def optimize(
     )  # fmt: skip
     call = example_call(model, example_inputs, example_kwargs, loss_fn, loss_inputs)
     names = dynamic_names(dynamic_shapes, model, call)
+    if call is not None and device_of(call).type == "meta":
+        raise FxmemError(
+            "the model is on the meta device, where nothing can run\n"
+            "  try: fxmem.plan to plan it, or model.to_empty(device=...) to train it"
+        )
     session = Session(options, loss_fn, len(loss_inputs), names)
     optimized = OptimizedModule(model, session)
     if call is None:
@@ -124,6 +130,7 @@ def plan(
         )
     names = dynamic_names(dynamic_shapes, model, call)
     unchanged = unchanged_step(call)
+    call = without_meta(call)
     with torch.enable_grad(), capture(marked(call, names), names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             raise CaptureError(NOTHING_TO_PLAN)

@@ -10,14 +10,12 @@ tensors believes itself traced and takes another.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +23,7 @@ from fxmem import _torch
 from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
 from fxmem.capture import StepCall, training_step
 from fxmem.sizes import hint, tensors_in
+from fxmem.standins import fake_call, is_small_integer, stays_real
 from fxmem.workspace import Call, Workspaces
 
 
@@ -52,7 +51,7 @@ def eager_peak(call: StepCall, workspaces: Workspaces, device: torch.device) -> 
 
 def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) -> list[_Moment]:
     mode = new_fake_mode()
-    fake = _fake_call(call, mode)
+    fake = fake_call(call, mode)
     watch = _StorageWatch(workspaces, device)
     watch.hold(tensors_in(list(_state(fake))))
     with torch.random.fork_rng(devices=[]), mode, watch:
@@ -65,56 +64,6 @@ def _state(call: StepCall) -> Any:
     yield from call.model.parameters()
     yield from call.model.buffers()
     yield from pytree.tree_leaves((call.args, call.kwargs, call.loss_inputs))
-
-
-# -- A step whose tensors are fake ---------------------------------------------------------------------
-
-
-def _fake_call(call: StepCall, mode: Any) -> StepCall:
-    memo: dict[int, Any] = {}
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = _fake_tensor(tensor, mode)
-        return memo[id(tensor)]
-
-    for tensor in _tensors_of(call.model):
-        fake(tensor)
-    args, kwargs, loss_inputs = pytree.tree_map_only(
-        torch.Tensor,
-        lambda t: t.clone() if _stays_real(t) else fake(t),
-        (call.args, call.kwargs, call.loss_inputs),
-    )
-    model = copy.deepcopy(call.model, memo)
-    return StepCall(model, args, kwargs, call.loss_fn, loss_inputs)
-
-
-_LARGE = 1 << 20  # elements
-
-
-def _stays_real(tensor: torch.Tensor) -> bool:
-    """Small integers and masks, which a model may look at, on a device that holds them anyway."""
-    return (
-        not is_fake(tensor)
-        and tensor.device.type == "cpu"
-        and not (tensor.is_floating_point() or tensor.is_complex())
-        and tensor.numel() <= _LARGE
-    )
-
-
-def _fake_tensor(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
-    fake = mode.from_tensor(tensor.detach(), static_shapes=True)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-    return fake.requires_grad_(tensor.requires_grad) if tensor.is_leaf else fake
-
-
-def _tensors_of(model: nn.Module) -> Any:
-    """Parameters, buffers, and tensors that modules keep as plain attributes."""
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))
 
 
 def _backward(outputs: Any) -> None:
@@ -133,20 +82,15 @@ def _backward(outputs: Any) -> None:
 def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run an operator: for real if it turns real integers into real integers, else on fakes."""
     given = list(tensors_in((args, kwargs)))
-    if given and all(_stays_real(t) for t in given):
+    if given and all(stays_real(t) for t in given):
         with fake_tensors_off():
             return func(*args, **kwargs)
     result = func(*args, **kwargs)
     made = list(tensors_in(result))
-    if not given and made and all(_is_small_integer(t) for t in made):
+    if not given and made and all(is_small_integer(t) for t in made):
         with fake_tensors_off():
             return func(*args, **kwargs)
     return result
-
-
-def _is_small_integer(tensor: torch.Tensor) -> bool:
-    plain = not (tensor.is_floating_point() or tensor.is_complex())
-    return plain and tensor.device.type == "cpu" and tensor.numel() <= _LARGE
 
 
 aten = torch.ops.aten

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from fxmem import _torch
+from fxmem.emit import boxed
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.fakes import fake_like, refresh, views_below
 from fxmem.graph import (
@@ -78,7 +79,7 @@ class Capture:
         run_backward: _torch.BoxedCallable,
     ) -> Callable[..., Any]:
         """The step again, called as ``step(model, loss_fn, args, kwargs, loss_inputs)``."""
-        compiled = _torch.joint_compile(self._exported, forward, backward, run_backward)
+        compiled = _torch.joint_compile(self._exported, forward, backward, boxed, run_backward)
         return _torch.dynamo_callable(self._output, training_step, compiled)
 
 

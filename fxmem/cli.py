@@ -1,4 +1,4 @@
-"""The command line: demo, plan, report, diff, doctor.
+"""The command line: demo, plan, report, diff, calibrate, doctor.
 
 Exit status: 0 fits, 2 no plan fits the budget, 1 any other error.  With ``--json`` standard output
 is one JSON object and nothing else; messages go to standard error.
@@ -24,11 +24,13 @@ import torch
 
 import fxmem
 from fxmem._torch import CHECKED_VERSIONS
+from fxmem.capture import StepCall
 from fxmem.errors import BudgetInfeasibleError, FxmemError
+from fxmem.pipeline import calibrate
 from fxmem.plan import Plan
 from fxmem.report import Report, clean
-from fxmem.units import shown
-from fxmem.workspace import cache_path
+from fxmem.units import format_bytes, shown
+from fxmem.workspace import Entry, cache_path, device_at_hand
 
 FITS, ERROR, INFEASIBLE = 0, 1, 2
 
@@ -130,6 +132,18 @@ def _declare_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=20, help="training steps, each way")
 
 
+def _declare_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="whose operators to measure, by default those of the demo's models; " + MODEL_HELP,
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
+    )
+
+
 def _declare_nothing(parser: argparse.ArgumentParser) -> None:
     return
 
@@ -193,6 +207,28 @@ def _doctor(options: argparse.Namespace) -> int:
     return FITS
 
 
+def _calibrate(options: argparse.Namespace) -> int:
+    from fxmem.demo_models import samples
+
+    device = torch.device(options.device) if options.device else device_at_hand()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FxmemError("torch sees no CUDA device here\n  try: --device cpu")
+    steps = [load_model(options.model)] if options.model else [(*s, {}) for s in samples()]
+    table: dict[str, Entry] = {}
+    for model, args, kwargs in steps:
+        table |= calibrate(StepCall(model, args, kwargs), device).table
+    by_size = sorted(table.items(), key=lambda item: item[1].nbytes, reverse=True)
+    largest = {signature: entry.nbytes for signature, entry in by_size[:10] if entry.nbytes}
+    file = str(cache_path(device))
+    if options.json:
+        _print_json({"measured": len(table), "largest": largest, "file": file})
+        return FITS
+    for signature, nbytes in largest.items():
+        print(f"{format_bytes(nbytes):>12}  {clean(signature)[:84]}")
+    print(f"{len(table)} operators measured on {device}, written to {clean(file)}")
+    return FITS
+
+
 def _demo(options: argparse.Namespace) -> int:
     from fxmem.demo import run  # models and data are of no use to the other commands
 
@@ -209,6 +245,12 @@ _COMMANDS = (
     _Command("plan", "plan a training step for a budget", _declare_plan, _plan),
     _Command("report", "plan and print the full report", _declare_planning, _report),
     _Command("diff", "what changes from one saved plan to another", _declare_diff, _diff),
+    _Command(
+        "calibrate",
+        "measure what operators hold while they run, on the device at hand",
+        _declare_calibrate,
+        _calibrate,
+    ),
     _Command("doctor", "versions, devices and files that fxmem uses", _declare_nothing, _doctor),
 )
 
@@ -343,7 +385,7 @@ def _kind(value: Any) -> str:
 
 
 def _facts() -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_at_hand()
     cache = cache_path(device)
     checked = ", ".join(CHECKED_VERSIONS)
     is_checked = torch.__version__.split("+")[0] in CHECKED_VERSIONS

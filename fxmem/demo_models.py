@@ -34,6 +34,14 @@ def task(name: str, steps: int) -> Task:
         return {"gpt": _gpt, "resnet": _resnet}[name](steps)
 
 
+def samples() -> list[tuple[nn.Module, Batch]]:
+    """Both models with a batch of zeros: what their operators are like, without any data."""
+    text = torch.zeros(8, 128, dtype=torch.long)
+    images, labels = torch.zeros(32, 1, 32, 32), torch.zeros(32, dtype=torch.long)
+    with torch.random.fork_rng(devices=[]):
+        return [(GPT(128), (text, text)), (ResNet(), (images, labels))]
+
+
 # -- A character-level GPT -------------------------------------------------------------------------
 
 ASCII = 128

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxmem.baseline import eager_peak
 from fxmem.budget import Budget
-from fxmem.capture import StepCall
+from fxmem.capture import StepCall, capture
 from fxmem.cost import CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
 from fxmem.decisions import explain, find_choice, infeasible
@@ -22,17 +22,19 @@ from fxmem.partition import Split, split
 from fxmem.passes.base import Pass
 from fxmem.passes.cleanup import CleanupPass
 from fxmem.passes.deduplicate import DeduplicatePass
+from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.plan import Plan
 from fxmem.planner import Choice, Planner
+from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
 from fxmem.workspace import Workspaces, load_workspaces, save_workspaces
 
 log = logging.getLogger(__name__)
 
 
-BEFORE_PLANNING: tuple[Pass, ...] = (CleanupPass(), DeduplicatePass())
+BEFORE_PLANNING: tuple[Pass, ...] = (CleanupPass(), IdentitiesPass(), DeduplicatePass())
 """Rewrites that cost no time, in order; what the planner chooses is applied after them."""
 
 
@@ -123,6 +125,22 @@ def analyze(
     return Analysis(
         graph, expected, undefined, flow, planner, workspaces, cost, device, baseline, call
     )
+
+
+def calibrate(call: StepCall, device: torch.device) -> Workspaces:
+    """Measure every operator of a step on ``device``, known or not, and write the table.
+
+    The step itself does not run, and its tensors may be on another device, meta for one.  Returns
+    what was measured.
+    """
+    with capture(without_meta(call)) as captured:
+        graph = captured.graph
+        for rewrite in BEFORE_PLANNING:
+            graph = rewrite.apply(graph)
+        measured = Workspaces().calibrated(graph.module.graph, device)
+    known = load_workspaces(device)
+    save_workspaces(Workspaces({**known.table, **measured.table}), device)
+    return measured
 
 
 def decide(analysis: Analysis, options: Options) -> Planned:

@@ -18,6 +18,7 @@ from torch import fx, nn
 from fxmem import _torch
 from fxmem.capture import StepCall, capture
 from fxmem.dynamic import Names, Sizes, marked, sizes_of
+from fxmem.emit import boxed
 from fxmem.errors import FxmemError
 from fxmem.graph import JointGraph, Role
 from fxmem.pipeline import Options, Planned, analyze, backward_for, decide, unchanged_step
@@ -77,7 +78,7 @@ class Backward:
         module.recompile()
         places = [self.names.index(n.name) for n in module.graph.find_nodes(op="placeholder")]
         display = copy.copy(module)
-        self.variants[undefined] = (places, _torch.boxed(module))
+        self.variants[undefined] = (places, boxed(module))
         return display
 
 

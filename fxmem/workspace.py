@@ -33,7 +33,7 @@ from fxmem._torch_profiler import is_recording, sizes_apart
 from fxmem.device import free_memory
 from fxmem.graph import is_view, operator_name
 from fxmem.measure import cpu_allocations
-from fxmem.sizes import hint, tensors_in
+from fxmem.sizes import hint, storages_in, tensors_in
 
 LAYOUT = "fxmem_strides"
 """Node metadata: the strides really returned, one tuple a tensor, where fake ones differ."""
@@ -54,6 +54,14 @@ class TensorSpec:
         shape = "x".join(map(str, self.shape))
         strides = "x".join(map(str, self.strides))
         return f"{str(self.dtype).removeprefix('torch.')}[{shape}]/{strides}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage that such a tensor needs."""
+        if 0 in self.shape:
+            return 0
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize
 
     def empty(self, device: torch.device | str) -> torch.Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
@@ -94,6 +102,10 @@ class Call:
         """Operator, shapes, strides, types and constants: what its workspace depends on."""
         return f"{self.target}({', '.join(map(str, pytree.tree_leaves((self.args, self.kwargs))))})"
 
+    def operand_bytes(self) -> int:
+        specs = pytree.tree_leaves((self.args, self.kwargs))
+        return sum(s.nbytes for s in specs if isinstance(s, TensorSpec))
+
 
 def _spec(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:
@@ -121,26 +133,47 @@ def node_specs(node: fx.Node) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """nbytes: the workspace.  strides, storages (bytes): of the results, one a tensor."""
+    """Bytes of the workspace and of the operands; the results' strides and storages (bytes)."""
 
     nbytes: int
+    operands: int
     strides: tuple[tuple[int, ...], ...]
     storages: tuple[int, ...]
 
+    @property
+    def share(self) -> float:
+        """The workspace next to everything else that the operator holds."""
+        return self.nbytes / max(1, self.operands + sum(self.storages))
+
 
 class Workspaces:
-    """What is known by operator signature; an unknown one counts as 0 bytes."""
+    """What is known by operator signature.
+
+    An unknown signature is taken to need as much, next to its operands, as any known one of the
+    same operator; an operator of which nothing is known counts as 0 bytes.
+    """
 
     def __init__(self, table: dict[str, Entry] | None = None, on_disk: int = 0) -> None:
         self.table = dict(table or {})
         self.on_disk = on_disk  # how many of the entries came from the file
+        self._shares: dict[str, float] = {}
 
     def nbytes(self, node: fx.Node) -> int:
         """Largest bytes that the operator holds beyond its inputs and outputs."""
         if not self.table or not has_workspace(node):
             return 0
-        entry = self.table.get(Call.of_node(node).signature)
-        return (entry.nbytes if entry else 0) + _saved_generator_state(node)
+        call = Call.of_node(node)
+        entry = self.table.get(call.signature)
+        workspace = entry.nbytes if entry else self._estimated(call, node)
+        return workspace + _saved_generator_state(node)
+
+    def _estimated(self, call: Call, node: fx.Node) -> int:
+        if not self._shares:
+            for signature, entry in self.table.items():
+                operator = signature.partition("(")[0]
+                self._shares[operator] = max(self._shares.get(operator, 0.0), entry.share)
+        held = call.operand_bytes() + sum(map(hint, storages_in(node.meta.get("val")).values()))
+        return int(self._shares.get(str(call.target), 0.0) * held)
 
     def calibrated(self, graph: fx.Graph, device: torch.device) -> Workspaces:
         """This table and what it lacks for ``graph``, measured now; real strides go on the nodes."""
@@ -160,6 +193,7 @@ class Workspaces:
         key = call.signature
         if key not in self.table and (entry := measure_call(call, device)) is not None:
             self.table[key] = entry
+            self._shares.clear()
         return self.table.get(key)
 
 
@@ -268,7 +302,7 @@ def _measure_cpu(call: Call, device: torch.device) -> Entry:
     for size in sizes:
         held += size
         highest = max(highest, held)
-    return _entry(highest, result, (args, kwargs))
+    return _entry(call, highest, result, (args, kwargs))
 
 
 def _measure_cuda(call: Call, device: torch.device) -> Entry:
@@ -281,15 +315,17 @@ def _measure_cuda(call: Call, device: torch.device) -> Entry:
     torch.cuda.reset_peak_memory_stats(device)
     result = call.target(*args, **kwargs)
     torch.cuda.synchronize(device)
-    return _entry(torch.cuda.max_memory_allocated(device) - before, result, (args, kwargs))
+    highest = torch.cuda.max_memory_allocated(device) - before
+    return _entry(call, highest, result, (args, kwargs))
 
 
-def _entry(highest: int, result: Any, given: Any) -> Entry:
+def _entry(call: Call, highest: int, result: Any, given: Any) -> Entry:
     old = {storage_key(t) for t in tensors_in(given)}
     new = {storage_key(t): t.untyped_storage().nbytes() for t in tensors_in(result)}
     fresh = sum(nbytes for key, nbytes in new.items() if key not in old)
     return Entry(
         max(0, highest - fresh),
+        call.operand_bytes(),
         tuple(tuple(t.stride()) for t in tensors_in(result)),
         tuple(new[storage_key(t)] for t in tensors_in(result)),
     )
@@ -297,17 +333,24 @@ def _entry(highest: int, result: Any, given: Any) -> Entry:
 
 def _fits(call: Call, device: torch.device) -> bool:
     """Is there room for the operands?  Where there is none, the table's figure has to do."""
-    specs = [s for s in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(s, TensorSpec)]
-    needed = sum(s.empty("meta").untyped_storage().nbytes() for s in specs)
+    needed = call.operand_bytes()
     return needed < 64 << 20 or 3 * needed < free_memory(device)
+
+
+def device_at_hand() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # -- The table on disk --------------------------------------------------------------------------------
 
 
 def cache_path(device: torch.device) -> Path:
-    """The calibration file of this device, torch version and thread count."""
+    """The calibration file of this device, torch version and thread count.
+
+    The meta device runs nothing, so it goes by the file of the device at hand.
+    """
     folder = os.environ.get("FXMEM_CACHE_DIR") or Path.home() / ".cache" / "fxmem"
+    device = device_at_hand() if device.type == "meta" else device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     kind = f"{name}-{torch.__version__}-{torch.get_num_threads()}".replace(" ", "_")
     return Path(folder) / f"workspaces-{kind}.json"
@@ -318,8 +361,8 @@ def load_workspaces(device: torch.device) -> Workspaces:
     try:
         table = json.loads(cache_path(device).read_text())
         known = {
-            str(k): Entry(int(n), tuple(map(tuple, strides)), tuple(storages))
-            for k, (n, strides, storages) in table.items()
+            str(k): Entry(int(n), int(operands), tuple(map(tuple, strides)), tuple(storages))
+            for k, (n, operands, strides, storages) in table.items()
         }
         return Workspaces(known, len(known))
     except (OSError, ValueError, AttributeError, TypeError):
@@ -331,7 +374,7 @@ def save_workspaces(workspaces: Workspaces, device: torch.device) -> None:
     if len(workspaces.table) == workspaces.on_disk:
         return
     path = cache_path(device)
-    table = {k: [e.nbytes, e.strides, e.storages] for k, e in workspaces.table.items()}
+    table = {k: [e.nbytes, e.operands, e.strides, e.storages] for k, e in workspaces.table.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -99,6 +99,39 @@ def test_a_larger_size_is_planned_anew_and_a_smaller_one_is_not():
         assert len(opt._session.programs) == programs
 
 
+class WithLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+
+    def forward(self, x, y):
+        return nn.functional.cross_entropy(self.net(x), y)
+
+
+def test_a_model_on_the_meta_device_is_planned_like_a_real_one():
+    x, y = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    want = fxmem.plan(WithLoss(), "min", (x, y))
+    with torch.device("meta"):
+        model = WithLoss()
+    got = fxmem.plan(model, "min", (x.to("meta"), y.to("meta")))
+    assert (got.predicted_peak, got.baseline_peak) == (want.predicted_peak, want.baseline_peak)
+    assert got.decisions == want.decisions
+    with pytest.raises(fxmem.FxmemError, match=r"meta device, where nothing can run\n.*to_empty"):
+        fxmem.optimize(model, "min", (x.to("meta"), y.to("meta")))
+
+
+def test_an_operator_never_measured_is_taken_for_its_likes():
+    x, y = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    known = fxmem.plan(WithLoss(), "1TiB", (x, y))
+    x, y = torch.zeros(6, 3, 11, 11), torch.zeros(6, dtype=torch.long)
+    with torch.device("meta"):
+        model = WithLoss()
+    estimated = fxmem.plan(model, "1TiB", (x.to("meta"), y.to("meta")))
+    exact = fxmem.plan(WithLoss(), "1TiB", (x, y))
+    assert known.predicted_peak < estimated.predicted_peak
+    assert exact.predicted_peak <= estimated.predicted_peak < 1.5 * exact.predicted_peak
+
+
 def test_a_plan_that_forgets_a_value_is_refused(tmp_path):
     import dataclasses
 

@@ -229,6 +229,20 @@ def test_help_says_that_the_models_code_runs(capsys):
     assert "80%" in out
 
 
+def test_calibrate_writes_what_planning_reads(capsys, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("FXMEM_CACHE_DIR", str(tmp_path / "cache"))
+    status, out, _ = outcome(capsys, "calibrate", f"{models}:build", "--device", "cpu", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    table = json.loads(Path(facts["file"]).read_text())
+    assert facts["measured"] == len(table) > 0
+    assert str(tmp_path) in facts["file"]
+    assert all(table[name][0] == nbytes for name, nbytes in facts["largest"].items())
+    status, out, _ = outcome(capsys, "calibrate", f"{models}:build", "--device", "cpu")
+    assert status == 0
+    assert f"{len(table)} operators measured on cpu" in out
+
+
 def test_doctor(capsys):
     status, out, _ = outcome(capsys, "doctor")
     assert status == 0

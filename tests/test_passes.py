@@ -29,6 +29,7 @@ from fxmem.operators import recomputable_nodes, refusal
 from fxmem.partition import split
 from fxmem.passes import recompute
 from fxmem.passes.cleanup import CleanupPass
+from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.tangents import UndefinedTangentsPass
 
@@ -180,6 +181,217 @@ def test_an_input_that_the_step_changes_is_copied_for_the_backward():
 
 def test_cleanup_leaves_other_graphs_alone():
     _, text = changed(two_layers(), CleanupPass())
+    assert text == ""
+
+
+# -- Identities --------------------------------------------------------------------------------------
+
+
+def linear_layers():
+    def body(m, x):
+        return F.linear(F.relu(F.linear(x, m.a)), m.b).sum()
+
+    return captured(body, tensor(5, 4), a=tensor(3, 4), b=tensor(2, 3))
+
+
+def test_a_weight_that_is_transposed_twice_is_read_itself():
+    graph = linear_layers()
+    after, text = changed(graph, IdentitiesPass())
+    assert_expected_inline(
+        text,
+        """\
+- detach: f32[5, 3] = detach(relu)
+- t_4: f32[2, 3] = t(t_1)
+- mm_3: f32[5, 3] = mm(expand, t_4)
++ mm_3: f32[5, 3] = mm(expand, primals_3)
+- detach_1: f32[5, 3] = detach(detach)
+- threshold_backward: f32[5, 3] = threshold_backward(mm_3, detach_1, 0)
++ threshold_backward: f32[5, 3] = threshold_backward(mm_3, relu, 0)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_doing_it_again_changes_nothing():
+    _, text = changed(IdentitiesPass().apply(linear_layers()), IdentitiesPass())
+    assert text == ""
+
+
+def same_view(h):
+    return h.view(5, 3)
+
+
+def whole_slice(h):
+    return h[:]
+
+
+def only_piece(h):
+    return h.split(5)[0]
+
+
+@pytest.mark.parametrize("look", [same_view, whole_slice, only_piece])
+def test_a_view_that_changes_nothing_disappears(look):
+    graph = captured(lambda m, x: look(x @ m.w).sin().sum(), tensor(5, 4), w=tensor(4, 3))
+    after = IdentitiesPass().apply(graph)
+    mm = after.node("mm")
+    assert after.node("sin").args == (mm,)
+    assert after.node("cos").args == (mm,)
+    assert_same_outputs(graph, after)
+
+
+def test_a_chain_of_views_that_comes_back_disappears_from_its_first_value_on():
+    def body(m, x):
+        h = x @ m.w
+        return h.view(15).view(3, 5).view(5, 3).sin().sum()
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3))
+    after, text = changed(graph, IdentitiesPass())
+    assert_expected_inline(
+        text,
+        """\
+- view: f32[15] = view(mm, [15])
+- view_1: f32[3, 5] = view(view, [3, 5])
+- view_2: f32[5, 3] = view(view_1, [5, 3])
+- sin: f32[5, 3] = sin(view_2)
++ sin: f32[5, 3] = sin(mm)
+- cos: f32[5, 3] = cos(view_2)
++ cos: f32[5, 3] = cos(mm)
+- view_3: f32[3, 5] = view(mul, [3, 5])
+- view_4: f32[15] = view(view_3, [15])
+- view_5: f32[5, 3] = view(view_4, [5, 3])
+- mm_1: f32[4, 3] = mm(t, view_5)
++ mm_1: f32[4, 3] = mm(t, mul)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_two_conjugations_cancel_and_one_stays():
+    def body(m, x):
+        z = torch.view_as_complex(x * m.w)
+        return torch.view_as_real(z.conj().conj().sin() * z.conj()).sum()
+
+    graph = captured(body, tensor(4, 2), w=tensor(4, 2, seed=1))
+    after, text = changed(graph, IdentitiesPass())
+    assert_expected_inline(
+        text,
+        """\
+- _conj: c64[4] = _conj(view_as_complex)
++ sin: c64[4] = sin(view_as_complex)
+- _conj_1: c64[4] = _conj(_conj)
+- sin: c64[4] = sin(_conj_1)
+- _conj_4: c64[4] = _conj(_conj_2)
+- mul_3: c64[4] = mul(view_as_complex_1, _conj_4)
++ mul_3: c64[4] = mul(view_as_complex_1, view_as_complex)
+- cos: c64[4] = cos(_conj_1)
++ cos: c64[4] = cos(view_as_complex)
+- _conj_7: c64[4] = _conj(mul_4)
+- _conj_8: c64[4] = _conj(_conj_7)
+- add: c64[4] = add(clone_4, _conj_8)
++ add: c64[4] = add(clone_4, mul_4)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_a_view_as_another_type_stays_and_one_back_disappears():
+    def body(m, x):
+        bits = x.view(torch.int32)
+        return (x @ m.w).sum() + bits.view(torch.float32).sum(), bits + 1
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3))
+    after, text = changed(graph, IdentitiesPass())
+    assert_expected_inline(
+        text,
+        """\
+- detach: i32[5, 4] = detach(view)
+- view_1: f32[5, 4] = view(detach, torch.float32)
+- detach_1: f32[5, 4] = detach(view_1)
+- sum_2: f32[] = sum(detach_1)
++ sum_2: f32[] = sum(primals_1)
+- add_1: i32[5, 4] = add(detach, 1)
++ add_1: i32[5, 4] = add(view, 1)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def shifted(h):
+    return h[1:]
+
+
+def strided(h):
+    return h[:, ::2]
+
+
+def transposed(h):
+    return h.t()
+
+
+def widened(h):
+    return h.unsqueeze(0)
+
+
+def as_strided(h):
+    return h.as_strided((3, 3), (3, 1))
+
+
+@pytest.mark.parametrize("look", [shifted, strided, transposed, widened, as_strided])
+def test_a_view_that_changes_something_stays(look):
+    graph = captured(lambda m, x: look(x @ m.w).sin().sum(), tensor(3, 4), w=tensor(4, 3))
+    _, text = changed(graph, IdentitiesPass())
+    assert text == ""
+
+
+def test_an_offset_alone_makes_another_value():
+    def body(m, x):
+        first, second = (x @ m.w).split(3)
+        return (first.sin() * second).sum()
+
+    graph = captured(body, tensor(6, 4), w=tensor(4, 3))
+    _, text = changed(graph, IdentitiesPass())
+    assert text == ""
+
+
+def test_an_output_stays_a_tensor_of_its_own():
+    def body(m, x):
+        h = x @ m.w
+        return h, h.view(5, 3), h.detach(), x.view(5, 4)
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3))
+    _, text = changed(graph, IdentitiesPass())
+    assert text == ""
+
+
+def test_a_gradient_stays_a_tensor_of_its_own():
+    def body(m, x):
+        return F.linear(x, m.w)
+
+    graph = captured(body, tensor(5, 4), w=tensor(3, 4))
+    gradient = graph.backward_outputs()[0]
+    assert gradient.target is aten.t.default
+    after = IdentitiesPass().apply(graph)
+    assert after.backward_outputs()[0].name == gradient.name
+    assert_same_outputs(graph, after)
+
+
+def test_what_reads_an_output_may_read_what_it_shows():
+    def body(m, x):
+        h = x @ m.w
+        out = h.detach()
+        return h.sin().sum(), out, out.detach().exp()
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3))
+    after, text = changed(graph, IdentitiesPass())
+    assert_expected_inline(
+        text,
+        """\
+- detach_1: f32[5, 3] = detach(detach)
+- exp: f32[5, 3] = exp(detach_1)
++ exp: f32[5, 3] = exp(mm)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_identities_leave_graphs_without_views_alone():
+    graph = captured(lambda m, x: (x * m.w).sum(), tensor(5, 4), w=tensor(5, 4))
+    _, text = changed(graph, IdentitiesPass())
     assert text == ""
 
 

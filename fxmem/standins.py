@@ -1,0 +1,101 @@
+"""A step with stand-ins for its tensors: the user's own code runs on them, and nothing is computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxmem._torch import is_fake, symbolic_fake_mode
+from fxmem.capture import StepCall
+from fxmem.workspace import device_at_hand
+
+
+def fake_call(call: StepCall, mode: Any) -> StepCall:
+    """The step on a copy of the model with fake tensors, small integers excepted."""
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        return _like(tensor, mode.from_tensor(tensor.detach(), static_shapes=True))
+
+    return _replaced(call, fake, lambda tensor: tensor.clone() if stays_real(tensor) else None)
+
+
+def without_meta(call: StepCall) -> StepCall:
+    """The step with fake tensors of the device at hand for its meta tensors; or the step itself.
+
+    The meta device has kernels of its own for operators that autograd takes apart elsewhere, so a
+    loss that is traced there loses its gradient.
+    """
+    tensors = [*_tensors_of(call.model), *pytree.tree_leaves((call.args, call.kwargs))]
+    if not any(isinstance(t, torch.Tensor) and t.device.type == "meta" for t in tensors):
+        return call
+    mode, device = symbolic_fake_mode(), device_at_hand()
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "meta":
+            return tensor
+        with mode:
+            twin = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+            )
+        return _like(tensor, twin)
+
+    return _replaced(call, fake, lambda _: None)
+
+
+def _replaced(
+    call: StepCall,
+    replace: Callable[[torch.Tensor], torch.Tensor],
+    special: Callable[[torch.Tensor], torch.Tensor | None],
+) -> StepCall:
+    """A copy of the step with each tensor replaced once; inputs may be ``special``."""
+    memo: dict[int, Any] = {}
+
+    def replaced(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = replace(tensor)
+        return memo[id(tensor)]
+
+    def given(tensor: torch.Tensor) -> torch.Tensor:
+        own = special(tensor)
+        return replaced(tensor) if own is None else own
+
+    for tensor in _tensors_of(call.model):
+        replaced(tensor)
+    args, kwargs, loss_inputs = pytree.tree_map_only(
+        torch.Tensor, given, (call.args, call.kwargs, call.loss_inputs)
+    )
+    model = copy.deepcopy(call.model, memo)
+    return StepCall(model, args, kwargs, call.loss_fn, loss_inputs)
+
+
+_LARGE = 1 << 20  # elements
+
+
+def stays_real(tensor: torch.Tensor) -> bool:
+    """Small integers and masks, which a model may look at, on a device that holds them anyway."""
+    return is_small_integer(tensor) and not is_fake(tensor)
+
+
+def is_small_integer(tensor: torch.Tensor) -> bool:
+    plain = not (tensor.is_floating_point() or tensor.is_complex())
+    return plain and tensor.device.type == "cpu" and tensor.numel() <= _LARGE
+
+
+def _like(tensor: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:
+    """``twin`` as a parameter or a leaf, if ``tensor`` is one."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(twin, requires_grad=tensor.requires_grad)
+    return twin.requires_grad_(tensor.requires_grad) if tensor.is_leaf else twin
+
+
+def _tensors_of(model: nn.Module) -> Any:
+    """Parameters, buffers, and tensors that modules keep as plain attributes."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))

@@ -1,0 +1,76 @@
+"""Identities: a view that undoes views is the tensor they started from.
+
+before                          after
+  t  = t(w)                       t  = t(w)
+  y  = mm(x, t)                   y  = mm(x, t)
+  # backward                      # backward
+  t2 = t(t)                       gx = mm(g, w)
+  gx = mm(g, t2)
+
+Autograd transposes back what the forward transposed and detaches what has no graph.  Autograd's own
+backward does so in C++; a graph that is run operator by operator pays for each of these calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxmem._torch import storage_key
+from fxmem.graph import JointGraph, is_view
+from fxmem.sizes import as_expr
+
+
+@dataclass(frozen=True)
+class IdentitiesPass:
+    name: ClassVar[str] = "identities"
+
+    def apply(self, graph: JointGraph) -> JointGraph:
+        graph = graph.copy()
+        returned = {o for o in graph.outputs() if isinstance(o, fx.Node)}
+        for node in graph.nodes:
+            # The caller may change an output in place, so each stays a tensor of its own.
+            if node not in returned and (original := _original(node)) is not None:
+                node.replace_all_uses_with(original, propagate_meta=False)
+        graph.module.graph.eliminate_dead_code(_is_needed)
+        return graph.verified()
+
+
+def _original(node: fx.Node) -> fx.Node | None:
+    """The first value up a chain of views that looks just like ``node``, which is one."""
+    mine = _look(node)
+    found = None
+    source: fx.Node | None = node
+    while mine is not None and source is not None:
+        source = _viewed(source)
+        if source is not None and _look(source) == mine:
+            found = source
+    return found
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """What a view of one tensor looks at.
+
+    ``as_strided`` is left alone: its strides are the example's, and real ones may differ.
+    """
+    sources = node.all_input_nodes
+    if node.target is torch.ops.aten.as_strided.default or len(sources) != 1 or not is_view(node):
+        return None
+    return sources[0]
+
+
+def _look(node: fx.Node) -> tuple[Any, ...] | None:
+    """Everything that tells one view of a storage from another; None for what is not one tensor."""
+    tensor = node.meta.get("val")
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        return None
+    sizes = [as_expr(s) for s in (*tensor.shape, *tensor.stride(), tensor.storage_offset())]
+    flags = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
+    return (storage_key(tensor), type(tensor), *flags, *sizes)
+
+
+def _is_needed(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or node.is_impure() or not is_view(node)
