@@ -1,4 +1,4 @@
-"""Identities: a view that undoes views is the tensor they started from.
+"""Identities: a view that undoes views is the tensor they started from, and so is a copy of one.
 
 before                          after
   t  = t(w)                       t  = t(w)
@@ -8,7 +8,8 @@ before                          after
   gx = mm(g, t2)
 
 Autograd transposes back what the forward transposed and detaches what has no graph.  Autograd's own
-backward does so in C++; a graph that is run operator by operator pays for each of these calls.
+backward does so in C++; a graph that is run operator by operator pays for each of these calls.  A
+dropout of zero is traced as a copy where eager returns its input: bytes that eager does not hold.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from torch import fx
 
 from fxmem._torch import storage_key
+from fxmem.fakes import refresh, views_below
 from fxmem.graph import JointGraph, is_view
-from fxmem.sizes import as_expr
+from fxmem.sizes import as_expr, storages_in
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,17 @@ class IdentitiesPass:
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
-        returned = {o for o in graph.outputs() if isinstance(o, fx.Node)}
+        returned = [o for o in graph.outputs() if isinstance(o, fx.Node)]
+        shared = [*returned, *graph.placeholders()]
+        exposed = {key for node in shared for key in storages_in(node.meta.get("val"))}
         for node in graph.nodes:
             # The caller may change an output in place, so each stays a tensor of its own.
             if node not in returned and (original := _original(node)) is not None:
                 node.replace_all_uses_with(original, propagate_meta=False)
+            elif (copied := _copied(node, exposed)) is not None:
+                views = views_below(node)
+                node.replace_all_uses_with(copied, propagate_meta=False)
+                refresh(views)
         graph.module.graph.eliminate_dead_code(_is_needed)
         return graph.verified()
 
@@ -49,6 +57,23 @@ def _original(node: fx.Node) -> fx.Node | None:
         if source is not None and _look(source) == mine:
             found = source
     return found
+
+
+def _copied(node: fx.Node, exposed: set[int]) -> fx.Node | None:
+    """What ``node`` is a plain copy of, if no one but the graph can ever tell them apart.
+
+    exposed: storages that the caller has or gets, and may change.
+    """
+    if node.target is not torch.ops.aten.clone.default or node.kwargs.get("memory_format"):
+        return None
+    source = node.all_input_nodes[0]
+    mine, theirs = _look(node), _look(source)
+    if mine is None or theirs is None or mine[1:] != theirs[1:]:
+        return None
+    copy, original = (storages_in(n.meta["val"]) for n in (node, source))
+    # A copy of a part stays: it lets go of the whole.
+    same_bytes = list(copy.values()) == list(original.values())
+    return source if same_bytes and not exposed & {*copy, *original} else None
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
@@ -73,4 +98,6 @@ def _look(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _is_needed(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or node.is_impure() or not is_view(node)
+    if node.op in ("placeholder", "output") or node.is_impure():
+        return True
+    return not is_view(node) and node.target is not torch.ops.aten.clone.default

@@ -395,6 +395,45 @@ def test_identities_leave_graphs_without_views_alone():
     assert text == ""
 
 
+def test_a_copy_that_only_the_graph_sees_is_its_source():
+    def body(m, x):
+        return (F.relu(x @ m.w).clone() * 3).sin().sum()
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3))
+    after, text = changed(graph, IdentitiesPass())
+    assert_expected_inline(
+        text,
+        """\
+- detach: f32[5, 3] = detach(relu)
+- clone: f32[5, 3] = clone(relu)
+- mul: f32[5, 3] = mul(clone, 3)
++ mul: f32[5, 3] = mul(relu, 3)
+- detach_1: f32[5, 3] = detach(detach)
+- threshold_backward: f32[5, 3] = threshold_backward(mul_2, detach_1, 0)
++ threshold_backward: f32[5, 3] = threshold_backward(mul_2, relu, 0)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: (x.clone() @ m.w).sin().sum(),
+        lambda m, x: (m.w.t().clone() @ x.t()).sin().sum(),
+        lambda m, x: ((x @ m.w)[:2].clone().sin()).sum(),
+        lambda m, x: ((x @ m.w).t().clone(memory_format=torch.contiguous_format).sin()).sum(),
+        lambda m, x: (lambda y: (y, y.clone().sin().sum()))(x @ m.w),
+        lambda m, x: (lambda y: (y, y.sin().sum()))((x @ m.w).clone()),
+    ],
+    ids=["input", "parameter", "part", "layout", "of-result", "result"],
+)
+def test_a_copy_that_matters_stays(body):
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3))
+    after = IdentitiesPass().apply(graph)
+    assert "clone" in str(after)
+    assert_same_outputs(graph, after)
+
+
 # -- Undefined tangents ------------------------------------------------------------------------------
 
 
