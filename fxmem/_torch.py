@@ -6,6 +6,7 @@ Run on torch 2.13.0.  When a torch release moves one of these, this is the only 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -210,6 +211,21 @@ def new_fake_mode() -> FakeTensorMode:
 def symbolic_fake_mode() -> FakeTensorMode:
     """A mode whose tensors Dynamo takes as they are, symbolic sizes included."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Keep torch from logging the trace of an operator that refuses fake tensors: we raise it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "failed while attempting to run meta" not in str(record.msg)
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ from fxmem.pipeline import Options, analyze, decide, device_of, unchanged_step
 from fxmem.plan import Plan
 from fxmem.runtime import OptimizedModule, Session
 from fxmem.standins import without_meta
-from fxmem.units import format_bytes
+from fxmem.units import format_bytes, shown
 from fxmem.verify import verify_step
 
 ALLOWED = ("recompute", "lossless")
@@ -69,6 +69,8 @@ def optimize(
     Raises ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``,
     ``VerificationError``.
     """
+    if not isinstance(verify, bool):
+        raise FxmemError(f"verify should be True or False, not {shown(verify)}")
     loss_inputs = _read_loss_inputs(loss_inputs)
     options = read_options(
         model, budget, allow=allow, noise=noise, reserve=reserve, on_infeasible=on_infeasible,
@@ -209,8 +211,10 @@ def _read_cost(cost: Any) -> CostModel | None:
 def _read_plan(plan: Any) -> Plan | None:
     if plan is None or isinstance(plan, Plan):
         return plan
-    if isinstance(plan, (str, os.PathLike)):
+    if isinstance(plan, (str, os.PathLike)) and str(plan):
         return Plan.load(plan)
+    if plan == "":
+        raise FxmemError('plan is the empty string; it should be the path of a plan, "plan.json"')
     raise FxmemError(f"plan should be a Plan or the path of one, not {type(plan).__name__}")
 
 

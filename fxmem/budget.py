@@ -105,13 +105,18 @@ def reserve_bytes(reserve: int | str | torch.optim.Optimizer) -> int:
     if isinstance(reserve, torch.optim.Optimizer):
         return _optimizer_bytes(reserve)
     if isinstance(reserve, str):
-        return parse_bytes(reserve)
+        try:
+            return parse_bytes(reserve)
+        except BudgetError as error:
+            raise BudgetError(f"reserve: {error}\n{_ACCEPTED_RESERVES}") from None
     if isinstance(reserve, Integral) and not isinstance(reserve, bool) and reserve >= 0:
         return int(reserve)
-    raise BudgetError(
-        f"cannot read {shown(reserve)} as a reserve\n"
-        '  accepted: bytes, as an int of at least 0 or as "2GiB"; or a torch.optim.Optimizer'
-    )
+    raise BudgetError(f"cannot read {shown(reserve)} as a reserve\n{_ACCEPTED_RESERVES}")
+
+
+_ACCEPTED_RESERVES = (
+    '  accepted: bytes, as an int of at least 0 or as "2GiB"; or a torch.optim.Optimizer'
+)
 
 
 # Reading

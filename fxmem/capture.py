@@ -90,7 +90,7 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
     names: input -> {dimension: symbol}, for the dimensions that were marked as dynamic.
     Raises ``CaptureError`` with the user's line and a way out.
     """
-    with _torch.COMPILE_LOCK:
+    with _torch.COMPILE_LOCK, _torch.quiet_fake_tensors():
         as_called = _torch.dispatch_state()
         try:
             output = _torch.dynamo_capture(training_step, call.values())

@@ -13,6 +13,7 @@ tensor (a mean-reduced loss keeps the storage of its elements).
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -141,22 +142,22 @@ class Entry:
     storages: tuple[int, ...]
 
     @property
-    def share(self) -> float:
-        """The workspace next to everything else that the operator holds."""
-        return self.nbytes / max(1, self.operands + sum(self.storages))
+    def held(self) -> int:
+        """Bytes of operands and results."""
+        return self.operands + sum(self.storages)
 
 
 class Workspaces:
     """What is known by operator signature.
 
-    An unknown signature is taken to need as much, next to its operands, as any known one of the
-    same operator; an operator of which nothing is known counts as 0 bytes.
+    An unknown signature is taken to need as much, next to its operands and results, as known ones
+    of the same operator that are about as large; a wholly unknown operator counts as 0 bytes.
     """
 
     def __init__(self, table: dict[str, Entry] | None = None, on_disk: int = 0) -> None:
         self.table = dict(table or {})
         self.on_disk = on_disk  # how many of the entries came from the file
-        self._shares: dict[str, float] = {}
+        self._kin: dict[str, list[Entry]] = {}
 
     def nbytes(self, node: fx.Node) -> int:
         """Largest bytes that the operator holds beyond its inputs and outputs."""
@@ -168,12 +169,18 @@ class Workspaces:
         return workspace + _saved_generator_state(node)
 
     def _estimated(self, call: Call, node: fx.Node) -> int:
-        if not self._shares:
+        if not self._kin:
             for signature, entry in self.table.items():
-                operator = signature.partition("(")[0]
-                self._shares[operator] = max(self._shares.get(operator, 0.0), entry.share)
+                self._kin.setdefault(signature.partition("(")[0], []).append(entry)
         held = call.operand_bytes() + sum(map(hint, storages_in(node.meta.get("val")).values()))
-        return int(self._shares.get(str(call.target), 0.0) * held)
+        known = self._kin.get(str(call.target), [])
+
+        def distance(entry: Entry) -> float:
+            return abs(math.log2((entry.held + 1) / (held + 1)))
+
+        nearest = min(map(distance, known), default=0.0)
+        near = [e for e in known if distance(e) <= nearest + 1]
+        return int(held * max((e.nbytes / max(e.held, 1) for e in near), default=0.0))
 
     def calibrated(self, graph: fx.Graph, device: torch.device) -> Workspaces:
         """This table and what it lacks for ``graph``, measured now; real strides go on the nodes."""
@@ -193,7 +200,7 @@ class Workspaces:
         key = call.signature
         if key not in self.table and (entry := measure_call(call, device)) is not None:
             self.table[key] = entry
-            self._shares.clear()
+            self._kin.clear()
         return self.table.get(key)
 
 

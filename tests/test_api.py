@@ -27,6 +27,9 @@ WRONG = {
     "allow is None": ({"allow": None}, "recompute"),
     "allow names nothing known": ({"allow": ("magic",)}, "magic"),
     "allow names what is to come": ({"allow": "quantize"}, "not available"),
+    "verify is a string": ({"verify": "no"}, "True or False"),
+    "plan is empty": ({"plan": ""}, "empty string"),
+    "reserve is a share": ({"reserve": "10%"}, "torch.optim.Optimizer"),
     "noise is large": ({"noise": 2}, "noise"),
     "reserve is negative": ({"reserve": -1}, "-1"),
     "on_infeasible is misspelt": ({"on_infeasible": "rise"}, "'best'"),
@@ -120,7 +123,8 @@ def test_a_model_on_the_meta_device_is_planned_like_a_real_one():
         fxmem.optimize(model, "min", (x.to("meta"), y.to("meta")))
 
 
-def test_an_operator_never_measured_is_taken_for_its_likes():
+def test_an_operator_never_measured_is_taken_for_its_likes(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXMEM_CACHE_DIR", str(tmp_path))
     x, y = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
     known = fxmem.plan(WithLoss(), "1TiB", (x, y))
     x, y = torch.zeros(6, 3, 11, 11), torch.zeros(6, dtype=torch.long)
