@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxmem import _torch
 from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
 from fxmem.capture import StepCall, training_step
+from fxmem.graph import LOSS_OUTSIDE
 from fxmem.sizes import hint, tensors_in
 from fxmem.standins import fake_call, is_small_integer, stays_real
 from fxmem.workspace import Call, Workspaces
@@ -56,7 +57,7 @@ def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) 
     watch.hold(tensors_in(list(_state(fake))))
     with torch.random.fork_rng(devices=[]), mode, watch:
         outputs = training_step(*fake.values())
-        _backward(outputs)
+        _backward(outputs, watch)
     return list(watch.moments)
 
 
@@ -66,14 +67,17 @@ def _state(call: StepCall) -> Any:
     yield from pytree.tree_leaves((call.args, call.kwargs, call.loss_inputs))
 
 
-def _backward(outputs: Any) -> None:
+def _backward(outputs: Any, watch: _StorageWatch) -> None:
     """A scalar loss sends its gradient; without one, every differentiable output does."""
     tensors = [t for t in tensors_in(outputs) if t.requires_grad]
     losses = [t for t in tensors if t.numel() == 1]
     if len(losses) == 1:
         losses[0].backward()
     elif tensors:
-        torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
+        sent = [torch.ones_like(t) for t in tensors]
+        outside = sum(hint(t.untyped_storage().nbytes()) for t in sent)
+        watch.moments.append(_Moment(watch.live + LOSS_OUTSIDE * outside, None))
+        torch.autograd.backward(tensors, sent)
 
 
 # -- Watching storages -----------------------------------------------------------------------------------

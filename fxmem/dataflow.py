@@ -12,7 +12,7 @@ import sympy
 from torch import fx
 
 from fxmem.cost import CostModel
-from fxmem.graph import JointGraph, OutputKind, is_backward, is_held_tangent, is_view
+from fxmem.graph import LOSS_OUTSIDE, JointGraph, OutputKind, is_backward, is_held_tangent, is_view
 from fxmem.operators import rng_state_nbytes, second_call_outputs
 from fxmem.sizes import evaluate, storages_in
 from fxmem.workspace import Workspaces
@@ -68,6 +68,11 @@ class Dataflow:
     @property
     def resident(self) -> int:
         return sum(v.nbytes for v in self.values if v.resident)
+
+    @property
+    def loss_outside(self) -> int:
+        """Bytes that the caller's loss holds beside the gradients that it sends into the step."""
+        return LOSS_OUTSIDE * sum(v.nbytes for v in self.values if v.tangent and not v.held)
 
     @property
     def seconds(self) -> float:

@@ -120,7 +120,8 @@ def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int
     live: Counter[str] = Counter()
     for storage in line.live_at(peak.step):
         live[_category(storage, graph, line, peak.step)] += evaluate(storage.nbytes, bindings)
-    live["operator workspace"] += evaluate(step.workspace, bindings)
+    workspace = "operator workspace" if step.node is not None else "loss outside the model"
+    live[workspace] += evaluate(step.workspace, bindings)
     return PeakPoint(
         nbytes=peak.nbytes,
         operator=operator_name(node) if node else "end of the forward",

@@ -165,6 +165,13 @@ def is_held_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and is_backward(node) and getattr(value, "ndim", None) == 0
 
 
+LOSS_OUTSIDE = 2
+"""Bytes of a loss that the step does not contain, for each byte of gradient that it sends.
+
+Cross-entropy's: beside the gradient it sends, it holds its logarithms and their gradient.
+"""
+
+
 def is_symbolic_scalar(node: fx.Node) -> bool:
     """A node that computes a size, not a tensor: free to keep and to pass on."""
     return isinstance(node.meta.get("val"), (int, float, bool)) or hasattr(

@@ -15,7 +15,7 @@ import sympy
 from torch import fx
 
 from fxmem._torch import storage_key
-from fxmem.graph import OutputKind, is_backward, is_held_tangent, output_values
+from fxmem.graph import LOSS_OUTSIDE, OutputKind, is_backward, is_held_tangent, output_values
 from fxmem.partition import Split
 from fxmem.sizes import Size, evaluate, storages_in
 from fxmem.workspace import Workspaces
@@ -44,7 +44,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class Step:
-    """One operator that runs.  workspace: bytes that it allocates and frees inside."""
+    """One operator that runs.  workspace: bytes that it allocates and frees inside.
+
+    The boundary between the two graphs has no operator: there the caller computes the loss, if the
+    step does not, and that is its workspace.
+    """
 
     node: fx.Node | None
     phase: str
@@ -95,6 +99,14 @@ def timeline(split: Split, workspaces: Workspaces) -> MemoryTimeline:
     return _Recorder(workspaces).record(split)
 
 
+def _loss_outside(backward: fx.GraphModule) -> Size:
+    """Bytes that the caller's loss holds beside the gradients that it sends into the step."""
+    tangents = [n for n in backward.graph.find_nodes(op="placeholder") if is_backward(n)]
+    sent = [n for n in tangents if n.users and not is_held_tangent(n)]
+    sizes = [nbytes for n in sent for nbytes in storages_in(n.meta.get("val")).values()]
+    return LOSS_OUTSIDE * sum(sizes, start=0)
+
+
 class _Recorder:
     """Walks both graphs once; ``table`` maps a storage key to its record."""
 
@@ -106,7 +118,7 @@ class _Recorder:
     def record(self, split: Split) -> MemoryTimeline:
         self._residents(split.forward)
         self._run(split.forward, "forward")
-        self.steps.append(Step(None, "boundary"))
+        self.steps.append(Step(None, "boundary", _loss_outside(split.backward)))
         self._forward_outputs(split)
         self._tangents(split.backward)
         self._run(split.backward, "backward")

@@ -145,15 +145,22 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
     return measured
 
 
+_LOSS_SCALARS = 64
+"""Bytes for a loss outside the model: itself, its weight and its gradient, held all along."""
+
+
 def decide(analysis: Analysis, options: Options) -> Planned:
     """Choose, rewrite and check.  Raises ``BudgetInfeasibleError`` as ``options`` asks for."""
     budget = options.budget.resolve(
         device=analysis.device, baseline_peak=analysis.baseline_peak, reserve=options.reserve
     )
-    choice, floor = _choose(analysis, options, budget)
+    limit = budget
+    if budget is not None and analysis.flow.loss_outside:
+        limit = budget - _LOSS_SCALARS
+    choice, floor = _choose(analysis, options, limit)
     rewritten, halves, line = _rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes != choice.outcome.peak:
-        choice, rewritten, halves, line = _settle(analysis, options, budget, choice)
+        choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
     plan = explain(analysis, options, budget, choice, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise infeasible(plan)

@@ -167,7 +167,7 @@ class _Forward:
                     self.results.append(v)
                 self.live[self.position[i]] += value.nbytes
                 self.live[self.last[v] + 1] -= value.nbytes
-        self.workspace = [flow.operators[i].workspace for i in self.order] + [0]
+        self.workspace = [flow.operators[i].workspace for i in self.order] + [flow.loss_outside]
 
 
 class _Walk:

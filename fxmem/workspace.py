@@ -157,6 +157,7 @@ class Workspaces:
     def __init__(self, table: dict[str, Entry] | None = None, on_disk: int = 0) -> None:
         self.table = dict(table or {})
         self.on_disk = on_disk  # how many of the entries came from the file
+        self._refused: set[str] = set()  # signatures that throwaway values cannot run
         self._kin: dict[str, list[Entry]] = {}
 
     def nbytes(self, node: fx.Node) -> int:
@@ -165,7 +166,10 @@ class Workspaces:
             return 0
         call = Call.of_node(node)
         entry = self.table.get(call.signature)
-        workspace = entry.nbytes if entry else self._estimated(call, node)
+        if entry is not None:
+            workspace = entry.nbytes
+        else:
+            workspace = 0 if call.signature in self._refused else self._estimated(call, node)
         return workspace + _saved_generator_state(node)
 
     def _estimated(self, call: Call, node: fx.Node) -> int:
@@ -185,6 +189,7 @@ class Workspaces:
     def calibrated(self, graph: fx.Graph, device: torch.device) -> Workspaces:
         """This table and what it lacks for ``graph``, measured now; real strides go on the nodes."""
         table = Workspaces(self.table, self.on_disk)
+        table._refused |= self._refused
         for node in graph.nodes:
             if has_workspace(node):
                 entry = table.look_up(Call.of_node(node), device)
@@ -198,9 +203,13 @@ class Workspaces:
     def look_up(self, call: Call, device: torch.device) -> Entry | None:
         """The entry of a call, measured if it is missing; None where it cannot be."""
         key = call.signature
-        if key not in self.table and (entry := measure_call(call, device)) is not None:
-            self.table[key] = entry
-            self._kin.clear()
+        if key not in self.table and key not in self._refused and _can_measure(call, device):
+            entry = measure_call(call, device)
+            if entry is None:
+                self._refused.add(key)
+            else:
+                self.table[key] = entry
+                self._kin.clear()
         return self.table.get(key)
 
 
@@ -265,11 +274,8 @@ def _derive_strides(node: fx.Node) -> None:
 
 
 def measure_call(call: Call, device: torch.device) -> Entry | None:
-    """Run an operator once on throwaway tensors.
-
-    None where there is no such device, no room, or the operator refuses the throwaway values.
-    """
-    if device.type not in ("cpu", "cuda") or _reads_opaque(call) or not _fits(call, device):
+    """Run an operator once on throwaway tensors; None where it refuses them."""
+    if _reads_opaque(call):
         return None
     measure = _measure_cuda if device.type == "cuda" else _measure_cpu
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -278,6 +284,11 @@ def measure_call(call: Call, device: torch.device) -> Entry | None:
             return measure(call, device)
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
             return None
+
+
+def _can_measure(call: Call, device: torch.device) -> bool:
+    """Is there such a device, and room on it?"""
+    return device.type in ("cpu", "cuda") and _fits(call, device)
 
 
 def _reads_opaque(call: Call) -> bool:

@@ -25,6 +25,7 @@ from torch import fx
 from fxmem.fakes import refresh, views_below
 from fxmem.graph import JointGraph, is_backward, is_view, operator_name
 from fxmem.passes.base import insert_like
+from fxmem.sizes import hint
 
 aten = torch.ops.aten
 
@@ -99,18 +100,25 @@ class _Zeros:
 
     def _materialize(self, node: fx.Node, zeros: list[fx.Node]) -> None:
         for zero in zeros:
-            value = zero.meta["val"]
             with self.graph.module.graph.inserting_before(node):
-                made = insert_like(
-                    self.graph.module.graph,
-                    zero,
-                    aten.full.default,
-                    (list(value.shape), 0),
-                    {"dtype": value.dtype, "device": value.device},
-                    suffix="zeros",
-                    backward=True,
-                )
-            node.replace_input_with(zero, made)
+                node.replace_input_with(zero, _zeros_like(zero))
+
+
+def _zeros_like(node: fx.Node) -> fx.Node:
+    """Zeros laid out as the node's value is: views below it were traced for those strides."""
+    value: Any = node.meta["val"]
+    order = sorted(range(value.ndim), key=lambda dim: -hint(value.stride(dim)))
+    kwargs = {"dtype": value.dtype, "device": value.device}
+    shape = [value.shape[dim] for dim in order]
+    made = insert_like(
+        node.graph, node, aten.full.default, (shape, 0), kwargs, suffix="zeros", backward=True
+    )
+    if order == list(range(value.ndim)):
+        return made
+    back = [order.index(dim) for dim in range(value.ndim)]
+    return insert_like(
+        node.graph, node, aten.permute.default, (made, back), suffix="zeros_like", backward=True
+    )
 
 
 def _keeps_zero(node: fx.Node, zeros: list[fx.Node]) -> bool:

@@ -91,9 +91,13 @@ def is_plain(outputs: Any) -> bool:
 
 @dataclass
 class Trial:
-    """start: the model's state before any step.  steps: the program under each budget's plan."""
+    """start: the model's state before any step.  steps: the program under each budget's plan.
+
+    loss_inside: the step computes its loss, so that nothing of it is left to a guess.
+    """
 
     model: nn.Module
+    loss_inside: bool
     inputs: tuple[Tensor, ...]
     start: dict[str, Tensor]
     steps: dict[str, Step]
@@ -104,7 +108,7 @@ class Trial:
         start = copy.deepcopy(model.state_dict())
         with capture_once(model, program.inputs) as captured:
             steps = {budget: captured.step(budget, "best") for budget in BUDGETS}
-        return cls(model, program.inputs, start, steps)
+        return cls(model, model is not program.model, program.inputs, start, steps)
 
     def reset(self) -> None:
         self.model.load_state_dict(self.start)
@@ -168,11 +172,14 @@ def far(want: Any, got: Any, where: str = "") -> list[str]:
 
 
 def wrong_peaks(trial: Trial) -> list[str]:
-    """Where the allocator saw another peak than the plan's, or one above the budget."""
+    """Where the allocator saw another peak than the plan's; with the loss outside, a higher one."""
     lines = []
     for budget in BUDGETS:
         plan, peak = trial.steps[budget].plan, trial.measured(budget)
-        if peak is not None and abs(peak - plan.predicted_peak) > max(64, peak // 1000):
+        if peak is None:
+            continue
+        over, allowed = peak - plan.predicted_peak, max(64, peak // 1000)
+        if over > allowed or (trial.loss_inside and over < -allowed):
             lines.append(f"{budget}: {plan.predicted_peak} predicted, {peak} measured")
     return lines
 
@@ -232,7 +239,7 @@ def planted() -> Trial:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Planted()
-        program = Program("", model, (torch.randn(512, 32, requires_grad=True),), seed=2)
+        program = Program("", model, (torch.randn(512, 32, requires_grad=True),), seed=0)
     return Trial.of(program)
 
 
@@ -263,9 +270,9 @@ def test_a_mask_drawn_anew_is_seen(monkeypatch):
 
 def test_a_batch_counted_twice_is_seen():
     trial = planted()
-    count = trial.model.norm.num_batches_tracked
+    count = trial.model.program.norm.num_batches_tracked
     trial.steps["min"].module.register_forward_hook(lambda *_: count.add_(1))
-    assert any("buffer norm.num_batches_tracked" in line for line in wrong_bits(trial))
+    assert any("buffer program.norm.num_batches_tracked" in line for line in wrong_bits(trial))
 
 
 def test_a_value_made_again_by_another_operator_is_seen(monkeypatch):
