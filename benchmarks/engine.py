@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -55,7 +56,7 @@ class Row:
     """One family under one budget. Bytes unless said; None where it was not found out.
 
     limit: the budget in bytes that the step was planned for, None for the smallest peak.
-    refused_above: the smallest peak that a refusal named, then asked for as the limit.
+    refused_above: the smallest peak that a refusal names, which is then the limit.
     predicted: predicted / measured peak.  baseline: predicted / measured peak of eager.
     kept: measured peak within the limit; without one, within the prediction.
     exact: loss, gradients and buffers bitwise those of eager.
@@ -183,17 +184,17 @@ def alternating_seconds(step: Step, module: nn.Module) -> tuple[float, float]:
 
 def optimize_timed(step: Step, budget: str | int) -> tuple[fxmem.OptimizedModule, float]:
     began = time.perf_counter()
-    module = fxmem.optimize(step.model, budget, step.args, example_kwargs=step.kwargs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fxmem: no plan fits")
+        module = fxmem.optimize(
+            step.model, budget, step.args, example_kwargs=step.kwargs, on_infeasible="best"
+        )
     return module, time.perf_counter() - began
 
 
 def fill(row: Row, step: Step, budget: str | int) -> None:
-    """Optimize for the budget, or for the smallest peak if it is refused, and measure."""
-    try:
-        module, row.optimize_seconds = optimize_timed(step, budget)
-    except fxmem.BudgetInfeasibleError as error:
-        row.refused_above = error.smallest_peak
-        module, row.optimize_seconds = optimize_timed(step, error.smallest_peak)
+    """Optimize for the budget, or with the smallest plan if it is refused, and measure."""
+    module, row.optimize_seconds = optimize_timed(step, budget)
     promised(row, module.plan)
     row.exact = same(step.seen(step.model), step.seen(module))  # warms both up, too
     measured(row, step, module)
@@ -202,6 +203,8 @@ def fill(row: Row, step: Step, budget: str | int) -> None:
 def promised(row: Row, plan: fxmem.Plan) -> None:
     """What the plan says of itself."""
     row.limit, row.resident = plan.budget, plan.resident
+    if plan.budget is not None and plan.predicted_peak > plan.budget:
+        row.limit = row.refused_above = plan.predicted_peak
     row.predicted_peak, row.baseline_peak = plan.predicted_peak, plan.baseline_peak
     row.recomputed, row.overhead = len(plan.recomputed), plan.predicted_overhead
 
@@ -213,7 +216,7 @@ def measured(row: Row, step: Step, module: fxmem.OptimizedModule) -> None:
     row.peak = step.added_peak(module) + plan.resident
     row.predicted = plan.predicted_peak / row.peak
     row.baseline = plan.baseline_peak / row.eager_peak
-    row.kept = row.peak <= (plan.predicted_peak if plan.budget is None else plan.budget)
+    row.kept = row.peak <= (plan.predicted_peak if row.limit is None else row.limit)
     row.eager_seconds, planned_seconds = alternating_seconds(step, module)
     row.time_ratio = planned_seconds / row.eager_seconds
 
@@ -229,6 +232,8 @@ def rows_of(step: Step, budgets: list[str]) -> Iterator[Row]:
             row.error = f"{type(error).__name__}: {error}".splitlines()[0]
         eager_peak = eager_peak or row.eager_peak
         yield row
+        if row.refused_above is not None:
+            return  # what is smaller still is refused with the same plan
 
 
 # -- torch's own ratio -------------------------------------------------------------------------------
