@@ -20,6 +20,7 @@ import keyword
 import linecache
 import math
 import operator
+import weakref
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def emit(module: fx.GraphModule) -> BoxedCallable:
     # Tracebacks show the line that failed.
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     function: BoxedCallable = writer.names["run"]
+    weakref.finalize(function, linecache.cache.pop, file, None)
     return function
 
 

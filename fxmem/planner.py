@@ -53,6 +53,7 @@ class Planner:
         self.free = [v for v in self.candidates if v not in fixed]
         self._until = 0
         self._smallest: Choice | None = None
+        self._ends: list[Choice] = []  # where searches ended
 
     # -- What is asked of a planner ----------------------------------------------------------------
 
@@ -65,8 +66,10 @@ class Planner:
         unchanged = self.keep_all()
         if unchanged.outcome.peak <= budget:
             return unchanged
-        found = [c for c in self._searches(budget) if c.outcome.peak <= budget]
-        return min((self._faster(c, budget) for c in found), key=lambda c: c.rank, default=None)
+        found = list(self._searches(budget))
+        self._ends += found
+        fitting = [c for c in found if c.outcome.peak <= budget]
+        return min((self._faster(c, budget) for c in fitting), key=lambda c: c.rank, default=None)
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
@@ -75,8 +78,8 @@ class Planner:
         return self._smallest
 
     def _find_smallest(self) -> Choice:
-        starts = [self.choice(self.must_keep, brief) for brief in self._briefs()]
-        ends = [self.keep_all(), *map(self._lower, starts)]
+        starts = [self.keep_all(), *(self.choice(self.must_keep, b) for b in self._briefs())]
+        ends = [*map(self._lower, starts), *self._ends]
         best = min(ends, key=lambda c: c.outcome.peak)
         return self._faster(best, best.outcome.peak)
 

@@ -1,5 +1,6 @@
 """The emitted functions: their source as text, what they hold while they run, what they compute."""
 
+import gc
 import linecache
 import math
 import operator
@@ -55,6 +56,15 @@ def keep(value):
 
 
 # -- The source --------------------------------------------------------------------------------------
+
+
+def test_the_source_goes_with_the_function():
+    function = emitted(linear, "x", "w")
+    file = function.__code__.co_filename
+    assert file in linecache.cache
+    del function
+    gc.collect()
+    assert file not in linecache.cache
 
 
 def test_a_linear_layer():
