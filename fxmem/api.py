@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -89,13 +90,14 @@ def optimize(
         if verify:
             raise FxmemError("verify=True runs one step, so it needs example_inputs")
         return optimized
-    first = session.program_for(call)
-    if first.plan is None:
-        raise CaptureError(NOTHING_TO_PLAN)
-    _warn_if_over(first.plan)
-    optimized.show_graph()
-    if verify:
-        optimized.__dict__["_fxmem_checked"] = verify_step(optimized, call)
+    with torch.enable_grad():
+        first = session.program_for(call)
+        if first.plan is None:
+            raise CaptureError(NOTHING_TO_PLAN)
+        _warn_if_over(first.plan)
+        optimized.show_graph()
+        if verify:
+            optimized.__dict__["_fxmem_checked"] = verify_step(optimized, call)
     return optimized
 
 
@@ -157,11 +159,7 @@ def read_options(
     plan: Any,
 ) -> Options:
     """Checked options.  Raises ``FxmemError`` naming what was read and what is accepted."""
-    if not isinstance(model, nn.Module):
-        raise FxmemError(
-            f"model should be a torch.nn.Module, not {type(model).__name__}\n"
-            "  try: wrap a function in a module whose forward calls it"
-        )
+    _check_model(model)
     if on_infeasible not in ("raise", "best"):
         raise FxmemError(f"on_infeasible should be 'raise' or 'best', not {on_infeasible!r}")
     if compiler != "eager":
@@ -178,6 +176,33 @@ def read_options(
         cost=_read_cost(cost),
         plan=_read_plan(plan),
     )
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise FxmemError(
+            f"model should be a torch.nn.Module, not {type(model).__name__}\n"
+            "  try: wrap a function in a module whose forward calls it"
+        )
+    if isinstance(model, OptimizedModule):
+        raise FxmemError(
+            "the model is optimized already\n  try: pass the model that it was made of"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FxmemError(
+            "the model is a TorchScript module, which cannot be traced\n"
+            "  try: pass the module that it was made of"
+        )
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise FxmemError(
+            "the model has lazy parameters, whose shapes are not known yet\n"
+            "  try: call it once on an example before"
+        )
+    if torch.is_inference_mode_enabled():
+        raise FxmemError(
+            "in torch.inference_mode() nothing has a gradient, so there is no step to plan\n"
+            "  try: call fxmem outside of it"
+        )
 
 
 def _read_loss_inputs(loss_inputs: Any) -> tuple[Any, ...]:
@@ -237,9 +262,27 @@ def example_call(
         raise FxmemError(f"example_kwargs should be a dict, not {type(kwargs).__name__}")
     if loss_fn is not None and not callable(loss_fn):
         raise FxmemError(f"loss_fn should be callable, not {type(loss_fn).__name__}")
+    if loss_fn is None and loss_inputs:
+        raise FxmemError("loss_inputs are for loss_fn, which is missing\n  try: loss_fn=...")
     call = StepCall(model, tuple(inputs or ()), dict(kwargs or {}), loss_fn, loss_inputs)
+    _check_arguments(call)
     _check_devices(call)
     return call
+
+
+def _check_arguments(call: StepCall) -> None:
+    """Does ``forward`` take what the example gives?"""
+    try:
+        signature = inspect.signature(call.model.forward)
+    except (TypeError, ValueError):
+        return  # a forward that does not say what it takes
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise FxmemError(
+            f"{type(call.model).__name__}.forward{signature} cannot be called with the example: "
+            f"{error}\n  try: example_inputs and example_kwargs as in model(*inputs, **kwargs)"
+        ) from None
 
 
 def _check_devices(call: StepCall) -> None:

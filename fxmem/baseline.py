@@ -24,7 +24,7 @@ from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
 from fxmem.capture import StepCall, training_step
 from fxmem.graph import LOSS_OUTSIDE
 from fxmem.sizes import hint, tensors_in
-from fxmem.standins import fake_call, is_small_integer, stays_real
+from fxmem.standins import backward, fake_call, is_small_integer, stays_real
 from fxmem.workspace import Call, Workspaces
 
 
@@ -57,7 +57,7 @@ def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) 
     watch.hold(tensors_in(list(_state(fake))))
     with torch.random.fork_rng(devices=[]), mode, watch:
         outputs = training_step(*fake.values())
-        _backward(outputs, watch)
+        backward(outputs, watch.lose)
     return list(watch.moments)
 
 
@@ -65,19 +65,6 @@ def _state(call: StepCall) -> Any:
     yield from call.model.parameters()
     yield from call.model.buffers()
     yield from pytree.tree_leaves((call.args, call.kwargs, call.loss_inputs))
-
-
-def _backward(outputs: Any, watch: _StorageWatch) -> None:
-    """A scalar loss sends its gradient; without one, every differentiable output does."""
-    tensors = [t for t in tensors_in(outputs) if t.requires_grad]
-    losses = [t for t in tensors if t.numel() == 1]
-    if len(losses) == 1:
-        losses[0].backward()
-    elif tensors:
-        sent = [torch.ones_like(t) for t in tensors]
-        outside = sum(hint(t.untyped_storage().nbytes()) for t in sent)
-        watch.moments.append(_Moment(watch.live + LOSS_OUTSIDE * outside, None))
-        torch.autograd.backward(tensors, sent)
 
 
 # -- Watching storages -----------------------------------------------------------------------------------
@@ -126,6 +113,10 @@ class _StorageWatch(TorchDispatchMode):
     def hold(self, tensors: Any) -> None:
         for tensor in tensors:
             self._meet(tensor)
+
+    def lose(self, sent: int) -> None:
+        """The caller's loss is at work, while it sends gradients of so many bytes."""
+        self.moments.append(_Moment(self.live + LOSS_OUTSIDE * sent, None))
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils import _pytree as pytree
 
 from fxmem import _torch
+from fxmem._torch_eager import eager_decompositions
 from fxmem.emit import boxed
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.fakes import fake_like, refresh, views_below
@@ -28,7 +30,9 @@ from fxmem.graph import (
     Role,
     Symbol,
     is_backward,
+    operator_name,
     output_values,
+    source_line,
 )
 from fxmem.sizes import storages_in, tensors_in
 
@@ -106,7 +110,8 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
         roles = _roles(output, call.model)
         with contextlib.ExitStack() as stack:
             try:
-                exported = stack.enter_context(_torch.joint_export(output))
+                with eager_decompositions():
+                    exported = stack.enter_context(_torch.joint_export(output))
                 graph = _joint_graph(exported, roles, names or {})
                 matches = _torch.dynamo_guards(output, training_step, as_called)
             except FxmemError:
@@ -144,6 +149,7 @@ _OUTPUT_KINDS = {
 
 def _joint_graph(exported: Any, roles: list[Input], names: dict[str, dict[int, str]]) -> JointGraph:
     module: fx.GraphModule = exported.graph_module
+    _refuse_unknown_sizes(module)
     _tag_backward(module)
     _own_tangents(module)
     descriptions = module.graph.output_node().meta["desc"]
@@ -155,6 +161,20 @@ def _joint_graph(exported: Any, roles: list[Input], names: dict[str, dict[int, s
     graph = JointGraph(module, num_forward, inputs, kinds)
     graph.symbols.update(_symbols(graph, names))
     return graph.verified()
+
+
+def _refuse_unknown_sizes(module: fx.GraphModule) -> None:
+    """Bytes can be planned only where sizes follow from the shapes of the inputs."""
+    for node in module.graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            sizes = leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,)
+            if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes):
+                raise CaptureError(
+                    "the step makes tensors whose sizes depend on data, so their bytes cannot be "
+                    f"planned.\n  at      {source_line(node) or operator_name(node)}\n"
+                    "  try     torch.where or a mask in place of selecting elements, or optimize "
+                    "the submodules around it one by one"
+                )
 
 
 def _without_regenerated(

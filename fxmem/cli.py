@@ -161,7 +161,7 @@ def _positive(text: str) -> int:
 def _plan(options: argparse.Namespace) -> int:
     plan = _planned(options)
     if options.out:
-        _save(plan, options.out)
+        plan.save(options.out)
     if options.json:
         _print_json(plan.to_dict())
         return FITS
@@ -267,16 +267,6 @@ def _planned(options: argparse.Namespace) -> Plan:
 
 def _reserve(text: str) -> int | str:
     return 0 if text.strip() == "0" else text
-
-
-def _save(plan: Plan, path: str) -> None:
-    try:
-        plan.save(path)
-    except OSError as error:
-        raise FxmemError(
-            f"cannot write the plan to {path}: {error.strerror}\n"
-            "  try: --out with a file in a folder that exists"
-        ) from error
 
 
 # -- MODEL -----------------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ def infeasible(plan: Plan) -> BudgetInfeasibleError:
         f"{f', after a reserve of {format_bytes(plan.reserve)}' if plan.reserve else ''}).\n"
         f"  floor   {why}\n"
         f"  at      {where}\n"
-        f"  try     a budget of {plan.predicted_peak} bytes, or a smaller batch\n"
+        f'  try     a budget of {plan.predicted_peak} bytes ("{plan.predicted_peak}B"), or a smaller '
+        "batch\n"
         '  note    error.best_plan holds that plan; on_infeasible="best" applies it',
         smallest_peak=plan.predicted_peak,
         best_plan=plan,

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from fxmem.errors import PlanMismatchError
+from fxmem.errors import FxmemError, PlanMismatchError
 from fxmem.graph import (
     JointGraph,
     is_backward,
@@ -158,11 +158,21 @@ class Plan:
         return {"schema": SCHEMA_VERSION, **asdict(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, in one step: a reader never sees half of it."""
+        """Write the plan as JSON, in one step: a reader never sees half of it.
+
+        Raises ``FxmemError`` where that cannot be written.
+        """
         path = Path(path)
         draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        os.replace(draft, path)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        try:
+            draft.write_text(text)
+            os.replace(draft, path)
+        except OSError as error:
+            raise FxmemError(
+                f"cannot write the plan to {path}: {error.strerror}\n"
+                "  try: a file in a folder that exists and may be written to"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -189,7 +199,7 @@ class Plan:
     def __str__(self) -> str:
         counts = Counter(d.action for d in self.decisions)
         return (
-            f"Plan(peak {self.predicted_peak:,} of {self.baseline_peak:,} bytes, "
+            f"Plan(peak {self.predicted_peak:,} bytes, unchanged {self.baseline_peak:,}, "
             f"+{self.predicted_overhead:.1%} time, {counts['recompute']} recomputed, "
             f"{counts['keep']} kept)"
         )

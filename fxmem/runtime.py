@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -82,6 +83,14 @@ class Backward:
         return display
 
 
+_MANY = 8
+_MANY_PROGRAMS = (
+    f"fxmem: the step has been captured and planned {_MANY} times, each time for inputs or "
+    "attributes that no earlier plan serves. If a size changes from call to call, name it in "
+    "dynamic_shapes; if the model counts its calls in a Python number, use a tensor buffer."
+)
+
+
 @dataclass
 class Session:
     """Options and programs; shared by copies of an optimized module, which share nothing else."""
@@ -107,6 +116,8 @@ class Session:
             options = replace(self.options, plan=None) if self.programs else self.options
             program = build_program(marked(call, self.dynamic), options, self.dynamic)
             self.programs.append(program)
+            if len(self.programs) == _MANY:
+                warnings.warn(_MANY_PROGRAMS, stacklevel=4)
             return program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -246,6 +257,14 @@ class OptimizedModule(fx.GraphModule):
             if model is None:
                 raise
             return getattr(model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What is not a graph module's own is the model's: its forward reads it there."""
+        model = self.__dict__.get("_fxmem_model")
+        if model is None or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(model, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
         model = copy.deepcopy(self.__dict__["_fxmem_model"], memo)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxmem._torch import is_fake, symbolic_fake_mode
 from fxmem.capture import StepCall
+from fxmem.sizes import hint, tensors_in
 from fxmem.workspace import device_at_hand
 
 
@@ -45,6 +46,41 @@ def without_meta(call: StepCall) -> StepCall:
         return _like(tensor, twin)
 
     return _replaced(call, fake, lambda _: None)
+
+
+def backward(outputs: Any, meanwhile: Callable[[int], None] = lambda _: None) -> None:
+    """A scalar loss sends its gradient; without one, every differentiable output is sent ones.
+
+    meanwhile: called with the bytes of those ones, as soon as they exist.  As with a real loss, they
+    die when the step has read them.
+    """
+    tensors = [t for t in tensors_in(outputs) if t.requires_grad]
+    losses = [t for t in tensors if t.numel() == 1]
+    if len(losses) == 1:
+        losses[0].backward()
+    elif tensors:
+        _Loss.apply(meanwhile, *tensors).backward()
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, meanwhile: Callable[[int], None], *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.meanwhile = meanwhile
+        ctx.made = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        return tensors[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> Any:
+        ones = []
+        for shape, strides, dtype, device in ctx.made:
+            if 0 in strides:  # an expanded output: its gradient is not
+                ones.append(torch.ones(shape, dtype=dtype, device=device))
+            else:
+                ones.append(
+                    torch.empty_strided(shape, strides, dtype=dtype, device=device).fill_(1)
+                )
+        ctx.meanwhile(sum(hint(t.untyped_storage().nbytes()) for t in ones))
+        return None, *ones
 
 
 def _replaced(

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,21 @@ LAYOUT = "fxmem_strides"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor without its bytes."""
+    """A tensor without its bytes.
+
+    room: elements that its storage has from the first of them on; 0 where that does not matter.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    room: int = 0
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         strides = "x".join(map(str, self.strides))
-        return f"{str(self.dtype).removeprefix('torch.')}[{shape}]/{strides}"
+        room = f"+{self.room}" if self.room else ""
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}]/{strides}{room}"
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +70,9 @@ class TensorSpec:
         return (last + 1) * self.dtype.itemsize
 
     def empty(self, device: torch.device | str) -> torch.Tensor:
+        if self.room:
+            whole = torch.empty(self.room, dtype=self.dtype, device=device)
+            return whole.as_strided(self.shape, self.strides)
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
 
     def stand_in(self, device: torch.device) -> torch.Tensor:
@@ -84,7 +92,7 @@ class Call:
     @classmethod
     def of(cls, target: Any, args: Any, kwargs: Any) -> Call:
         """A call on tensors (fake ones will do); symbolic sizes take the example's values."""
-        return cls(target, *pytree.tree_map(_spec, (tuple(args), dict(kwargs))))
+        return cls(target, *_specs(target, (tuple(args), dict(kwargs))))
 
     @classmethod
     def of_node(cls, node: fx.Node) -> Call:
@@ -96,7 +104,7 @@ class Call:
         elif target is run_with_rng_state:
             target, args = args[1], args[2:]
         args, kwargs = pytree.tree_map_only(fx.Node, node_specs, (args, dict(node.kwargs)))
-        return cls(target, *pytree.tree_map(_spec, (args, kwargs)))
+        return cls(target, *_specs(target, (args, kwargs)))
 
     @property
     def signature(self) -> str:
@@ -108,10 +116,24 @@ class Call:
         return sum(s.nbytes for s in specs if isinstance(s, TensorSpec))
 
 
+_COPIES_STORAGES = {torch.ops.aten.copy.default}
+"""Operators that copy the whole storage under a view, and return a view of that."""
+
+
+def _specs(target: Any, arguments: Any) -> Any:
+    specs = pytree.tree_map(_spec, arguments)
+    if target in _COPIES_STORAGES:
+        return specs
+    return pytree.tree_map_only(TensorSpec, lambda s: replace(s, room=0), specs)
+
+
 def _spec(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:
         shape, strides = map(hint, value.shape), map(hint, value.stride())
-        return TensorSpec(tuple(shape), tuple(strides), value.dtype)
+        room = hint(value.untyped_storage().nbytes()) // value.element_size()
+        return TensorSpec(
+            tuple(shape), tuple(strides), value.dtype, room - hint(value.storage_offset())
+        )
     return hint(value) if isinstance(value, torch.SymInt) else value
 
 
@@ -123,9 +145,7 @@ def node_specs(node: fx.Node) -> Any:
         return specs
     leaves, tree = pytree.tree_flatten(specs)
     real = iter(strides)
-    leaves = [
-        TensorSpec(x.shape, next(real), x.dtype) if isinstance(x, TensorSpec) else x for x in leaves
-    ]
+    leaves = [replace(x, strides=next(real)) if isinstance(x, TensorSpec) else x for x in leaves]
     return pytree.tree_unflatten(leaves, tree)
 
 

@@ -258,6 +258,68 @@ def rng_dropout() -> Case:
     return trains(Model(body, w=matrix(8, 8), v=matrix(8, 3)), leaf(6, 8))
 
 
+def dropouts(p: float, dtype: torch.dtype) -> Case:
+    """Two dropouts: what the first one draws decides what the second one gets."""
+
+    def body(m, x):
+        first = F.dropout(x @ m.w, p)
+        return torch.sin(F.dropout(torch.sin(first), 0.3) @ m.v)
+
+    model = Model(body, w=matrix(8, 8), v=matrix(8, 3)).to(dtype)
+    return trains(model, torch.randn(6, 8, dtype=dtype, requires_grad=True))
+
+
+@hazard()
+def rng_dropout_rounds_otherwise() -> Case:
+    """float32(1 / (1 - p)) is not 1 / float32(1 - p) here, and eager divides."""
+    return dropouts(0.15, torch.float32)
+
+
+@hazard()
+def rng_dropout_of_everything() -> Case:
+    """Eager draws nothing for it."""
+    return dropouts(1.0, torch.float32)
+
+
+@hazard()
+def rng_dropout_of_nothing() -> Case:
+    return dropouts(0.0, torch.float32)
+
+
+@hazard()
+def rng_dropout_bfloat16() -> Case:
+    return dropouts(0.1, torch.bfloat16)
+
+
+@hazard()
+def rng_dropout_float16() -> Case:
+    return dropouts(0.42, torch.float16)
+
+
+def upsampling(mode: str) -> Case:
+    def body(m, x):
+        corners = {} if mode == "nearest" else {"align_corners": False}
+        return m.out(F.interpolate(F.relu(m.conv(x)), scale_factor=2, mode=mode, **corners))
+
+    model = Model(body, conv=nn.Conv2d(3, 4, 3), out=nn.Conv2d(4, 2, 3))
+    return trains(model, leaf(2, 3, 8, 8))
+
+
+@hazard()
+def upsampling_nearest() -> Case:
+    return upsampling("nearest")
+
+
+@hazard()
+def upsampling_bilinear() -> Case:
+    return upsampling("bilinear")
+
+
+@hazard()
+def upsampling_bicubic() -> Case:
+    return upsampling("bicubic")
+
+
 @hazard()
 def rng_rand_like() -> Case:
     def body(m, x):

@@ -30,6 +30,18 @@ WRONG = {
     "verify is a string": ({"verify": "no"}, "True or False"),
     "plan is empty": ({"plan": ""}, "empty string"),
     "reserve is a share": ({"reserve": "10%"}, "torch.optim.Optimizer"),
+    "model is optimized": (
+        {"model": fxmem.optimize(nn.Linear(16, 1), "1GiB")},
+        "optimized already",
+    ),
+    "model is a script": (
+        {"model": torch.jit.script(nn.Linear(16, 1))},
+        "TorchScript",
+    ),
+    "model is lazy": ({"model": nn.LazyLinear(3)}, "lazy"),
+    "loss_inputs without loss_fn": ({"loss_inputs": (1,)}, "loss_fn"),
+    "too few inputs": ({"example_inputs": ()}, "missing a required argument"),
+    "unknown keyword": ({"example_kwargs": {"mask": 1}}, "mask"),
     "noise is large": ({"noise": 2}, "noise"),
     "reserve is negative": ({"reserve": -1}, "-1"),
     "on_infeasible is misspelt": ({"on_infeasible": "rise"}, "'best'"),
@@ -61,6 +73,76 @@ def test_a_wrong_argument_is_named_and_nothing_changes(case):
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_set_on_the_optimized_module_reaches_the_forward():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+            self.scale = 1.0
+
+        def forward(self, x):
+            return (self.layer(x) * self.scale).square().mean()
+
+    model, x = Scaled(), torch.randn(8, 16)
+    opt = fxmem.optimize(model, "1GiB", (x,))
+    opt.scale = 0.25
+    assert model.scale == opt.scale == 0.25
+    assert torch.equal(opt(x), model(x))
+
+
+def test_a_model_that_counts_its_calls_is_pointed_out():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(16, 4), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return (self.layer(x) * self.calls).mean()
+
+    x = torch.randn(8, 16)
+    opt = fxmem.optimize(Counting(), "1GiB", (x,))
+    for _ in range(7):
+        opt(x)
+    with pytest.warns(UserWarning, match=r"planned 8 times.*tensor buffer"):
+        opt(x)
+
+
+def test_sizes_that_depend_on_data_are_refused():
+    class Selecting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y[y > 0].sin().mean()
+
+    with pytest.raises(fxmem.CaptureError, match=r"depend on data(.|\n)*test_api.py.*in forward"):
+        fxmem.plan(Selecting(), "1GiB", (torch.randn(8, 16),))
+
+
+def test_verification_sends_gradients_as_a_loss_does():
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+    opt = fxmem.optimize(model, "min", (torch.randn(16, 64, 32),), verify=True)
+    assert "+0.00 %" in str(opt.report())
+
+
+def test_gradients_are_not_needed_to_be_on_while_planning():
+    model, x = small()
+    with torch.no_grad():
+        opt = fxmem.optimize(model, "1GiB", (x,))
+    assert opt.plan.predicted_peak == fxmem.plan(model, "1GiB", (x,)).predicted_peak
+    with torch.inference_mode(), pytest.raises(fxmem.FxmemError, match="inference_mode"):
+        fxmem.optimize(model, "1GiB", (x,))
+
+
+def test_a_plan_that_cannot_be_written_says_so(tmp_path):
+    model, x = small()
+    with pytest.raises(fxmem.FxmemError, match="cannot write the plan"):
+        fxmem.plan(model, "1GiB", (x,)).save(tmp_path / "missing" / "plan.json")
 
 
 def test_infeasible_names_a_budget_that_works():

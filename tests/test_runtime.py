@@ -225,6 +225,22 @@ def test_the_peak_is_the_measured_one():
     assert peak - start + opt.plan.resident == opt.plan.predicted_peak
 
 
+def test_a_copy_below_a_slice_is_as_large_as_what_the_slice_is_of():
+    class Shifting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x):
+            h = self.a(x) * 2
+            h[:, :3] = h[:, 3:6].clone()
+            return self.b(F.dropout(h.sin(), 0.3)).mean()
+
+    x = torch.randn(16, 64, 32)
+    opt = fxmem.optimize(seeded(Shifting), "min", (x,), verify=True)
+    assert opt.report().to_dict()["measured_peak"] == opt.plan.predicted_peak
+
+
 # -- Like the model ----------------------------------------------------------------------------------
 
 
