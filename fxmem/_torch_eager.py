@@ -8,6 +8,7 @@ that eager runs, and hold more.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,14 +39,15 @@ def eager_decompositions() -> Iterator[None]:
             _put(op, kernels)
 
 
-def _overloads() -> list[Any]:
+@functools.cache
+def _overloads() -> tuple[Any, ...]:
     """The decomposed operators that this torch has."""
     found = []
     for name in torch._C._dispatch_get_all_op_names():
         base, _, overload = name.removeprefix("aten::").partition(".")
         if name.startswith("aten::") and _DECOMPOSED.match(base) and "backward" not in base:
             found.append(getattr(getattr(aten, base), overload or "default"))
-    return found
+    return tuple(found)
 
 
 def _without(kernels: dict[Any, Any]) -> dict[Any, Any]:
