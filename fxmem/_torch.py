@@ -130,12 +130,21 @@ def joint_compile(
     # No buffer is donated: our backward writes into no saved tensor, so it may run twice.
     exported._aot_state.fw_metadata.bw_donated_idxs = []
     with torch._functorch.config.patch(donated_buffer=False):
-        return aot_compile_joint_with_descriptors(
+        compiled = aot_compile_joint_with_descriptors(
             exported,
             partition_fn=lambda *_, **__: (forward, backward),
             fw_compiler=lambda module, _: compile_forward(module),
             bw_compiler=lambda *_: mark_boxed(run_backward),
         )
+    return _on_flat_inputs(compiled)
+
+
+def _on_flat_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """AOTAutograd's function without its pytree of arguments: Dynamo passes them flat already."""
+    flat = getattr(compiled, "__wrapped__", None)
+    if flat is None or not getattr(flat, "_boxed_call", False):
+        return compiled
+    return lambda *args: flat(list(args))
 
 
 def autograd_off() -> contextlib.AbstractContextManager[Any]:
