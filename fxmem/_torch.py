@@ -154,12 +154,8 @@ def autograd_off() -> contextlib.AbstractContextManager[Any]:
 
 def mark_boxed(function: BoxedCallable) -> BoxedCallable:
     """Tell AOTAutograd that the function takes its arguments in a list and empties it."""
-
-    def run(args: list[Any]) -> Any:
-        return function(args)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
 
 
 BACKWARD_NODE = "CompiledFunctionBackward"

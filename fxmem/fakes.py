@@ -48,6 +48,18 @@ def views_below(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.graph.nodes if n in found]
 
 
+def replace_uses(node: fx.Node, other: fx.Node) -> None:
+    """Let what reads ``node`` read ``other``; views of the one become views of the other.
+
+    ``other`` may be made of ``node``: it goes on reading it.
+    """
+    views = views_below(node)
+    node.replace_all_uses_with(
+        other, delete_user_cb=lambda user: user is not other, propagate_meta=False
+    )
+    refresh(views)
+
+
 def refresh(nodes: list[fx.Node]) -> None:
     """Compute the nodes' example values again from those of their inputs."""
     for node in nodes:

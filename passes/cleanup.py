@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxmem.fakes import refresh, views_below
+from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward, is_view
 from fxmem.passes.base import insert_like
 
@@ -55,12 +55,8 @@ def _copy_for_backward(graph: fx.Graph, mutated: fx.Node) -> None:
         copy = insert_like(
             graph, mutated, aten.clone.default, (mutated,), suffix="before", backward=False
         )
-    views = [n for n in views_below(mutated) if n is not copy]
     copy.meta["fxmem_keep"] = "the step changes this input"
-    mutated.replace_all_uses_with(
-        copy, delete_user_cb=lambda n: n is not copy, propagate_meta=False
-    )
-    refresh(views)
+    replace_uses(mutated, copy)
 
 
 def _readers_through_views(node: fx.Node) -> list[fx.Node]:

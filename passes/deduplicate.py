@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxmem.fakes import refresh, views_below
+from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward, is_view
 from fxmem.operators import is_random, recomputable_nodes
 from fxmem.sizes import hint, storages_in, tensors_in
@@ -47,10 +47,8 @@ class DeduplicatePass:
                 continue
             twin = first.setdefault(_call(node), node)
             if twin is not node:
-                views = views_below(node)
-                node.replace_all_uses_with(twin, propagate_meta=False)
+                replace_uses(node, twin)
                 graph.module.graph.erase_node(node)
-                refresh(views)
         return graph.verified()
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxmem._torch import storage_key
-from fxmem.fakes import refresh, views_below
+from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_view
 from fxmem.sizes import as_expr, storages_in
 
@@ -40,9 +40,7 @@ class IdentitiesPass:
             if node not in returned and (original := _original(node)) is not None:
                 node.replace_all_uses_with(original, propagate_meta=False)
             elif (copied := _copied(node, exposed)) is not None:
-                views = views_below(node)
-                node.replace_all_uses_with(copied, propagate_meta=False)
-                refresh(views)
+                replace_uses(node, copied)
         graph.module.graph.eliminate_dead_code(_is_needed)
         return graph.verified()
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxmem.fakes import refresh, views_below
+from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward, is_view, operator_name
 from fxmem.passes.base import insert_like
 from fxmem.sizes import hint
@@ -94,9 +94,7 @@ class _Zeros:
         if not isinstance(other, fx.Node) or negated or scaled or not _same_type(node, other):
             self._materialize(node, [zero])
             return
-        views = views_below(node)
-        node.replace_all_uses_with(other, propagate_meta=False)
-        refresh(views)
+        replace_uses(node, other)
 
     def _materialize(self, node: fx.Node, zeros: list[fx.Node]) -> None:
         for zero in zeros:
