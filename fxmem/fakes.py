@@ -10,7 +10,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxmem.sizes import storages_in
+from fxmem._torch import storage_key
+from fxmem.sizes import as_expr, storages_in
 
 
 def fake_value(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,6 +65,16 @@ def refresh(nodes: list[fx.Node]) -> None:
     """Compute the nodes' example values again from those of their inputs."""
     for node in nodes:
         node.meta["val"] = fake_value(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+
+
+def look(node: fx.Node) -> tuple[Any, ...] | None:
+    """Everything that tells one view of a storage from another; None for what is not one tensor."""
+    tensor = node.meta.get("val")
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        return None
+    sizes = [as_expr(s) for s in (*tensor.shape, *tensor.stride(), tensor.storage_offset())]
+    flags = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
+    return (storage_key(tensor), type(tensor), *flags, *sizes)
 
 
 def _storages(node: fx.Node) -> dict[int, Any]:

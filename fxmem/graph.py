@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from fxmem.errors import VerificationError
@@ -181,12 +182,17 @@ def is_symbolic_scalar(node: fx.Node) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """Does the node only give another look at storages that its inputs already hold?"""
-    if node.op != "call_function":
+    if node.op != "call_function" or is_in_place(node):
         return False
     mine = storages_in(node.meta.get("val"))
     if not mine:
         return False
     return all(key in input_storages(node) for key in mine)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Does the node write over one of its operands?  Only nodes of ``InPlacePass`` do."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def input_storages(node: fx.Node) -> dict[int, Any]:

@@ -24,6 +24,7 @@ from fxmem.passes.base import Pass
 from fxmem.passes.cleanup import CleanupPass
 from fxmem.passes.deduplicate import DeduplicatePass
 from fxmem.passes.identities import IdentitiesPass
+from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.plan import Plan
@@ -112,12 +113,13 @@ def analyze(
     """Clean the joint graph up and measure what the planner needs to know about it."""
     device = unchanged.device
     cost = cost or default_cost_model(device)
-    for rewrite in BEFORE_PLANNING:
-        graph = rewrite.apply(graph)
+    for a_pass in BEFORE_PLANNING:
+        graph = a_pass.apply(graph)
     undefined = undefined_tangents(graph)
     workspaces = unchanged.workspaces.calibrated(graph.module.graph, device)
+    expected = _expected_to_run(graph, undefined)
+    workspaces = workspaces.calibrated(expected.module.graph, device)
     save_workspaces(workspaces, device)
-    expected = UndefinedTangentsPass(undefined).apply(graph)
     flow = dataflow(expected, workspaces, cost, recomputable_nodes(expected))
     keep, remake = tagged_values(flow)
     planner = Planner(flow, keep, remake)
@@ -137,9 +139,11 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
     """
     with capture(without_meta(call)) as captured:
         graph = captured.graph
-        for rewrite in BEFORE_PLANNING:
-            graph = rewrite.apply(graph)
+        for a_pass in BEFORE_PLANNING:
+            graph = a_pass.apply(graph)
         measured = Workspaces().calibrated(graph.module.graph, device)
+        expected = _expected_to_run(graph, undefined_tangents(graph))
+        measured = measured.calibrated(expected.module.graph, device)
     known = load_workspaces(device)
     save_workspaces(Workspaces({**known.table, **measured.table}), device)
     return measured
@@ -158,13 +162,18 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     if budget is not None and analysis.flow.loss_outside:
         limit = budget - _LOSS_SCALARS
     choice, floor = _choose(analysis, options, limit)
-    rewritten, halves, line = _rewrite(analysis, choice)
+    rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes != choice.outcome.peak:
         choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
     plan = explain(analysis, options, budget, choice, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise infeasible(plan)
     return Planned(plan, rewritten, halves, analysis.undefined)
+
+
+def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
+    """The graph as it runs when these tangents are undefined."""
+    return InPlacePass().apply(UndefinedTangentsPass(undefined).apply(graph))
 
 
 def _choose(analysis: Analysis, options: Options, budget: int | None) -> tuple[Choice, int | None]:
@@ -182,12 +191,12 @@ def _choose(analysis: Analysis, options: Options, budget: int | None) -> tuple[C
     return smallest, smallest.outcome.peak
 
 
-def _rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:
+def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:
     """Apply a choice to the graph with every tangent, and time what is expected to run of it."""
     graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
     table = analysis.workspaces.calibrated(graph.module.graph, analysis.device)
-    halves = split(graph)
-    expected = split(UndefinedTangentsPass(analysis.undefined).apply(graph))
+    halves = split(InPlacePass().apply(graph))
+    expected = split(_expected_to_run(graph, analysis.undefined))
     run = Split(halves.forward, expected.backward, halves.output_kinds, halves.num_forward_outputs)
     return graph, halves, timeline(run, table)
 
@@ -202,7 +211,7 @@ def _settle(
     bindings = analysis.graph.bindings()
     target = budget
     for _ in range(4):
-        graph, halves, line = _rewrite(analysis, choice)
+        graph, halves, line = rewrite(analysis, choice)
         over = line.peak(bindings).nbytes - (budget or 0)
         if budget is None or target is None or over <= 0 or options.plan is not None:
             break
@@ -259,8 +268,7 @@ def backward_for(planned: Planned, undefined: tuple[str, ...]) -> fx.GraphModule
     """The backward to run when exactly these tangents are undefined."""
     if not undefined:
         return planned.split.backward
-    graph = UndefinedTangentsPass(undefined).apply(planned.graph)
-    backward = split(graph).backward
+    backward = split(_expected_to_run(planned.graph, undefined)).backward
     known = {n.name for n in planned.split.backward.graph.find_nodes(op="placeholder")}
     unknown = [n.name for n in backward.graph.find_nodes(op="placeholder") if n.name not in known]
     if unknown:

@@ -15,15 +15,14 @@ dropout of zero is traced as a copy where eager returns its input: bytes that ea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from fxmem._torch import storage_key
-from fxmem.fakes import replace_uses
+from fxmem.fakes import look, replace_uses
 from fxmem.graph import JointGraph, is_view
-from fxmem.sizes import as_expr, storages_in
+from fxmem.sizes import storages_in
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,12 @@ class IdentitiesPass:
 
 def _original(node: fx.Node) -> fx.Node | None:
     """The first value up a chain of views that looks just like ``node``, which is one."""
-    mine = _look(node)
+    mine = look(node)
     found = None
     source: fx.Node | None = node
     while mine is not None and source is not None:
         source = _viewed(source)
-        if source is not None and _look(source) == mine:
+        if source is not None and look(source) == mine:
             found = source
     return found
 
@@ -65,7 +64,7 @@ def _copied(node: fx.Node, exposed: set[int]) -> fx.Node | None:
     if node.target is not torch.ops.aten.clone.default or node.kwargs.get("memory_format"):
         return None
     source = node.all_input_nodes[0]
-    mine, theirs = _look(node), _look(source)
+    mine, theirs = look(node), look(source)
     if mine is None or theirs is None or mine[1:] != theirs[1:]:
         return None
     copy, original = (storages_in(n.meta["val"]) for n in (node, source))
@@ -83,16 +82,6 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     if node.target is torch.ops.aten.as_strided.default or len(sources) != 1 or not is_view(node):
         return None
     return sources[0]
-
-
-def _look(node: fx.Node) -> tuple[Any, ...] | None:
-    """Everything that tells one view of a storage from another; None for what is not one tensor."""
-    tensor = node.meta.get("val")
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        return None
-    sizes = [as_expr(s) for s in (*tensor.shape, *tensor.stride(), tensor.storage_offset())]
-    flags = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
-    return (storage_key(tensor), type(tensor), *flags, *sizes)
 
 
 def _is_needed(node: fx.Node) -> bool:

@@ -47,6 +47,7 @@ FLOORS = {
     "passes/cleanup.py": 5,
     "passes/deduplicate.py": 5,
     "passes/identities.py": 5,
+    "passes/in_place.py": 5,
     "passes/recompute.py": 5,
     "passes/tangents.py": 5,
     "fxmem/simulate.py": 5,

@@ -12,10 +12,8 @@ from programs import random_program
 from test_engine import Captured, capture_once
 
 from fxmem.graph import is_view, node_line, operator_name
-from fxmem.liveness import MemoryTimeline, Step, timeline
-from fxmem.partition import split
-from fxmem.passes.tangents import UndefinedTangentsPass
-from fxmem.pipeline import Planned, recompute_pass
+from fxmem.liveness import MemoryTimeline, Step
+from fxmem.pipeline import Planned, rewrite
 from fxmem.planner import Choice
 from fxmem.sizes import storages_in
 
@@ -40,13 +38,8 @@ def choices(captured: Captured, seed: int) -> list[Choice]:
 
 def rewritten(captured: Captured, whole: Planned, choice: Choice) -> tuple[Planned, MemoryTimeline]:
     """The step with a choice applied, and the timeline of what is expected to run of it."""
-    analysis = captured.analysis
-    graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
-    table = analysis.workspaces.calibrated(graph.module.graph, analysis.device)
-    halves = split(graph)
-    expected = split(UndefinedTangentsPass(analysis.undefined).apply(graph))
-    run = dataclasses.replace(halves, backward=expected.backward)
-    return dataclasses.replace(whole, graph=graph, split=halves), timeline(run, table)
+    graph, halves, line = rewrite(captured.analysis, choice)
+    return dataclasses.replace(whole, graph=graph, split=halves), line
 
 
 def runs(step: Step) -> bool:
