@@ -27,14 +27,14 @@ aten = torch.ops.aten
 
 # Elementwise operators on TensorIterator, which reads an element before it writes there and accepts
 # a destination that is one of the operands: ATen/MemoryOverlap.h.  Each with the variant that takes
-# a destination, and the keyword for it; without one, the destination is the first operand.
-_DESTINATIONS: dict[Any, tuple[Any, str | None]] = {
+# a destination, and the keyword for it.  ``mul_.Scalar`` is none: it rounds the scalar to half first.
+_DESTINATIONS: dict[Any, tuple[Any, str]] = {
     aten.add.Tensor: (aten.add.out, "out"),
     aten.sub.Tensor: (aten.sub.out, "out"),
     aten.mul.Tensor: (aten.mul.out, "out"),
-    aten.mul.Scalar: (aten.mul_.Scalar, None),
+    aten.mul.Scalar: (aten.mul.out, "out"),
     aten.div.Tensor: (aten.div.out, "out"),
-    aten.div.Scalar: (aten.div_.Scalar, None),
+    aten.div.Scalar: (aten.div.out, "out"),
     aten.neg.default: (aten.neg.out, "out"),
     aten.where.self: (aten.where.self_out, "out"),
     aten.elu_backward.default: (aten.elu_backward.grad_input, "grad_input"),
@@ -57,12 +57,13 @@ class InPlacePass:
         graph = graph.copy()
         graph.module.graph.eliminate_dead_code()
         views = {n for n in graph.nodes if is_view(n)}
-        moved = _overwritten(graph)
+        written = _overwritten(graph)
+        moved = set(written)
         for node in graph.nodes:
-            if node in moved:
-                _write_over(node, moved[node])
-            elif node in views and any(i in moved for i in node.all_input_nodes):
-                moved[node] = node.all_input_nodes[0]
+            if node in written:
+                _write_over(node, written[node])
+            elif node in views and moved.intersection(node.all_input_nodes):
+                moved.add(node)
                 refresh([node])
         return graph.verified()
 
@@ -73,12 +74,14 @@ def _overwritten(graph: JointGraph) -> dict[fx.Node, fx.Node]:
     ours = _made_in_backward(graph)
     found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.target in _DESTINATIONS and is_backward(node):
-            for operand in _possible_destinations(node):
-                key = next(iter(storages_in(operand.meta["val"])))
-                if key in ours and last[key] is node and _fits(node, operand):
-                    found[node] = operand
-                    break
+        if node.target not in _DESTINATIONS or not is_backward(node):
+            continue
+        for operand in (a for a in node.args if isinstance(a, fx.Node)):
+            storages = set(storages_in(operand.meta.get("val")))
+            dying = all(key in ours and last[key] is node for key in storages)
+            if dying and _fits(node, operand):
+                found[node] = operand
+                break
     return found
 
 
@@ -106,12 +109,6 @@ def _made_in_backward(graph: JointGraph) -> set[int]:
     return made
 
 
-def _possible_destinations(node: fx.Node) -> list[fx.Node]:
-    _, keyword = _DESTINATIONS[node.target]
-    operands = [a for a in node.args if isinstance(a, fx.Node)]
-    return operands if keyword else operands[:1]
-
-
 def _fits(node: fx.Node, operand: fx.Node) -> bool:
     """Does the result look just like the operand, in a storage that no other operand looks at?"""
     mine, theirs = look(node), look(operand)
@@ -126,6 +123,5 @@ def _fits(node: fx.Node, operand: fx.Node) -> bool:
 
 def _write_over(node: fx.Node, operand: fx.Node) -> None:
     node.target, keyword = _DESTINATIONS[node.target]
-    if keyword is not None:
-        node.kwargs = {**node.kwargs, keyword: operand}
+    node.kwargs = {**node.kwargs, keyword: operand}
     node.meta["val"] = operand.meta["val"]
