@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         specialize_float=True,
         assume_static_by_default=True,
         automatic_dynamic_shapes=False,
+        # A line in a log is no reason to refuse a model; it is written at the first call alone.
+        ignore_logger_methods=_logging_functions(),
     )
     with (
         static,
@@ -56,6 +59,13 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         dynamo_timed("fxmem_capture"),
     ):
         return fullgraph_capture(function, args, {})
+
+
+def _logging_functions() -> set[Any]:
+    """What warns or logs, packages' additions such as ``Logger.warning_once`` included."""
+    levels = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
+    functions = [*vars(logging.Logger).items(), *vars(logging).items()]
+    return {warnings.warn, *(f for name, f in functions if name.startswith(levels) and callable(f))}
 
 
 def dispatch_state() -> Callable[[], contextlib.AbstractContextManager[Any]]:

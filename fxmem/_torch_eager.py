@@ -68,8 +68,16 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
         return input * torch.zeros((), dtype=input.dtype, device=input.device)
     if input.device.type != "cpu" or _scale_is_exact(p, input.dtype):
         return torch.native_dropout(input, p, train)[0]
-    mask = torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
-    return input * mask.to(input.dtype).div_(1 - p)
+    return input * _mask(input, p).to(input.dtype).div_(1 - p)
+
+
+def _mask(input: torch.Tensor, p: float) -> torch.Tensor:
+    """Bytes drawn in the order in which eager draws its noise, which is the layout's."""
+    if input.is_contiguous():
+        return torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
+    # Traced, ``bernoulli_`` makes a contiguous tensor.  The fused operator does not, but its product
+    # rounds otherwise.
+    return torch.native_dropout(input, p, True)[1]
 
 
 def _scale_is_exact(p: float, dtype: torch.dtype) -> bool:

@@ -4,8 +4,9 @@ Eager saves other tensors than the joint graph does, and Python's local variable
 so the figure comes from running the model's own code: on a copy whose tensors are fake.  Nothing
 large is allocated, no parameter, buffer, generator or attribute of the user's model changes.
 
-Integers are real: models look at positions and masks to choose their path, and one that sees fake
-tensors believes itself traced and takes another.
+Integers that the model is given are real, and so is what it makes of these or of nothing: models
+look at positions and masks to choose their path, and one that sees fake tensors believes itself
+traced and takes another.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
 from fxmem.capture import StepCall, training_step
 from fxmem.graph import LOSS_OUTSIDE
 from fxmem.sizes import hint, tensors_in
-from fxmem.standins import backward, fake_call, is_small_integer, stays_real
+from fxmem.standins import backward, fake_call, is_small
 from fxmem.workspace import Call, Workspaces
 
 
@@ -71,14 +72,14 @@ def _state(call: StepCall) -> Any:
 
 
 def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run an operator: for real if it turns real integers into real integers, else on fakes."""
+    """Run an operator: for real if it starts from nothing or from real tensors, else on fakes."""
     given = list(tensors_in((args, kwargs)))
-    if given and all(stays_real(t) for t in given):
+    if given and all(is_small(t) and not is_fake(t) for t in given):
         with fake_tensors_off():
             return func(*args, **kwargs)
     result = func(*args, **kwargs)
     made = list(tensors_in(result))
-    if not given and made and all(is_small_integer(t) for t in made):
+    if not given and made and all(is_small(t) for t in made):
         with fake_tensors_off():
             return func(*args, **kwargs)
     return result

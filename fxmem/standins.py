@@ -114,12 +114,12 @@ _LARGE = 1 << 20  # elements
 
 def stays_real(tensor: torch.Tensor) -> bool:
     """Small integers and masks, which a model may look at, on a device that holds them anyway."""
-    return is_small_integer(tensor) and not is_fake(tensor)
-
-
-def is_small_integer(tensor: torch.Tensor) -> bool:
     plain = not (tensor.is_floating_point() or tensor.is_complex())
-    return plain and tensor.device.type == "cpu" and tensor.numel() <= _LARGE
+    return plain and is_small(tensor) and not is_fake(tensor)
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.numel() <= _LARGE
 
 
 def _like(tensor: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:

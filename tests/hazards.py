@@ -296,6 +296,17 @@ def rng_dropout_float16() -> Case:
     return dropouts(0.42, torch.float16)
 
 
+@hazard()
+def rng_dropout_of_a_transposed_bfloat16() -> Case:
+    """Eager draws in the order of the memory, not of the rows."""
+
+    def body(m, x):
+        return torch.sin(F.dropout((x @ m.w).t(), 0.3)).t() @ m.v
+
+    model = Model(body, w=matrix(8, 8), v=matrix(8, 3)).to(torch.bfloat16)
+    return trains(model, torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True))
+
+
 def upsampling(mode: str) -> Case:
     def body(m, x):
         corners = {} if mode == "nearest" else {"align_corners": False}

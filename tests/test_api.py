@@ -1,5 +1,8 @@
 """What users get wrong, and what they are told; what a call serves, and what it plans anew."""
 
+import logging
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,8 @@ from torch import nn
 
 import fxmem
 from fxmem.workspace import Call, measure_call
+
+LOG = logging.getLogger(__name__)
 
 
 def small():
@@ -122,6 +127,23 @@ def test_sizes_that_depend_on_data_are_refused():
 
     with pytest.raises(fxmem.CaptureError, match=r"depend on data(.|\n)*test_api.py.*in forward"):
         fxmem.plan(Selecting(), "1GiB", (torch.randn(8, 16),))
+
+
+def test_a_model_that_logs_and_warns_is_captured(caplog):
+    class Chatty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x):
+            LOG.warning("shape %s", x.shape)
+            warnings.warn("chatty", stacklevel=2)
+            return self.layer(x).mean()
+
+    with pytest.warns(UserWarning, match="chatty"):
+        opt = fxmem.optimize(Chatty(), "1GiB", (torch.randn(8, 16),))
+    assert "shape torch.Size([8, 16])" in caplog.text
+    opt(torch.randn(8, 16)).backward()
 
 
 def test_verification_sends_gradients_as_a_loss_does():
