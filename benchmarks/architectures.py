@@ -65,9 +65,14 @@ def pairs() -> Inputs:
 
 WIDTH = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 BERT = {**WIDTH, "intermediate_size": 128, "vocab_size": VOCAB}
-LLAMA = {**BERT, "num_key_value_heads": 4}
+GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCAB}
 GROUPED = {**BERT, "num_key_value_heads": 2}
+LLAMA = {**BERT, "num_key_value_heads": 4}
 PATCHES = {**WIDTH, "intermediate_size": 128, "image_size": PIXELS, "patch_size": 8}
+CLIP = {"text_config": {**BERT, "eos_token_id": VOCAB - 1}, "vision_config": PATCHES}
+DISTILBERT = {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 128, "vocab_size": VOCAB}
+BLOOM = {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCAB}
+OPT = {**WIDTH, "ffn_dim": 128, "vocab_size": VOCAB, "word_embed_proj_dim": 64}
 SEQ2SEQ = {
     "d_model": 64,
     "encoder_layers": 2,
@@ -78,23 +83,37 @@ SEQ2SEQ = {
     "decoder_ffn_dim": 128,
     "vocab_size": VOCAB,
 }
-GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCAB}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
+STAGES = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}
+SWIN = {
+    "embed_dim": 24,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "image_size": PIXELS,
+    "patch_size": 2,
+    "window_size": 4,
+}
+MOBILEVIT = {
+    "hidden_sizes": [32, 48, 64],
+    "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 64],
+    "image_size": 64,
+}
 
-# class name -> the configuration's arguments, and what makes inputs.
+# Class name -> the configuration's arguments, and what makes a step's inputs.
 ARCHITECTURES: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     "AlbertForMaskedLM": ({**BERT, "embedding_size": 32}, tokens),
     "BartForConditionalGeneration": (SEQ2SEQ, tokens),
     "BeitForImageClassification": (PATCHES, pictures),
     "BertForMaskedLM": (BERT, tokens),
-    "BloomForCausalLM": ({"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCAB}, tokens),
-    "CLIPModel": (
-        {"text_config": {**BERT, "eos_token_id": VOCAB - 1}, "vision_config": PATCHES},
-        pairs,
+    "BloomForCausalLM": (BLOOM, tokens),
+    "CLIPModel": (CLIP, pairs),
+    "ConvNextForImageClassification": (
+        {"hidden_sizes": [16, 32, 48, 64], "depths": [2, 2, 2, 2]},
+        pictures,
     ),
-    "ConvNextForImageClassification": ({"hidden_sizes": [16, 32, 48, 64], "depths": [2, 2, 2, 2]}, pictures),
     "DebertaV2ForMaskedLM": (BERT, tokens),
     "DeiTForImageClassification": (PATCHES, pictures),
-    "DistilBertForMaskedLM": ({"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 128, "vocab_size": VOCAB}, tokens),
+    "DistilBertForMaskedLM": (DISTILBERT, tokens),
     "ElectraForMaskedLM": ({**BERT, "embedding_size": 64}, tokens),
     "FalconForCausalLM": ({**WIDTH, "vocab_size": VOCAB}, tokens),
     "GPT2LMHeadModel": (GPT2, tokens),
@@ -104,18 +123,21 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     "LlamaForCausalLM": (LLAMA, tokens),
     "LlamaForCausalLM, grouped": (GROUPED, tokens),
     "MistralForCausalLM": (LLAMA, tokens),
-    "MobileViTForImageClassification": ({"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 64], "image_size": 64}, pictures),
-    "OPTForCausalLM": ({**WIDTH, "ffn_dim": 128, "vocab_size": VOCAB, "word_embed_proj_dim": 64}, tokens),
+    "MobileViTForImageClassification": (MOBILEVIT, pictures),
+    "OPTForCausalLM": (OPT, tokens),
     "PegasusForConditionalGeneration": (SEQ2SEQ, tokens),
     "PhiForCausalLM": (LLAMA, tokens),
     "Qwen2ForCausalLM": (LLAMA, tokens),
     "Qwen3ForCausalLM": ({**GROUPED, "head_dim": 16}, tokens),
-    "RegNetForImageClassification": ({"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1], "groups_width": 8}, pictures),
-    "ResNetForImageClassification": ({"embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 2, 1]}, pictures),
+    "RegNetForImageClassification": ({**STAGES, "groups_width": 8}, pictures),
+    "ResNetForImageClassification": (STAGES, pictures),
     "RobertaForSequenceClassification": (BERT, classified),
-    "SegformerForImageClassification": ({"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]}, pictures),
-    "SwinForImageClassification": ({"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "image_size": PIXELS, "patch_size": 2, "window_size": 4}, pictures),
-    "T5ForConditionalGeneration": ({"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}, tokens),
+    "SegformerForImageClassification": (
+        {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]},
+        pictures,
+    ),
+    "SwinForImageClassification": (SWIN, pictures),
+    "T5ForConditionalGeneration": (T5, tokens),
     "ViTForImageClassification": (PATCHES, pictures),
     "XLMRobertaForMaskedLM": (BERT, tokens),
 }

@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch._C import DispatchKey
+from torch._decomp import decomposition_table
+from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 aten = torch.ops.aten
 
@@ -48,6 +51,53 @@ def _overloads() -> tuple[Any, ...]:
         if name.startswith("aten::") and _DECOMPOSED.match(base) and "backward" not in base:
             found.append(getattr(getattr(aten, base), overload or "default"))
     return tuple(found)
+
+
+# -- Layouts -----------------------------------------------------------------------------------------
+
+# Fake results keep the operands' strides; the kernels on the CPU return the layout that the normalized
+# operand, whose place this is, suggests.  A view that was traced for the one may not exist for the other.
+_NORMALIZED: dict[Any, int] = {
+    aten._native_batch_norm_legit.default: 0,
+    aten._native_batch_norm_legit.no_stats: 0,
+    aten._native_batch_norm_legit_functional.default: 0,
+    aten.native_batch_norm.default: 0,
+    aten.native_batch_norm_backward.default: 1,
+}
+
+
+@contextlib.contextmanager
+def real_layouts() -> Iterator[None]:
+    """Inside, fake results have the strides of real ones.  For one thread at a time."""
+    table: dict[Any, Callable[..., Any]] = decomposition_table
+    before = {op: table[op] for op in _NORMALIZED}
+    table.update({op: _in_suggested_layout(before[op], _NORMALIZED[op]) for op in before})
+    FakeTensorMode.cache_clear()
+    try:
+        yield
+    finally:
+        table.update(before)
+        FakeTensorMode.cache_clear()
+
+
+def _in_suggested_layout(decomposition: Callable[..., Any], place: int) -> Callable[..., Any]:
+    @functools.wraps(decomposition)  # fake tensors ask for its module and its name
+    def on_suggested_layout(*args: Any, **kwargs: Any) -> Any:
+        layout = suggest_memory_format(args[place])
+        operands = [
+            torch.empty_like(a, memory_format=layout) if _is_laid_out_otherwise(a, layout) else a
+            for a in args[: place + 1]
+        ]
+        return decomposition(*operands, *args[place + 1 :], **kwargs)
+
+    return on_suggested_layout
+
+
+def _is_laid_out_otherwise(operand: torch.Tensor, layout: torch.memory_format) -> bool:
+    return operand.device.type == "cpu" and not operand.is_contiguous(memory_format=layout)
+
+
+# -- Kernels -----------------------------------------------------------------------------------------
 
 
 def _without(kernels: dict[Any, Any]) -> dict[Any, Any]:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmem import _torch
 from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
+from fxmem._torch_eager import real_layouts
 from fxmem.capture import StepCall, training_step
 from fxmem.graph import LOSS_OUTSIDE
 from fxmem.sizes import hint, tensors_in
@@ -56,7 +57,7 @@ def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) 
     fake = fake_call(call, mode)
     watch = _StorageWatch(workspaces, device)
     watch.hold(tensors_in(list(_state(fake))))
-    with torch.random.fork_rng(devices=[]), mode, watch:
+    with torch.random.fork_rng(devices=[]), real_layouts(), mode, watch:
         outputs = training_step(*fake.values())
         backward(outputs, watch.lose)
     return list(watch.moments)

@@ -19,6 +19,10 @@ Move = tuple[int, str]
 """A value, and what to do with it: ``keep`` it, ``drop`` it, or let its remade copies be ``brief``."""
 
 
+_FEW = 64
+"""Values among which the smallest peak is found in a moment, and competes for every budget."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What to keep, which remade values to drop between their readers, and what that leads to."""
@@ -68,6 +72,8 @@ class Planner:
             return unchanged
         found = list(self._searches(budget))
         self._ends += found
+        if len(self.free) <= _FEW:
+            found.append(self.smallest())
         fitting = [c for c in found if c.outcome.peak <= budget]
         return min((self._faster(c, budget) for c in fitting), key=lambda c: c.rank, default=None)
 

@@ -284,7 +284,7 @@ def _derive_strides(node: fx.Node) -> None:
     else:
         try:
             result = _run(call, torch.device("meta"))
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             return  # a view that the real strides do not allow: the fake ones have to do
         strides = tuple(t.stride() for t in tensors_in(result))
     _note_strides(node, strides)

@@ -428,6 +428,18 @@ def batchnorm_inplace_relu() -> Case:
 
 
 @hazard()
+def batchnorm_of_transposed() -> Case:
+    """Its result is contiguous on the CPU, though fake tensors say that it is transposed, too."""
+
+    def body(m, x):
+        h = m.norm((x @ m.w).transpose(1, 2)).transpose(1, 2)
+        return torch.sin(F.linear(h, m.v))
+
+    norm = nn.BatchNorm1d(8)
+    return trains(Model(body, w=matrix(8, 8), v=matrix(3, 8), norm=norm), leaf(4, 5, 8), steps=2)
+
+
+@hazard()
 def train_eval_train() -> Case:
     x = leaf(2, 3, 6, 6)
 
