@@ -191,7 +191,10 @@ def added_peak(module: Callable[..., Any], model: torch.nn.Module, inputs: Input
 
 @dataclasses.dataclass
 class Row:
-    """bits: whose loss and gradients.  Bytes; predicted: predicted / measured peak."""
+    """bits: whose loss and gradients.  budget: bytes, or the smallest peak where that is larger.
+
+    predicted: predicted / measured peak.  baseline: the same of the unchanged step.
+    """
 
     model: str
     bits: str = ""
@@ -207,36 +210,39 @@ class Row:
 def row_of(name: str, budget: str) -> Row:
     row = Row(name)
     try:
-        model, inputs = build(name)
-        start = copy.deepcopy(model.state_dict())
-        eager = seen(model, model, inputs)
-        model.load_state_dict(start)
-        eager_peak = added_peak(model, model, inputs)
-        model.load_state_dict(start)
-        began = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fxmem: no plan fits")
-            step = fxmem.optimize(model, budget, (), example_kwargs=inputs, on_infeasible="best")
-        row.optimize_seconds = time.perf_counter() - began
-        plan = step.plan
-        got = seen(step, model, inputs)
-        model.load_state_dict(start)
-        row.bits = "eager" if same(eager, got) else captured_or_not(got, model, inputs, start)
-        row.peak = added_peak(step, model, inputs) + plan.resident
-        row.budget = max(plan.budget or 0, plan.predicted_peak)
-        row.kept = row.peak <= row.budget
-        row.predicted = plan.predicted_peak / row.peak
-        row.baseline = plan.baseline_peak / (eager_peak + plan.resident)
+        fill(row, budget)
     except Exception as error:  # the other models' rows are wanted, too
         row.error = f"{type(error).__name__}: {error}".splitlines()[0]
     return row
 
 
-def captured_or_not(got: list[Tensor | None], model: Any, inputs: Inputs, start: Any) -> str:
-    torch._dynamo.reset()
-    captured = seen(torch.compile(model, backend="aot_eager"), model, inputs)
+def fill(row: Row, budget: str) -> None:
+    """Train one step unchanged, one under the budget (or at the smallest peak), and compare."""
+    model, inputs = build(row.model)
+    start = copy.deepcopy(model.state_dict())
+
+    def afresh(function: Callable[..., Any], module: Callable[..., Any]) -> Any:
+        model.load_state_dict(start)
+        return function(module, model, inputs)
+
+    eager, eager_peak = afresh(seen, model), afresh(added_peak, model)
     model.load_state_dict(start)
-    return "captured" if same(captured, got) else "neither"
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fxmem: no plan fits")
+        step = fxmem.optimize(model, budget, (), example_kwargs=inputs, on_infeasible="best")
+    row.optimize_seconds = time.perf_counter() - began
+    got, peak = afresh(seen, step), afresh(added_peak, step)
+    row.bits = "eager"
+    if not same(eager, got):
+        torch._dynamo.reset()
+        captured = afresh(seen, torch.compile(model, backend="aot_eager"))
+        row.bits = "captured" if same(captured, got) else "neither"
+    plan = step.plan
+    row.budget, row.peak = max(plan.budget, plan.predicted_peak), peak + plan.resident
+    row.kept = row.peak <= row.budget
+    row.predicted = plan.predicted_peak / row.peak
+    row.baseline = plan.baseline_peak / (eager_peak + plan.resident)
 
 
 def main() -> None:
@@ -248,7 +254,7 @@ def main() -> None:
     rows = []
     for name in options.models.split(";"):
         rows.append(row_of(name, options.budget))
-        print(dataclasses.astuple(rows[-1]), flush=True)
+        print(rows[-1].model, rows[-1].bits or rows[-1].error, flush=True)
     print(tabulate([dataclasses.asdict(row) for row in rows], headers="keys"))
     results = {
         "device": "cpu",

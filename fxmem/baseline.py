@@ -57,7 +57,8 @@ def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) 
     fake = fake_call(call, mode)
     watch = _StorageWatch(workspaces, device)
     watch.hold(tensors_in(list(_state(fake))))
-    with torch.random.fork_rng(devices=[]), real_layouts(), mode, watch:
+    alone = _torch.COMPILE_LOCK  # layouts are put right for the whole process
+    with alone, torch.random.fork_rng(devices=[]), real_layouts(), mode, watch:
         outputs = training_step(*fake.values())
         backward(outputs, watch.lose)
     return list(watch.moments)

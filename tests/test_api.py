@@ -1,16 +1,19 @@
 """What users get wrong, and what they are told; what a call serves, and what it plans anew."""
 
 import logging
+import threading
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._decomp import decomposition_table
 
 import fxmem
 from fxmem.workspace import Call, measure_call
 
+aten = torch.ops.aten
 LOG = logging.getLogger(__name__)
 
 
@@ -144,6 +147,24 @@ def test_a_model_that_logs_and_warns_is_captured(caplog):
         opt = fxmem.optimize(Chatty(), "1GiB", (torch.randn(8, 16),))
     assert "shape torch.Size([8, 16])" in caplog.text
     opt(torch.randn(8, 16)).backward()
+
+
+def test_torch_is_as_it_was_after_planning():
+    def tables():
+        operators = [aten.native_batch_norm_backward.default, aten.native_batch_norm.default]
+        kernels = [dict(op.py_kernels) for op in (aten.dropout.default, *operators)]
+        return [decomposition_table[op] for op in operators], kernels
+
+    before = tables()
+    model, x = small()
+    workers = [threading.Thread(target=fxmem.plan, args=(model, "min", (x,))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    with pytest.raises(fxmem.CaptureError):
+        fxmem.plan(nn.LSTM(4, 4), "1GiB", (torch.randn(2, 3, 4),))
+    assert tables() == before
 
 
 def test_verification_sends_gradients_as_a_loss_does():
