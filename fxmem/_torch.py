@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -253,7 +255,19 @@ def fake_tensors_off() -> contextlib.AbstractContextManager[Any]:
     return torch._subclasses.fake_tensor.unset_fake_temporarily()
 
 
-def is_between_backward_nodes() -> bool:
-    """Is autograd's engine at work, but no node of its graph: is it adding gradients up?"""
-    running = torch._C._current_graph_task_id() >= 0
-    return running and torch._C._current_autograd_node() is None
+_BETWEEN_OPERATOR_AND_MODE = ("/torch/_compile.py", "/torch/_dynamo/eval_frame.py")
+
+
+def is_called_by_engine() -> bool:
+    """Is the operator that a mode sees called by autograd's engine, or by one of its C++ nodes?
+
+    Neither a forward nor a user's own backward function stands between then.  The engine runs in
+    the thread that called ``backward``, or in one of its own that has no Python.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "__torch_dispatch__":
+        frame = frame.f_back
+    frame = frame and frame.f_back
+    while frame is not None and frame.f_code.co_filename.endswith(_BETWEEN_OPERATOR_AND_MODE):
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"

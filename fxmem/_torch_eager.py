@@ -88,9 +88,17 @@ def _in_suggested_layout(decomposition: Callable[..., Any], place: int) -> Calla
             torch.empty_like(a, memory_format=layout) if _is_laid_out_otherwise(a, layout) else a
             for a in args[: place + 1]
         ]
-        return decomposition(*operands, *args[place + 1 :], **kwargs)
+        return _asked_for(decomposition(*operands, *args[place + 1 :], **kwargs), args)
 
     return on_suggested_layout
+
+
+def _asked_for(results: Any, args: tuple[Any, ...]) -> Any:
+    """Without the gradients that the call's mask leaves out, which fake backwards may return."""
+    mask = args[-1]
+    if not isinstance(mask, list) or len(mask) != len(results):
+        return results
+    return tuple(result if asked else None for result, asked in zip(results, mask, strict=True))
 
 
 def _is_laid_out_otherwise(operand: torch.Tensor, layout: torch.memory_format) -> bool:

@@ -25,7 +25,7 @@ from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
 from fxmem._torch_eager import real_layouts
 from fxmem.capture import StepCall, training_step
 from fxmem.graph import LOSS_OUTSIDE
-from fxmem.sizes import hint, tensors_in
+from fxmem.sizes import hint, is_dense, tensors_in
 from fxmem.standins import backward, fake_call, is_small
 from fxmem.workspace import Call, Workspaces
 
@@ -39,7 +39,7 @@ class _Moment:
 
 
 def eager_peak(call: StepCall, workspaces: Workspaces, device: torch.device) -> int:
-    """Bytes at the peak of one eager training step, parameters and inputs included.
+    """Bytes at the peak of one eager training step, the parameters and inputs that it reads included.
 
     Operators that the table does not know yet are measured on ``device``.  Not to be called within
     a capture, where models believe themselves traced.
@@ -61,7 +61,8 @@ def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) 
     with alone, torch.random.fork_rng(devices=[]), real_layouts(), mode, watch:
         outputs = training_step(*fake.values())
         backward(outputs, watch.lose)
-    return list(watch.moments)
+    watch.settle()
+    return [_Moment(m.live - sum(watch.unread.values()), m.call) for m in watch.moments]
 
 
 def _state(call: StepCall) -> Any:
@@ -93,11 +94,23 @@ _EAGER_DROPOUT = {aten.native_dropout.default, aten.native_dropout_backward.defa
 
 
 def _accumulates(func: Any, args: Any) -> bool:
-    """Does autograd's engine add a second gradient to a first one?
+    """May this be autograd's engine, which adds a second gradient to a first one?
 
-    Under a dispatch mode it makes a new tensor; without one it adds in the first one's storage.
+    Under a dispatch mode it makes a new tensor.  Without one it adds in place if the first one is
+    dense and nobody else has it.
     """
-    return func is aten.add.Tensor and _torch.is_between_backward_nodes()
+    if func is not aten.add.Tensor or not _torch.is_called_by_engine():
+        return False
+    return isinstance(args[0], torch.Tensor) and is_dense(args[0])
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Two gradients were added: the first one's storage, and the live bytes before and after."""
+
+    first: int
+    before: int
+    after: int
 
 
 @dataclass
@@ -108,14 +121,18 @@ class _StorageWatch(TorchDispatchMode):
     device: torch.device
     live: int = 0
     moments: list[_Moment] = field(default_factory=list)
+    unread: dict[int, int] = field(default_factory=dict)  # storage key of what is held -> bytes
+    _sum: _Sum | None = None
     _alive: dict[int, weakref.ref[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def hold(self, tensors: Any) -> None:
+        """Tensors that are there before the step and after it."""
         for tensor in tensors:
             self._meet(tensor)
+            self.unread[storage_key(tensor)] = hint(tensor.untyped_storage().nbytes())
 
     def lose(self, sent: int) -> None:
         """The caller's loss is at work, while it sends gradients of so many bytes."""
@@ -125,6 +142,9 @@ class _StorageWatch(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.settle()
+        for tensor in tensors_in((args, kwargs)):
+            self.unread.pop(storage_key(tensor), None)
         before = self.live
         call = Call.of(func, args, kwargs)
         result = _run(func, args, kwargs)
@@ -132,11 +152,18 @@ class _StorageWatch(TorchDispatchMode):
         for tensor in tensors_in(result):
             self._meet(tensor)
         if _accumulates(func, args):
-            self.moments.append(_Moment(before, None))
+            self._sum = _Sum(storage_key(args[0]), before, self.live)
         else:
             busy = self.live >= before and func not in _EAGER_DROPOUT
             self.moments.append(_Moment(self.live, call if busy else None))
         return result
+
+    def settle(self) -> None:
+        """A first gradient that is gone by now had one owner: eager would have added in place."""
+        if self._sum is not None:
+            first, before, after = self._sum.first, self._sum.before, self._sum.after
+            self.moments.append(_Moment(after if first in self._alive else before, None))
+            self._sum = None
 
     def _enlarge(self, func: Any, call: Call, result: Any) -> None:
         """Give fake results the storages that eager's real ones have."""

@@ -131,12 +131,13 @@ def _roles(output: Any, model: nn.Module) -> list[Input]:
     roles = []
     placeholders = output.backend_input.graph_module.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, output.backend_input.example_inputs, strict=True):
+        leaf = isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf
         if id(value) in parameters:
-            roles.append(Input(Role.PARAMETER, parameters[id(value)]))
+            roles.append(Input(Role.PARAMETER, parameters[id(value)], leaf))
         elif id(value) in buffers:
-            roles.append(Input(Role.BUFFER, buffers[id(value)]))
+            roles.append(Input(Role.BUFFER, buffers[id(value)], leaf))
         else:
-            roles.append(Input(Role.INPUT, _torch.dynamo_source_name(node)))
+            roles.append(Input(Role.INPUT, _torch.dynamo_source_name(node), leaf))
     return roles
 
 

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxmem._torch import storage_key
-from fxmem.sizes import as_expr, storages_in
+from fxmem.sizes import as_expr, storages_in, tensors_in
 
 
 def fake_value(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,6 +59,54 @@ def replace_uses(node: fx.Node, other: fx.Node) -> None:
         other, delete_user_cb=lambda user: user is not other, propagate_meta=False
     )
     refresh(views)
+
+
+def replace_with_other_strides(node: fx.Node, other: fx.Node) -> bool:
+    """``replace_uses`` where the strides differ, and so those of what is computed from them may.
+
+    False, and nothing is changed, where a view below exists for the old strides alone.
+    """
+    new: dict[fx.Node, Any] = {node: other.meta["val"]}
+    for user in node.graph.nodes:
+        if (
+            user is other
+            or user.op != "call_function"
+            or not new.keys() & set(user.all_input_nodes)
+        ):
+            continue
+        try:
+            value = _computed_from(user, new)
+        except (RuntimeError, ValueError):
+            return False
+        if _shows(user, new) or not _same_strides(value, user.meta.get("val")):
+            new[user] = value
+    for user, value in new.items():
+        if user is not node:
+            user.meta["val"] = value
+    node.replace_all_uses_with(
+        other, delete_user_cb=lambda user: user is not other, propagate_meta=False
+    )
+    return True
+
+
+def _computed_from(node: fx.Node, new: dict[fx.Node, Any]) -> Any:
+    """The node's example value, were these its inputs' values."""
+    args, kwargs = fx.node.map_arg(
+        (node.args, node.kwargs), lambda n: new[n] if n in new else n.meta.get("val")
+    )
+    mode = _fake_mode(args, kwargs)
+    with mode or contextlib.nullcontext(), torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _shows(node: fx.Node, new: dict[fx.Node, Any]) -> bool:
+    """Is the node a view of a value that changes?"""
+    mine = set(_storages(node))
+    return any(mine & set(_storages(i)) for i in node.all_input_nodes if i in new)
+
+
+def _same_strides(a: Any, b: Any) -> bool:
+    return [t.stride() for t in tensors_in(a)] == [t.stride() for t in tensors_in(b)]
 
 
 def refresh(nodes: list[fx.Node]) -> None:

@@ -35,10 +35,14 @@ class OutputKind(enum.Enum):
 
 @dataclass(frozen=True)
 class Input:
-    """A placeholder: its role, and the name under which the user knows it."""
+    """A placeholder: its role, and the name under which the user knows it.
+
+    keeps_gradient: a leaf, whose gradient autograd keeps in ``.grad``.
+    """
 
     role: Role
     name: str
+    keeps_gradient: bool = False
 
 
 @dataclass

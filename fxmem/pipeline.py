@@ -23,6 +23,7 @@ from fxmem.partition import Split, split
 from fxmem.passes.base import Pass
 from fxmem.passes.cleanup import CleanupPass
 from fxmem.passes.deduplicate import DeduplicatePass
+from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.recompute import Recompute, RecomputePass
@@ -36,7 +37,12 @@ from fxmem.workspace import Workspaces, load_workspaces, save_workspaces
 log = logging.getLogger(__name__)
 
 
-BEFORE_PLANNING: tuple[Pass, ...] = (CleanupPass(), IdentitiesPass(), DeduplicatePass())
+BEFORE_PLANNING: tuple[Pass, ...] = (
+    CleanupPass(),
+    IdentitiesPass(),
+    DeduplicatePass(),
+    GradientLayoutsPass(),
+)
 """Rewrites that cost no time, in order; what the planner chooses is applied after them."""
 
 
@@ -173,7 +179,8 @@ def decide(analysis: Analysis, options: Options) -> Planned:
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
     """The graph as it runs when these tangents are undefined."""
-    return InPlacePass().apply(UndefinedTangentsPass(undefined).apply(graph))
+    graph = UndefinedTangentsPass(undefined).apply(graph)
+    return InPlacePass().apply(GradientLayoutsPass().apply(graph))
 
 
 def _choose(analysis: Analysis, options: Options, budget: int | None) -> tuple[Choice, int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -53,3 +53,19 @@ def evaluate(size: Size, bindings: dict[Any, int]) -> int:
 def hint(value: int | torch.SymInt) -> int:
     """The value in the example inputs."""
     return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def by_stride(shape: Sequence[Any], strides: Sequence[Any]) -> list[int]:
+    """The dimensions, the one with the largest steps first; among equal steps, the longest."""
+    return sorted(range(len(shape)), key=lambda d: (-hint(strides[d]), -hint(shape[d])))
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Do the elements fill their stretch of memory, each in a place of its own?"""
+    expected = 1
+    for d in reversed(by_stride(tensor.shape, tensor.stride())):
+        if hint(tensor.shape[d]) != 1:
+            if hint(tensor.stride(d)) != expected:
+                return False
+            expected *= hint(tensor.shape[d])
+    return True

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxmem.fakes import replace_uses
+from fxmem.fakes import replace_uses, replace_with_other_strides
 from fxmem.graph import JointGraph, is_backward, is_view, operator_name
 from fxmem.passes.base import insert_like
 from fxmem.sizes import hint
@@ -86,15 +86,20 @@ class _Zeros:
             self._materialize(node, zeros)
 
     def _skip_sum(self, node: fx.Node, zero: fx.Node) -> None:
-        """a + 0 is a, where shapes and types agree and a is not scaled."""
+        """a + 0 is a, where shapes and types agree and a is not scaled.
+
+        It is a in a's own layout, as it is in eager: later sums add up in the order of the layout.
+        """
         left, right = node.args[:2]
         other = right if left is zero else left
         negated = node.target is aten.sub.Tensor and left is zero
         scaled = node.kwargs.get("alpha", 1) != 1 and right is other
         if not isinstance(other, fx.Node) or negated or scaled or not _same_type(node, other):
             self._materialize(node, [zero])
-            return
-        replace_uses(node, other)
+        elif _same_strides(node, other):
+            replace_uses(node, other)
+        elif not replace_with_other_strides(node, other):
+            self._materialize(node, [zero])
 
     def _materialize(self, node: fx.Node, zeros: list[fx.Node]) -> None:
         for zero in zeros:
@@ -150,8 +155,8 @@ def _is_floating(node: fx.Node) -> bool:
 def _same_type(node: fx.Node, other: fx.Node) -> bool:
     mine: Any = node.meta.get("val")
     theirs: Any = other.meta.get("val")
-    return (
-        mine.shape == theirs.shape
-        and mine.dtype == theirs.dtype
-        and tuple(mine.stride()) == tuple(theirs.stride())
-    )
+    return mine.shape == theirs.shape and mine.dtype == theirs.dtype
+
+
+def _same_strides(node: fx.Node, other: fx.Node) -> bool:
+    return tuple(node.meta["val"].stride()) == tuple(other.meta["val"].stride())

@@ -46,6 +46,7 @@ FLOORS = {
     "fxmem/verify.py": 5,
     "passes/cleanup.py": 5,
     "passes/deduplicate.py": 5,
+    "passes/gradient_layouts.py": 5,
     "passes/identities.py": 5,
     "passes/in_place.py": 5,
     "passes/recompute.py": 5,
