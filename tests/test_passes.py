@@ -29,6 +29,7 @@ from fxmem.operators import recomputable_nodes, refusal
 from fxmem.partition import split
 from fxmem.passes import recompute
 from fxmem.passes.cleanup import CleanupPass
+from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.tangents import UndefinedTangentsPass
@@ -120,9 +121,55 @@ def run(graph, seed=0):
         return {"forward": outputs, "backward": list(late)}
 
 
+def assert_same_values(a, b):
+    """The same numbers, in whatever layout."""
+    for left, right in zip(run(a)["backward"], run(b)["backward"], strict=True):
+        assert left is right is None or torch.equal(left, right)
+
+
 def assert_same_outputs(a, b):
     wrong = differences(run(a), run(b))
     assert not wrong, "\n".join(wrong)
+
+
+# -- Gradient layouts --------------------------------------------------------------------------------
+
+
+def test_a_gradient_in_another_layout_is_copied_as_soon_as_it_is_there():
+    def body(m, x):
+        return ((m.w.t() @ x) * m.v.sum()).sum()
+
+    graph = captured(body, tensor(5, 4), w=tensor(5, 3), v=tensor(2, 2))
+    after, text = changed(graph, GradientLayoutsPass())
+    assert_expected_inline(
+        text,
+        """\
++ expand_1_kept: f32[2, 2] = clone(expand_1, memory_format=torch.contiguous_format)
+- return sum_2, t_3, None, expand_1
++ return sum_2, t_3, None, expand_1_kept""",
+    )
+    assert_same_values(graph, after)
+    assert changed(after, GradientLayoutsPass())[1] == ""
+
+
+def test_a_gradient_of_two_parameters_is_copied_once():
+    graph = captured(lambda m, x: ((m.w + m.v) * x).sum(), tensor(5), w=tensor(5), v=tensor(5))
+    after, text = changed(graph, GradientLayoutsPass())
+    assert_expected_inline(
+        text,
+        """\
++ mul_1_kept: f32[5] = clone(mul_1, memory_format=torch.contiguous_format)
+- return sum_1, mul_1, mul_1, None
++ return sum_1, mul_1, mul_1_kept, None""",
+    )
+    assert_same_values(graph, after)
+
+
+def test_a_transposed_parameter_gets_a_transposed_gradient():
+    graph = captured(lambda m, x: m.w.sum(), tensor(5), w=tensor(4, 3).t())
+    after = GradientLayoutsPass().apply(graph)
+    assert after.backward_outputs()[0].meta["val"].stride() == (1, 3)
+    assert_same_values(graph, after)
 
 
 # -- Cleanup -----------------------------------------------------------------------------------------
@@ -504,6 +551,41 @@ def test_undefined_is_what_zero_gives(undefined):
     got = fx.Interpreter(after.module).run(*values, enable_io_processing=False)
     for a, b in zip(want, got, strict=True):
         assert (a is None and b is None) or torch.equal(a, torch.zeros_like(a) if b is None else b)
+
+
+def transposed_result(*shape):
+    """The sum's other term is contiguous, the tangent is laid out as the transposed result."""
+
+    def body(m, x):
+        h = (x @ m.w).transpose(0, -1)
+        return (F.relu(h) * h).mean(), h
+
+    return captured(body, tensor(*shape), w=tensor(4, 3))
+
+
+def test_a_sum_that_is_skipped_leaves_the_layout_of_what_remains():
+    after, text = changed(transposed_result(5, 4), UndefinedTangentsPass(("tangents_2",)))
+    assert_expected_inline(
+        text,
+        """\
+- add: f32[3, 5] = add(tangents_2, mul_1)
+- add_1: f32[3, 5] = add(add, threshold_backward)
++ add_1: f32[3, 5] = add(mul_1, threshold_backward)""",
+    )
+    (total,) = [n for n in after.nodes if n.name == "add_1"]
+    assert total.meta["val"].stride() == (5, 1)
+
+
+def test_zeros_are_made_where_a_view_needs_the_old_layout():
+    _, text = changed(transposed_result(2, 5, 4), UndefinedTangentsPass(("tangents_2",)))
+    assert_expected_inline(
+        text,
+        """\
++ tangents_2_zeros: f32[2, 5, 3] = full([2, 5, 3], 0, dtype=torch.float32, device=cpu)
++ tangents_2_zeros_like: f32[3, 5, 2] = permute(tangents_2_zeros, [2, 1, 0])
+- add: f32[3, 5, 2] = add(tangents_2, mul_1)
++ add: f32[3, 5, 2] = add(tangents_2_zeros_like, mul_1)""",
+    )
 
 
 def test_no_undefined_tangent_changes_nothing():
