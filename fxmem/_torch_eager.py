@@ -29,12 +29,11 @@ _DECOMPOSED = re.compile(r"_?upsample_|multi_margin_loss|multilabel_margin_loss_
 @contextlib.contextmanager
 def eager_decompositions() -> Iterator[None]:
     """Inside, tracing sees the operators that eager runs.  For one thread at a time."""
-    before = [(op, dict(op.py_kernels)) for op in (*_overloads(), aten.dropout.default)]
-    for op, _ in before:
-        ours: dict[Any, Callable[..., Any]] = {}
-        if op is aten.dropout.default:
-            ours = dict.fromkeys(_KEYS, _dropout)
-        _put(op, {**_without(op.py_kernels), **ours})
+    ours = {aten.dropout.default: _dropout, aten.bernoulli_.float: _bernoulli_}
+    before = [(op, dict(op.py_kernels)) for op in (*_overloads(), *ours)]
+    for op, kernels in before:
+        own = dict.fromkeys(_KEYS, ours[op]) if op in ours else {}
+        _put(op, {**_without(kernels), **own})
     try:
         yield
     finally:
@@ -126,16 +125,25 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
         return input * torch.zeros((), dtype=input.dtype, device=input.device)
     if input.device.type != "cpu" or _scale_is_exact(p, input.dtype):
         return torch.native_dropout(input, p, train)[0]
-    return input * _mask(input, p).to(input.dtype).div_(1 - p)
+    return input * _drawn(input, 1 - p).to(input.dtype).div_(1 - p)
 
 
-def _mask(input: torch.Tensor, p: float) -> torch.Tensor:
-    """Bytes drawn in the order in which eager draws its noise, which is the layout's."""
-    if input.is_contiguous():
-        return torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
-    # Traced, ``bernoulli_`` makes a contiguous tensor.  The fused operator does not, but its product
-    # rounds otherwise.
-    return torch.native_dropout(input, p, True)[1]
+def _bernoulli_(
+    self: torch.Tensor, p: float = 0.5, *, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    if self.device.type == "cpu" and generator is None and 0 < p < 1:
+        return self.copy_(_drawn(self, p))
+    return self.copy_(torch.bernoulli(self, p, generator=generator))
+
+
+def _drawn(like: torch.Tensor, p: float) -> torch.Tensor:
+    """Bytes, ones with probability p, drawn as in eager: in the order of the layout of ``like``."""
+    like = like.detach()
+    if like.is_contiguous():
+        return torch.bernoulli(torch.empty_like(like, dtype=torch.bool), p)
+    # ``bernoulli`` returns contiguous memory.  The fused operator does not, but its product rounds
+    # otherwise.
+    return torch.native_dropout(like, 1 - p, True)[1]
 
 
 def _scale_is_exact(p: float, dtype: torch.dtype) -> bool:

@@ -307,6 +307,16 @@ def rng_dropout_of_a_transposed_bfloat16() -> Case:
     return trains(model, torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True))
 
 
+@hazard()
+def rng_alpha_dropout_of_a_transposed() -> Case:
+    def body(m, x):
+        h = F.alpha_dropout((x @ m.w).t(), 0.3, training=True)
+        noise = torch.empty_like(h).bernoulli_(0.7)
+        return torch.sin(h * noise).t() @ m.v
+
+    return trains(Model(body, w=matrix(8, 8), v=matrix(8, 3)), leaf(6, 8))
+
+
 def upsampling(mode: str) -> Case:
     def body(m, x):
         corners = {} if mode == "nearest" else {"align_corners": False}
