@@ -9,6 +9,7 @@ address, which the public event list leaves out.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -41,6 +42,10 @@ def fake_tensor_mode() -> AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+# Two sessions in two threads crash the process, so ours take turns.
+SESSION = threading.RLock()
+
+
 def is_recording() -> bool:
     """Whether a profiler session, ours or anyone's, runs on this thread."""
     return torch.autograd._profiler_enabled()
@@ -50,7 +55,13 @@ def record(function: Callable[[], Result]) -> tuple[list[Event], Result]:
     """Run ``function``; what it allocates and frees on the CPU in the order of time, its result.
 
     Threads of autograd are heard, other threads are not. The session ends if ``function`` raises.
+    It begins when no other thread of ours has one.
     """
+    with SESSION:
+        return _record(function)
+
+
+def _record(function: Callable[[], Result]) -> tuple[list[Event], Result]:
     activities = {ProfilerActivity.CPU}
     config = ProfilerConfig(
         ProfilerState.KINETO,

@@ -42,7 +42,7 @@ def eager_peak(call: StepCall, workspaces: Workspaces, device: torch.device) -> 
     """Bytes at the peak of one eager training step, the parameters and inputs that it reads included.
 
     Operators that the table does not know yet are measured on ``device``.  Not to be called within
-    a capture, where models believe themselves traced.
+    a capture, where models believe themselves traced, and by one thread at a time.
     """
     moments = _watched_step(call, workspaces, device)
     peak = 0
@@ -57,8 +57,7 @@ def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) 
     fake = fake_call(call, mode)
     watch = _StorageWatch(workspaces, device)
     watch.hold(tensors_in(list(_state(fake))))
-    alone = _torch.COMPILE_LOCK  # layouts are put right for the whole process
-    with alone, torch.random.fork_rng(devices=[]), real_layouts(), mode, watch:
+    with torch.random.fork_rng(devices=[]), real_layouts(), mode, watch:
         outputs = training_step(*fake.values())
         backward(outputs, watch.lose)
     watch.settle()

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from fxmem._torch import (
     run_with_rng_state,
     storage_key,
 )
-from fxmem._torch_profiler import is_recording, sizes_apart
+from fxmem._torch_profiler import SESSION, is_recording, sizes_apart
 from fxmem.device import free_memory
 from fxmem.graph import is_view, operator_name
 from fxmem.measure import cpu_allocations
@@ -333,14 +334,26 @@ def _measure_cpu(call: Call, device: torch.device) -> Entry:
     args, kwargs = pytree.tree_map_only(
         TensorSpec, lambda s: s.stand_in(device), (call.args, call.kwargs)
     )
-    # The first call of a model, and so its planning, may well be what a user is profiling.
-    allocations = sizes_apart if is_recording() else cpu_allocations
-    sizes, result = allocations(lambda: call.target(*args, **kwargs))
+    sizes, result = _allocations(lambda: call.target(*args, **kwargs))
     held = highest = 0
     for size in sizes:
         held += size
         highest = max(highest, held)
     return _entry(call, highest, result, (args, kwargs))
+
+
+def _allocations(function: Callable[[], Any]) -> tuple[list[int], Any]:
+    """As ``cpu_allocations``, also within a session: this thread's, or one of another thread.
+
+    The first call of a model, and so its planning, may well be what a user is profiling.  Waiting for
+    another thread's session to end might take forever: its step may be waiting to be planned.
+    """
+    if is_recording() or not SESSION.acquire(blocking=False):
+        return sizes_apart(function)
+    try:
+        return cpu_allocations(function)
+    finally:
+        SESSION.release()
 
 
 def _measure_cuda(call: Call, device: torch.device) -> Entry:

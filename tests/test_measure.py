@@ -238,6 +238,22 @@ def test_allocations_leave_out_frees_of_memory_from_before():
     assert cpu_allocations(held.clear)[0] == []
 
 
+def test_threads_take_turns():
+    # Without that, torch's profiler crashes the process.
+    x = torch.randn(64, 64)
+    found = []
+
+    def work():
+        found.extend(cpu_allocations(lambda: x.sin())[0][0] for _ in range(200))
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert found == [64 * 64 * 4] * 600
+
+
 def test_an_operators_workspace_is_seen():
     x = torch.ones(1, 8, 32, 32)
     conv = torch.nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
