@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from engine import same
 from tabulate import tabulate
 from torch import Tensor
 
@@ -166,13 +167,6 @@ def seen(module: Callable[..., Any], model: torch.nn.Module, inputs: Inputs) -> 
     loss = module(**inputs).loss
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters())]
-
-
-def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
-    return all(
-        a is b if a is None or b is None else torch.equal(a, b)
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 def added_peak(module: Callable[..., Any], model: torch.nn.Module, inputs: Inputs) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,9 +15,19 @@ from fxmem._torch import storage_key
 from fxmem.sizes import as_expr, storages_in, tensors_in
 
 
-def fake_value(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the call returns on the example values of its arguments; nothing is allocated."""
-    example_args, example_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta.get("val"))
+def fake_value(
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    new: Mapping[fx.Node, Any] = MappingProxyType({}),
+) -> Any:
+    """What the call returns on the example values of its arguments; nothing is allocated.
+
+    new: values to take in place of what these nodes have.
+    """
+    example_args, example_kwargs = fx.node.map_arg(
+        (args, kwargs), lambda n: new[n] if n in new else n.meta.get("val")
+    )
     mode = _fake_mode(example_args, example_kwargs)
     with mode or contextlib.nullcontext(), torch.no_grad():
         return target(*example_args, **example_kwargs)
@@ -75,7 +86,7 @@ def replace_with_other_strides(node: fx.Node, other: fx.Node) -> bool:
         ):
             continue
         try:
-            value = _computed_from(user, new)
+            value = fake_value(user.target, user.args, dict(user.kwargs), new)
         except (RuntimeError, ValueError):
             return False
         if _shows(user, new) or not _same_strides(value, user.meta.get("val")):
@@ -87,16 +98,6 @@ def replace_with_other_strides(node: fx.Node, other: fx.Node) -> bool:
         other, delete_user_cb=lambda user: user is not other, propagate_meta=False
     )
     return True
-
-
-def _computed_from(node: fx.Node, new: dict[fx.Node, Any]) -> Any:
-    """The node's example value, were these its inputs' values."""
-    args, kwargs = fx.node.map_arg(
-        (node.args, node.kwargs), lambda n: new[n] if n in new else n.meta.get("val")
-    )
-    mode = _fake_mode(args, kwargs)
-    with mode or contextlib.nullcontext(), torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _shows(node: fx.Node, new: dict[fx.Node, Any]) -> bool:
