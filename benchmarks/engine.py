@@ -46,7 +46,10 @@ SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.0)
 """Values of ``activation_memory_budget`` to try."""
 
 RUNS, RUNS_UNCHANGED = 7, 31
-"""Timed pairs of steps; more where nothing is asked, for there a few per cent matter."""
+"""Timed pairs of steps, at least; more where nothing is asked, for there a few per cent matter."""
+
+SECONDS_UNCHANGED = 12.0
+"""And where nothing is asked, pairs until so much time has passed: short steps vary most."""
 
 PREDICTED_WITHIN = 0.001
 BASELINE_WITHIN = 0.01
@@ -64,7 +67,7 @@ class Row:
     predicted: predicted / measured peak.  baseline: predicted / measured peak of eager.
     kept: measured peak within the limit; without one, within the prediction.
     exact: loss, gradients and buffers bitwise those of eager.
-    overhead: predicted.  time_ratio: median of measured step / eager step measured just before.
+    overhead: predicted.  time_ratio: median of measured step / eager step measured beside it.
     optimize_seconds: capture, planning and compilation of the budget that was met.
     """
 
@@ -176,11 +179,26 @@ def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
     )
 
 
-def alternating_seconds(step: Step, module: nn.Module, runs: int) -> tuple[float, float]:
-    """Eager's median seconds, and the median ratio of the module's seconds to those just before."""
-    pairs = [(step.seconds(step.model), step.seconds(module)) for _ in range(runs)]
-    eager = statistics.median(seconds for seconds, _ in pairs)
-    return eager, statistics.median(planned / seconds for seconds, planned in pairs)
+def alternating_seconds(
+    step: Step, module: nn.Module, runs: int, seconds: float = 0.0
+) -> tuple[float, float]:
+    """Eager's median seconds, and the median ratio of the module's seconds to eager's beside them.
+
+    At least ``runs`` pairs, and more until ``seconds`` have passed.  Each goes first in every other
+    pair, because the second one finds other caches.
+    """
+    pairs: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while len(pairs) < runs or time.perf_counter() - began < seconds:
+        if len(pairs) % 2:
+            planned, eager = step.seconds(module), step.seconds(step.model)
+        else:
+            eager, planned = step.seconds(step.model), step.seconds(module)
+        pairs.append((eager, planned))
+    return (
+        statistics.median(eager for eager, _ in pairs),
+        statistics.median(planned / eager for eager, planned in pairs),
+    )
 
 
 # -- Under a budget ----------------------------------------------------------------------------------
@@ -221,8 +239,13 @@ def measured(row: Row, step: Step, module: fxmem.OptimizedModule) -> None:
     row.predicted = plan.predicted_peak / row.peak
     row.baseline = plan.baseline_peak / row.eager_peak
     row.kept = row.peak <= (plan.predicted_peak if row.limit is None else row.limit)
-    runs = RUNS_UNCHANGED if row.budget == PLENTY else RUNS
-    row.eager_seconds, row.time_ratio = alternating_seconds(step, module, runs)
+    unchanged = row.budget == PLENTY
+    row.eager_seconds, row.time_ratio = alternating_seconds(
+        step,
+        module,
+        RUNS_UNCHANGED if unchanged else RUNS,
+        SECONDS_UNCHANGED if unchanged else 0.0,
+    )
 
 
 def rows_of(step: Step, budgets: list[str]) -> Iterator[Row]:
