@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxmem._torch import storage_key
-from fxmem.sizes import as_expr, storages_in, tensors_in
+from fxmem.sizes import as_expr, hint, storages_in, tensors_in
 
 
 def fake_value(
@@ -28,9 +28,20 @@ def fake_value(
     example_args, example_kwargs = fx.node.map_arg(
         (args, kwargs), lambda n: new[n] if n in new else n.meta.get("val")
     )
+    if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        _refuse_impossible_view(*example_args)
     mode = _fake_mode(example_args, example_kwargs)
     with mode or contextlib.nullcontext(), torch.no_grad():
         return target(*example_args, **example_kwargs)
+
+
+def _refuse_impossible_view(tensor: torch.Tensor, shape: Sequence[Any]) -> None:
+    """Raise as real tensors do: fake ones merge dimensions over one of size 1 that parts them.
+
+    So [2, 1, 2] with strides (1, 2, 2) becomes [4] without an error (torch 2.13).
+    """
+    sizes, strides = [hint(s) for s in tensor.shape], [hint(s) for s in tensor.stride()]
+    torch.empty_strided(sizes, strides, device="meta").view([hint(s) for s in shape])
 
 
 def fake_empty_bytes(like: fx.Node, nbytes: int) -> torch.Tensor:

@@ -588,6 +588,24 @@ def test_zeros_are_made_where_a_view_needs_the_old_layout():
     )
 
 
+def test_zeros_are_made_where_only_fake_tensors_accept_the_view():
+    def body(m, x):
+        h = (x @ m.w).transpose(0, 2)
+        return (F.relu(h) * h).mean(), h
+
+    graph = captured(body, tensor(2, 1, 2, 4), w=tensor(4, 1))
+    after, text = changed(graph, UndefinedTangentsPass(("tangents_2",)))
+    assert_expected_inline(
+        text,
+        """\
++ tangents_2_zeros: f32[1, 2, 2, 1] = full([1, 2, 2, 1], 0, dtype=torch.float32, device=cpu)
++ tangents_2_zeros_like: f32[2, 1, 2, 1] = permute(tangents_2_zeros, [2, 0, 1, 3])
+- add: f32[2, 1, 2, 1] = add(tangents_2, mul_1)
++ add: f32[2, 1, 2, 1] = add(tangents_2_zeros_like, mul_1)""",
+    )
+    fx.Interpreter(after.module).run(*arguments(graph), enable_io_processing=False)
+
+
 def test_no_undefined_tangent_changes_nothing():
     _, text = changed(two_results(), UndefinedTangentsPass(()))
     assert text == ""
