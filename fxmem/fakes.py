@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxmem._torch import storage_key
-from fxmem.sizes import as_expr, hint, storages_in, tensors_in
+from fxmem.sizes import as_expr, can_view, storages_in, tensors_in
 
 
 def fake_value(
@@ -40,8 +40,8 @@ def _refuse_impossible_view(tensor: torch.Tensor, shape: Sequence[Any]) -> None:
 
     So [2, 1, 2] with strides (1, 2, 2) becomes [4] without an error (torch 2.13).
     """
-    sizes, strides = [hint(s) for s in tensor.shape], [hint(s) for s in tensor.stride()]
-    torch.empty_strided(sizes, strides, device="meta").view([hint(s) for s in shape])
+    if not can_view(tensor.shape, tensor.stride(), shape):
+        raise RuntimeError(f"a view as {list(shape)} needs other strides than {tensor.stride()}")
 
 
 def fake_empty_bytes(like: fx.Node, nbytes: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -69,3 +70,34 @@ def is_dense(tensor: torch.Tensor) -> bool:
                 return False
             expected *= hint(tensor.shape[d])
     return True
+
+
+def can_view(shape: Sequence[Any], strides: Sequence[Any], new_shape: Sequence[Any]) -> bool:
+    """May a tensor be looked at in a new shape (which may hold one -1) without a copy?"""
+    sizes, wanted = [hint(s) for s in shape], [hint(s) for s in new_shape]
+    if 0 in sizes:
+        return True
+    if -1 in wanted:
+        known = -math.prod(wanted)
+        wanted = [math.prod(sizes) // known if s == -1 else s for s in wanted]
+    runs = _even_runs(sizes, [hint(s) for s in strides])
+    left = 1
+    for size in (s for s in wanted if s != 1):
+        left = runs.pop(0) if left == 1 and runs else left
+        if left % size:
+            return False
+        left //= size
+    return left == 1 and not runs
+
+
+def _even_runs(sizes: list[int], strides: list[int]) -> list[int]:
+    """The elements of each stretch of dimensions that one step walks through, outermost first."""
+    runs: list[int] = []
+    expected = None
+    for size, stride in reversed([d for d in zip(sizes, strides, strict=True) if d[0] != 1]):
+        if stride == expected:
+            runs[0] *= size
+        else:
+            runs.insert(0, size)
+        expected = stride * size
+    return runs
