@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch._C import DispatchKey
-from torch._decomp import decomposition_table
-from torch._prims_common import suggest_memory_format
+from torch._decomp import decomposition_table, decompositions
+from torch._library.simple_registry import singleton
+from torch._library.utils import Kernel
+from torch._prims_common import compute_elementwise_output_strides, suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 aten = torch.ops.aten
@@ -65,22 +67,106 @@ _NORMALIZED: dict[Any, int] = {
 }
 
 
+# Fake results of these are laid out as one operand or another where the operands differ: the kernels
+# take the first operand that decides, memory without gaps, or the operand at the given place.
+_IN_ORDER = (
+    aten.copysign.Tensor,
+    aten.elu_backward.default,
+    aten.hardsigmoid_backward.default,
+    aten.hardswish_backward.default,
+    aten.hardtanh_backward.default,
+    aten.logit_backward.default,
+    aten.native_dropout_backward.default,
+    aten.softplus_backward.default,
+    aten.special_xlog1py.default,
+    aten.xlogy.Tensor,
+)
+_CONTIGUOUS = (
+    aten._log_softmax_backward_data.default,
+    aten.huber_loss_backward.default,
+    aten.mse_loss_backward.default,
+    aten.smooth_l1_loss_backward.default,
+)
+_LIKE: dict[Any, int] = {aten.binary_cross_entropy_backward.default: 1}
+
+# These copy the whole storage behind a view; the fake result's ends where the view does.
+_COPIES_STORAGE = (
+    aten.diagonal_scatter.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+)
+
+
 @contextlib.contextmanager
 def real_layouts() -> Iterator[None]:
-    """Inside, fake results have the strides of real ones.  For one thread at a time."""
+    """Inside, fake results have the strides and bytes of real ones.  For one thread at a time."""
     table: dict[Any, Callable[..., Any]] = decomposition_table
-    before = {op: table[op] for op in _NORMALIZED}
-    table.update({op: _in_suggested_layout(before[op], _NORMALIZED[op]) for op in before})
+    normalized = {op: _in_suggested_layout(table[op], at) for op, at in _NORMALIZED.items()}
+    strided = {op: _with_strides(table[op], strides) for op, strides in _strides().items()}
+    ours = {op: _preferred(function) for op, function in (normalized | strided).items()}
+    before = {op: table[op] for op in ours}
+    table.update(ours)
+    kernels = [singleton.find(op.name()).fake_impl.kernels for op in _COPIES_STORAGE]
+    for stack in kernels:
+        stack.append(Kernel(_in_a_whole_storage, __file__))
     FakeTensorMode.cache_clear()
     try:
         yield
     finally:
         table.update(before)
+        for stack in kernels:
+            stack.pop()
         FakeTensorMode.cache_clear()
 
 
+def _preferred(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    """Fake tensors take a decomposition only if it calls itself one of those of this module."""
+    decomposition.__module__ = decompositions.__name__
+    decomposition.__name__ = decompositions.softplus_backward.__name__
+    return decomposition
+
+
+def _in_a_whole_storage(view: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """What a scatter returns: a copy of all that is behind the view, or of a view on itself alone."""
+    if any(size > 1 and step == 0 for size, step in zip(view.shape, view.stride(), strict=True)):
+        return view.clone()
+    whole = view.new_empty(view.untyped_storage().nbytes() // view.element_size())
+    return whole.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+_Strides = Callable[[tuple[Any, ...], torch.Tensor], Sequence[Any]]
+"""An operator's arguments and its fake result -> the strides of the real one."""
+
+
+def _strides() -> dict[Any, _Strides]:
+    def in_order(args: tuple[Any, ...], _: torch.Tensor) -> Sequence[Any]:
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        return compute_elementwise_output_strides(*torch.broadcast_tensors(*tensors))
+
+    def contiguous(_: tuple[Any, ...], result: torch.Tensor) -> Sequence[Any]:
+        return torch.empty(result.shape, device="meta").stride()
+
+    def like(place: int) -> _Strides:
+        return lambda args, _: torch.empty_like(args[place], device="meta").stride()
+
+    found: dict[Any, _Strides] = dict.fromkeys(_IN_ORDER, in_order)
+    found.update(dict.fromkeys(_CONTIGUOUS, contiguous))
+    found.update({op: like(place) for op, place in _LIKE.items()})
+    return found
+
+
+def _with_strides(decomposition: Callable[..., Any], strides: _Strides) -> Callable[..., Any]:
+    def with_strides(*args: Any, **kwargs: Any) -> Any:
+        result = decomposition(*args, **kwargs)
+        wanted = tuple(strides(args, result))
+        return (
+            result if result.stride() == wanted else result.new_empty_strided(result.shape, wanted)
+        )
+
+    return with_strides
+
+
 def _in_suggested_layout(decomposition: Callable[..., Any], place: int) -> Callable[..., Any]:
-    @functools.wraps(decomposition)  # fake tensors ask for its module and its name
     def on_suggested_layout(*args: Any, **kwargs: Any) -> Any:
         layout = suggest_memory_format(args[place])
         operands = [
