@@ -15,6 +15,7 @@ from fxmem.operators import refusal
 from fxmem.partition import split
 from fxmem.plan import Decision, Key, PeakPoint, Plan, fingerprint, keys
 from fxmem.planner import Choice
+from fxmem.simulate import Drop
 from fxmem.sizes import evaluate
 from fxmem.units import format_bytes
 
@@ -68,6 +69,9 @@ def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
     names = {node: key for key, node in keys(analysis.expected).items()}
     runs = Counter(i for i, _ in choice.outcome.recomputed)
     read = simulator.directly_read()
+    drops: dict[int, tuple[int, ...]] = {}
+    for v, j in sorted(choice.drops):
+        drops[v] = (*drops.get(v, ()), j)
     found = []
     for v in sorted(simulator.readable):
         value = flow.values[v]
@@ -75,12 +79,19 @@ def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
         remade = runs[value.producer] > 0 and not kept
         if value.node not in names or not (remade or (kept and (v in read or runs))):
             continue
-        found.append(_decision(flow, v, names[value.node], kept, runs, choice, v in read))
+        dropped = () if kept else drops.get(v, ())
+        found.append(_decision(flow, v, names[value.node], kept, runs, dropped, v in read))
     return found
 
 
 def _decision(
-    flow: Dataflow, v: int, key: Key, kept: bool, runs: Counter[int], choice: Choice, read: bool
+    flow: Dataflow,
+    v: int,
+    key: Key,
+    kept: bool,
+    runs: Counter[int],
+    dropped: tuple[int, ...],
+    read: bool,
 ) -> Decision:
     value = flow.values[v]
     operator = flow.operators[value.producer]
@@ -97,7 +108,7 @@ def _decision(
         seconds=operator.seconds * times,
         reason=_reason(operator, kept, read),
         times=times,
-        brief=v in choice.brief and not kept,
+        dropped=dropped,
     )
 
 
@@ -193,7 +204,8 @@ def find_choice(analysis: Analysis, plan: Plan) -> Choice:
         )
     nodes = keys(graph)
     values = {value.node: v for v, value in enumerate(flow.values)}
-    kept, brief = set(), set()
+    kept: set[int] = set()
+    drops: set[Drop] = set()
     for decision in plan.decisions:
         node = nodes.get(decision.key)
         if node is None or node not in values:
@@ -206,11 +218,11 @@ def find_choice(analysis: Analysis, plan: Plan) -> Choice:
                 f"the plan makes {decision.value} again, which must not run twice: "
                 f"{refusal(node) or 'the model asks for it to be saved'}"
             )
-        elif decision.brief:
-            brief.add(v)
+        else:
+            drops.update((v, j) for j in decision.dropped)
     decided = {values[nodes[d.key]] for d in plan.decisions}
     forgotten = planner.simulator.directly_read() - planner.simulator.always_kept - decided
     if forgotten:
         names = sorted(flow.values[v].node.name for v in forgotten)
         raise PlanMismatchError(f"the plan says nothing of {', '.join(names[:5])}")
-    return planner.choice(frozenset(kept), frozenset(brief))
+    return planner.choice(kept, drops)

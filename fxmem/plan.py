@@ -49,7 +49,8 @@ class Decision:
 
     value: the node's name.  type: ``f32[4, 128]``.  nbytes: of its storage; nbytes_stored: of what
     is saved in its place.  seconds: added to the step.  times: how often it is made again.
-    brief: made again for each reader instead of staying between them.  error: None when exact.
+    dropped: positions of the backward operators after which a copy made again is let go, because it
+    is made once more for its next reader.  error: None when exact.
     """
 
     key: Key
@@ -63,7 +64,7 @@ class Decision:
     seconds: float
     reason: str
     times: int = 0
-    brief: bool = False
+    dropped: tuple[int, ...] = ()
     error: float | None = None
 
 
@@ -208,7 +209,8 @@ class Plan:
 def _action(decision: Decision | None) -> str:
     if decision is None:
         return "not saved"
-    return "recompute, brief" if decision.brief else decision.action
+    again = f" {decision.times} times" if decision.times > 1 else ""
+    return f"{decision.action}{again}"
 
 
 # -- Keys and fingerprints -----------------------------------------------------------------------
@@ -273,6 +275,7 @@ def _plan_from(data: Any) -> Plan:
 def _decision(data: Any) -> Decision:
     data = dict(data)
     data["key"] = _record(Key, data["key"])
+    data["dropped"] = _positions(data["dropped"])
     decision = _record(Decision, data)
     if decision.action not in ACTIONS:
         raise ValueError(f"unknown action {decision.action!r}, known are {ACTIONS}")
@@ -326,6 +329,12 @@ def _sizes(value: Any, what: str) -> dict[str, int]:
         if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < _LARGEST:
             raise ValueError(f"{what}[{name!r:.80}] should be a size, not {size!r:.80}")
     return value
+
+
+def _positions(value: Any) -> tuple[int, ...]:
+    positions = tuple(_list(value, "dropped"))
+    _sizes({str(n): position for n, position in enumerate(positions)}, "dropped")
+    return positions
 
 
 def _range(value: Any) -> tuple[int, int]:

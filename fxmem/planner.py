@@ -1,34 +1,46 @@
 """The planner: which forward values to keep so that the simulated peak fits and little is made again.
 
-Two searches, both judged by the exact simulator alone.  From above: keep everything and drop what
-costs the least time for the bytes it takes off the overflow.  From below: keep nothing and add the
-values that take the most off it, which finds chain breakers (a block's input) that no single drop
-would.  Then, while the plan fits, keep whatever saves the most time.  Deterministic: ties fall to
-graph order, limits count simulations.
+A linear program says which values are worth their bytes; its solution, made whole, is a first
+choice.  Local search over the incremental simulator takes it into the budget and then makes it as
+fast as it gets there.  Where bytes are so tight that this fails, the search starts again from
+choices that let every copy go at once.  Deterministic: ties fall to graph order, limits count
+simulated work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from fxmem.dataflow import Dataflow
-from fxmem.simulate import Outcome, Simulator
+from fxmem.relaxation import Extra, Relaxation
+from fxmem.schedule import Schedule
+from fxmem.search import Search
+from fxmem.simulate import Drop, Outcome, Simulator
 
-Move = tuple[int, str]
-"""A value, and what to do with it: ``keep`` it, ``drop`` it, or let its remade copies be ``brief``."""
+_CORRECTIONS = 4
+"""Linear programs tried for one budget; each knows the bytes that the one before left out."""
+
+_SHORT = 20_000
+"""Operators made again in all slots: up to here a search may start from nothing kept."""
 
 
-_FEW = 64
-"""Values among which the smallest peak is found in a moment, and competes for every budget."""
+_FEW = 100
+"""Values among which there is time for all ways to start."""
+
+_PATIENCE = 6
+"""How much longer a search may take that looks for the smallest peak."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to keep, which remade values to drop between their readers, and what that leads to."""
+    """What to keep, which remade copies to let go before their last reader, and what it leads to."""
 
     kept: frozenset[int]
-    brief: frozenset[int]
+    drops: frozenset[Drop]
     outcome: Outcome
 
     @property
@@ -41,25 +53,28 @@ class Choice:
 class Planner:
     """must_keep, must_remake: values that the user's checkpoint policies decide.
 
-    limit: simulations that one search may take, the only clock there is.
+    limit: work that one search may do for each value that may be moved, in values looked at: the
+    only clock there is.
     """
 
     flow: Dataflow
     must_keep: frozenset[int] = frozenset()
     must_remake: frozenset[int] = frozenset()
-    limit: int = 3_000
-    simulations: int = field(default=0, init=False)
+    limit: int = 500
+    _smallest: Choice | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.simulator = Simulator(self.flow)
-        self.candidates = self.simulator.candidates()
         fixed = self.must_keep | self.must_remake
-        self.free = [v for v in self.candidates if v not in fixed]
-        self._until = 0
-        self._smallest: Choice | None = None
-        self._ends: list[Choice] = []  # where searches ended
+        self.free = [v for v in self.simulator.candidates() if v not in fixed]
 
     # -- What is asked of a planner ----------------------------------------------------------------
+
+    def choice(self, kept: Iterable[int], drops: Iterable[Drop] = ()) -> Choice:
+        """A given choice, judged."""
+        kept = frozenset(kept) | self.must_keep
+        drops = frozenset(drops)
+        return Choice(kept, drops, self.simulator.run(kept, drops))
 
     def keep_all(self) -> Choice:
         """Save what the backward reads: no time added."""
@@ -70,143 +85,147 @@ class Planner:
         unchanged = self.keep_all()
         if unchanged.outcome.peak <= budget:
             return unchanged
-        found = list(self._searches(budget))
-        self._ends += found
+        found = list(self._fitting(self._relaxed(budget), budget))
         if len(self.free) <= _FEW:
-            found.append(self.smallest())
-        fitting = [c for c in found if c.outcome.peak <= budget]
-        return min((self._faster(c, budget) for c in fitting), key=lambda c: c.rank, default=None)
+            found += self._fitting(self._extremes(), budget)
+        if not found or len(self.free) <= _FEW:
+            found += self._fitting(self._tight(budget), budget)
+        if not found:
+            return None
+        best = min(found, key=lambda s: (s.seconds, s.peak))
+        self._search(best).swap(budget)
+        return self._chosen(best)
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
         if self._smallest is None:
-            self._smallest = self._find_smallest()
+            lowest = self._lowest
+            found = self.fit(lowest.peak)
+            if found is None or found.outcome.peak > lowest.peak:
+                found = self._chosen(lowest)
+            self._smallest = found
         return self._smallest
 
-    def _find_smallest(self) -> Choice:
-        starts = [self.keep_all(), *(self.choice(self.must_keep, b) for b in self._briefs())]
-        ends = [*map(self._lower, starts), *self._ends]
-        best = min(ends, key=lambda c: c.outcome.peak)
-        return self._faster(best, best.outcome.peak)
+    @property
+    def least_possible(self) -> int:
+        """Bytes that every choice needs: in each slot what its operator reads, makes and works in."""
+        numbers = self.simulator.numbers
+        reads = [sum(numbers.saved_nbytes[v] for v in slot) for slot in numbers.reads]
+        backward = np.array(numbers.static_at, dtype=np.int64) + np.array(reads, dtype=np.int64)
+        forward = self.relaxation.forward_base
+        return int(max(forward.max(initial=0), backward.max(initial=0)))
 
-    def choice(self, kept: Iterable[int], brief: frozenset[int] = frozenset()) -> Choice:
-        """A given choice, judged."""
-        self.simulations += 1
-        kept = frozenset(kept) | self.must_keep
-        return Choice(kept, brief, self.simulator.run(kept, brief))
+    # -- Where searches start ----------------------------------------------------------------------
 
-    # -- Searches for a choice that fits -----------------------------------------------------------
+    @cached_property
+    def relaxation(self) -> Relaxation:
+        return Relaxation(self.simulator, self.must_keep, self.must_remake)
 
-    def _searches(self, budget: int) -> Iterable[Choice]:
-        yield self._descend(self.keep_all(), budget, ("drop",), per_second=True)
-        lasting, brief = (self.choice(self.must_keep, b) for b in self._briefs())
-        below = self._descend(lasting, budget, ("keep", "brief"))
-        yield below
-        if below.outcome.peak > budget:
-            yield self._descend(brief, budget, ("keep",))
+    def _relaxed(self, budget: int) -> Iterator[Schedule]:
+        """Whole solutions of the linear program; copies stay until their last reader."""
+        extra: Extra | None = None
+        for _ in range(_CORRECTIONS):
+            kept = self._whole(budget, extra)
+            yield Schedule(self.simulator, kept)
+            left_out = self._left_out(Schedule(self.simulator, kept))
+            if extra is not None:  # half way, or two solutions take turns for ever
+                left_out = (left_out[0] + extra[0]) / 2, (left_out[1] + extra[1]) / 2
+            extra = left_out
 
-    def _briefs(self) -> tuple[frozenset[int], frozenset[int]]:
-        """Remade values stay between their readers, or none of them does."""
-        return frozenset(), frozenset(self.candidates)
+    def _extremes(self) -> Iterator[Schedule]:
+        """Everything kept that is read, and nothing; and what peaks lowest."""
+        yield Schedule(self.simulator, self.keep_all().kept)
+        yield Schedule(self.simulator, self.must_keep)
+        yield Schedule(self.simulator, self._lowest.kept, self._lowest.drops())
 
-    def _lower(self, current: Choice) -> Choice:
-        """Take the peak down in steps that shrink when they fail."""
-        until = self.simulations + self.limit // 2
-        step = current.outcome.peak // 4
-        while step > current.outcome.peak // 400 and self.simulations < until:
-            target = current.outcome.peak - step
-            after = self._descend(current, target, ("keep", "brief", "drop"))
-            if after.outcome.peak > target:
-                step //= 2
-            if after.outcome.peak < current.outcome.peak:
-                current = after
-        return current
+    def _tight(self, budget: int) -> Iterator[Schedule]:
+        """Choices whose copies are let go at once; last of all one that keeps nothing."""
+        kept = self._whole(budget, None)
+        yield Schedule(self.simulator, kept)
+        yield Schedule(self.simulator, kept, self._all_drops(kept))
+        drops = self._all_drops(self.must_keep)
+        if len(drops) <= _SHORT:
+            schedule = Schedule(self.simulator, self.must_keep, drops)
+            self._search(schedule).fill(budget, sorted(kept))
+            yield schedule
 
-    def _descend(
-        self, current: Choice, budget: int, kinds: tuple[str, ...], per_second: bool = False
-    ) -> Choice:
-        """Make moves, most overflow removed first (or most a second), until it is gone."""
-        self._until = self.simulations + self.limit
-        ranking = _Ranking((v, kind) for v in self.free for kind in kinds)
-        while (overflow := current.outcome.overflow(budget)) > 0:
+    def _whole(self, budget: int, extra: Extra | None) -> frozenset[int]:
+        shares = self.relaxation.solve(budget, extra).kept
+        return frozenset(v for v, share in shares.items() if share > 0.5) | self.must_keep
 
-            def gain(move: Move, base: Choice = current, overflow: int = overflow) -> float:
-                after = self._moved(base, move)
-                if after is None:
-                    return 0.0
-                removed = overflow - after.outcome.overflow(budget)
-                added = after.outcome.seconds - base.outcome.seconds
-                return removed / max(added, 1e-9) if per_second else float(removed)
+    def _left_out(self, schedule: Schedule) -> Extra:
+        """The bytes of a schedule that the linear program does not see, by step and slot."""
+        needed = {v for v, slots in schedule.read_in.items() if slots}
+        forward, slots = self.relaxation.modelled(schedule.kept & needed, needed)
+        peaks = schedule.forward_peaks()
+        if len(peaks) != len(forward):  # the forward makes more than it does for its results
+            peaks = forward
+        return peaks - forward, schedule.slot_peaks() - slots
 
-            best = ranking.take(gain)
-            moved = self._moved(current, best) if best else None
-            if moved is None or self.simulations >= self._until:
-                break
-            current = moved
-        return current
+    def _all_drops(self, kept: frozenset[int]) -> list[Drop]:
+        """Every copy goes after the slot that makes it."""
+        everything = kept | self.simulator.always_kept
+        numbers, drops = self.simulator.numbers, []
+        for j, reads in enumerate(numbers.reads):
+            made: set[int] = set()
+            stack = [v for v in reads if v not in everything]
+            while stack:
+                v = stack.pop()
+                if v in made:
+                    continue
+                i = numbers.producer[v]
+                made.update(w for w in numbers.remakes[i] if w not in everything)
+                stack += [
+                    u
+                    for u in numbers.inputs[i]
+                    if u < len(numbers.producer) and u not in everything
+                ]
+            drops += [(v, j) for v in sorted(made)]
+        return drops
 
-    def _moved(self, base: Choice, move: Move) -> Choice | None:
-        """The choice after a move; None if the move changes nothing."""
-        v, kind = move
-        if (v in base.kept) != (kind == "drop") or (kind == "brief" and v in base.brief):
-            return None
-        if kind == "brief":
-            return self.choice(base.kept, base.brief | {v})
-        kept = base.kept - {v} if kind == "drop" else base.kept | {v}
-        return self.choice(kept, base.brief)
+    # -- Searches ------------------------------------------------------------------------------------
 
-    # -- Faster at the same budget -----------------------------------------------------------------
+    def _fitting(self, starts: Iterable[Schedule], budget: int) -> Iterator[Schedule]:
+        for schedule in starts:
+            search = self._search(schedule)
+            if search.repair(budget):
+                search.improve(budget)
+                yield schedule
 
-    def _faster(self, current: Choice, budget: int) -> Choice:
-        """Keep more, most seconds saved a byte first, as long as the plan fits."""
-        current = self._lasting(current, budget)
-        self._until = self.simulations + self.limit
-        ranking = _Ranking((v, "keep") for v in self.free if v not in current.kept)
-        while self.simulations < self._until:
+    @cached_property
+    def _lowest(self) -> Schedule:
+        """Halve the distance to what every choice needs until it is no longer met."""
+        kept = self.simulator.directly_read() - self.must_remake
+        best = Schedule(self.simulator, kept | self.must_keep)
+        low, high = self.least_possible, best.peak
+        while high - low > max(high // 200, 1):
+            target = (low + high) // 2
+            found = self._below(target, best)
+            if found is None:
+                low = target
+            else:
+                best, high = found, min(found.peak, target)
+        return best
 
-            def gain(move: Move, base: Choice = current) -> float:
-                after = self._moved(base, move)
-                if after is None or after.outcome.peak > budget:
-                    return 0.0
-                saved = base.outcome.seconds - after.outcome.seconds
-                return saved / max(self.flow.values[move[0]].nbytes, 1)
-
-            best = ranking.take(gain)
-            moved = self._moved(current, best) if best else None
-            if moved is None:
-                break
-            current = moved
-        return self._lasting(current, budget)
-
-    def _lasting(self, current: Choice, budget: int) -> Choice:
-        """Let remade values stay between their readers wherever that fits."""
-        for v in sorted(current.brief, key=lambda v: (self.flow.values[v].nbytes, v)):
-            after = self.choice(current.kept, current.brief - {v})
-            if after.outcome.peak <= budget and after.outcome.seconds <= current.outcome.seconds:
-                current = after
-        return current
-
-
-class _Ranking:
-    """Lazy greedy choice: gains are looked up again only when a stale one leads.
-
-    Gains mostly shrink as more is chosen, so an old gain is mostly an upper bound.
-    Source: Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions".
-    """
-
-    def __init__(self, moves: Iterable[Move]) -> None:
-        self.stale: dict[Move, float] = {move: float("inf") for move in moves}
-
-    def take(self, gain: Callable[[Move], float]) -> Move | None:
-        """Remove and return the move with the largest positive gain; None when there is none."""
-        fresh: set[Move] = set()
-        while self.stale:
-            leader = max(self.stale, key=self.stale.__getitem__)  # ties: first in graph order
-            if leader in fresh:
-                if self.stale[leader] <= 0:
-                    return None
-                del self.stale[leader]
-                return leader
-            self.stale[leader] = gain(leader)
-            fresh.add(leader)
+    def _below(self, budget: int, best: Schedule) -> Schedule | None:
+        """A schedule that fits, from what was found last or from a new start."""
+        kept = self._whole(budget, None)
+        starts: list[tuple[Iterable[int], Iterable[Drop]]] = [
+            (best.kept, best.drops()),
+            (kept, ()),
+            (kept, self._all_drops(kept)),
+        ]
+        if len(drops := self._all_drops(self.must_keep)) <= _SHORT:
+            starts.append((self.must_keep, drops))
+        for start in starts:
+            schedule = Schedule(self.simulator, *start)
+            if self._search(schedule, patience=_PATIENCE).repair(budget):
+                return schedule
         return None
+
+    def _search(self, schedule: Schedule, patience: int = 1) -> Search:
+        return Search(schedule, self.free, patience * self.limit * (len(self.free) + 50))
+
+    def _chosen(self, schedule: Schedule) -> Choice:
+        """A schedule as a choice, judged by the exact simulator."""
+        return self.choice(schedule.kept - self.simulator.always_kept, schedule.useful_drops())

@@ -227,7 +227,7 @@ def _likeness(d: Decision) -> tuple[object, ...]:
     """What two decisions share that differ in nothing but the number of their block."""
     place = tuple("*" if step.isdecimal() else step for step in d.key.module.split("."))
     what = (d.key.operator, d.key.ordinal, d.key.output, d.type, d.source)
-    return (place, *what, d.action, d.times, d.brief, d.nbytes, d.nbytes_stored)
+    return (place, *what, d.action, d.times, d.nbytes, d.nbytes_stored)
 
 
 def _row(group: Sequence[Decision]) -> DecisionRow:

@@ -2,20 +2,25 @@
 
 It walks the backward once.  A forward value that a backward operator reads is either kept, or made
 again just before: its producer runs, and first the producers of whatever that needs and is neither
-kept nor still alive.  A value made again stays until its last reader, unless it is ``brief``: then
-it is dropped after the backward operator that asked for it, and made once more for the next.
+kept nor still alive.  A value made again stays until its last reader, unless a ``Drop`` says that
+it goes after an earlier backward operator; then it is made once more for the next reader.
 
 ``tests/test_simulate.py`` holds it to the liveness of the rewritten graphs, byte for byte.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from fxmem.dataflow import Dataflow
+
+Drop = tuple[int, int]
+"""A value, and the backward operator (by position) after which a copy made again is let go."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,18 @@ class Simulator:
 
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
-        self._base = self._forward_slice(self._result_values())
-        self._read_by_backward = self._reads()
+        self.read_by_backward = self._reads()
         self.always_kept = frozenset(
             v
             for v, value in enumerate(flow.values)
             if 0 <= value.producer < flow.num_forward
-            and not flow.operators[value.producer].recomputable
+            and not (
+                flow.operators[value.producer].recomputable
+                and v in flow.operators[value.producer].remakes
+            )
         )
         self.readable = self._readable()
+        self._base = self._forward_slice([*self._result_values(), *self._random_values()])
         self._static = _Static(flow, self._base)
 
     # -- What may be chosen ------------------------------------------------------------------------
@@ -64,13 +72,27 @@ class Simulator:
 
     def directly_read(self) -> frozenset[int]:
         """Forward values that a backward operator reads: what is saved when nothing is recomputed."""
-        return frozenset(v for reads in self._read_by_backward for v in reads)
+        return frozenset(v for reads in self.read_by_backward for v in reads)
 
     # -- Judging -------------------------------------------------------------------------------------
 
-    def run(self, kept: Iterable[int], brief: frozenset[int] = frozenset()) -> Outcome:
-        """Simulate the step with ``kept`` values saved; ``brief`` ones are remade for each reader."""
-        return _Walk(self, self.always_kept.union(kept), brief).outcome()
+    def run(self, kept: Iterable[int], drops: Iterable[Drop] = ()) -> Outcome:
+        """Simulate the step with ``kept`` values saved, and copies made again let go at ``drops``."""
+        return _Walk(self, self.always_kept.union(kept), drops).outcome()
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        return _numbers(self)
+
+    def is_extra(self, v: int) -> bool:
+        """Does the forward make ``v`` only if it is kept?"""
+        return v in self.readable and self.flow.values[v].producer not in self._base
+
+    def forward_with(self, extras: frozenset[int]) -> Forward:
+        """The forward phase when these extra values are kept."""
+        if not extras:
+            return self._static.forward
+        return Forward(self.flow, self._base | self._forward_slice(extras))
 
     def _is_forward(self, v: int) -> bool:
         producer = self.flow.values[v].producer
@@ -79,6 +101,11 @@ class Simulator:
     def _result_values(self) -> list[int]:
         values = enumerate(self.flow.values)
         return [v for v, value in values if (value.result or value.update) and self._is_forward(v)]
+
+    def _random_values(self) -> list[int]:
+        """Whatever happens to these, their producers run in the forward: they draw there."""
+        operators, values = self.flow.operators, self.flow.values
+        return [v for v in self.readable if operators[values[v].producer].rng_state]
 
     def _reads(self) -> list[tuple[int, ...]]:
         """For each backward operator, the forward values that it reads."""
@@ -93,7 +120,7 @@ class Simulator:
     def _readable(self) -> frozenset[int]:
         """Forward values that a backward operator, or an operator made again for one, may read."""
         found: set[int] = set()
-        stack = [v for reads in self._read_by_backward for v in reads]
+        stack = [v for reads in self.read_by_backward for v in reads]
         while stack:
             v = stack.pop()
             if v in found:
@@ -142,10 +169,10 @@ class _Static:
             for v, x in enumerate(flow.values)
             if x.tangent
         ]
-        self.forward = _Forward(flow, base)
+        self.forward = Forward(flow, base)
 
 
-class _Forward:
+class Forward:
     """The forward phase for one set of operators that run: positions, lives, bytes."""
 
     def __init__(self, flow: Dataflow, executed: frozenset[int]) -> None:
@@ -173,12 +200,14 @@ class _Forward:
 class _Walk:
     """One pass over the backward for one choice."""
 
-    def __init__(self, simulator: Simulator, kept: frozenset[int], brief: frozenset[int]) -> None:
+    def __init__(self, simulator: Simulator, kept: frozenset[int], drops: Iterable[Drop]) -> None:
         self.flow = simulator.flow
         self.simulator = simulator
         self.kept = kept
-        self.brief = brief
-        self.forward = self._forward_phase()
+        self.drops: dict[int, list[int]] = defaultdict(list)
+        for v, j in drops:
+            self.drops[j].append(v)
+        self.forward = simulator.forward_with(frozenset(filter(simulator.is_extra, kept)))
         self.now = self.forward.steps
         self.workspace: list[int] = []
         self.backward_position: list[int] = []
@@ -187,22 +216,9 @@ class _Walk:
         self.kept_last: dict[int, int] = {}
         self.recomputed: list[tuple[int, int]] = []
         self.seconds = 0.0
-        for j, reads in enumerate(simulator._read_by_backward):
+        for j, reads in enumerate(simulator.read_by_backward):
             self._backward_operator(j, reads)
         self.closed += [(v, born, last) for v, (born, last) in self.alive.items()]
-
-    def _forward_phase(self) -> _Forward:
-        base = self.simulator._base
-        extra = [
-            v for v in self.kept if self.flow.values[v].producer not in base and self._saved(v)
-        ]
-        if not extra:
-            return self.simulator._static.forward
-        return _Forward(self.flow, base | self.simulator._forward_slice(extra))
-
-    def _saved(self, v: int) -> bool:
-        """Kept values outside the base slice run in the forward only if something reads them."""
-        return v in self.simulator.readable
 
     def _backward_operator(self, j: int, reads: tuple[int, ...]) -> None:
         missing = [v for v in reads if v not in self.kept and v not in self.alive]
@@ -217,8 +233,8 @@ class _Walk:
         self.backward_position.append(now)
         self.workspace.append(self.flow.operators[self.flow.num_forward + j].workspace)
         self.now = now + 1
-        if self.brief:
-            for v in [v for v in self.alive if v in self.brief]:
+        for v in self.drops.get(j, ()):
+            if v in self.alive:
                 self._close(v)
                 del self.alive[v]
 
@@ -308,3 +324,73 @@ class _Walk:
         for nbytes, end in static.tangents:
             live[self.forward.steps - 1] += nbytes
             live[(position[end] if len(position) else self.forward.steps - 1) + 1] -= nbytes
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What an incremental simulator looks up, by slot, by forward operator or by value.
+
+    A slot is one backward operator with what is made again before it.  The generator state of the
+    random operator i counts as a value: number ``len(flow.values) + i``, kept while i runs again.
+
+    reads: forward values, by slot.  static_before, static_at: bytes that no choice changes, while a
+    slot makes values again and while its operator runs.  inputs, remakes, workspace, seconds: by
+    forward operator.  producer, nbytes, saved_nbytes (none for what the caller holds): by value.
+    """
+
+    reads: list[tuple[int, ...]]
+    static_before: list[int]
+    static_at: list[int]
+    inputs: list[tuple[int, ...]]
+    remakes: list[tuple[int, ...]]
+    workspace: list[int]
+    seconds: list[float]
+    producer: list[int]
+    nbytes: list[int]
+    saved_nbytes: list[int]
+    tangents: int
+
+
+def _numbers(simulator: Simulator) -> Numbers:
+    flow = simulator.flow
+    forward = flow.operators[: flow.num_forward]
+    states = [op.rng_state for op in forward]
+    nbytes = [v.nbytes for v in flow.values]
+    before, at = _static_bytes(simulator)
+    return Numbers(
+        reads=simulator.read_by_backward,
+        static_before=before.tolist(),
+        static_at=at.tolist(),
+        inputs=[
+            (
+                *(v for v in op.reads if flow.values[v].producer >= 0),
+                *((len(nbytes) + i,) if op.rng_state else ()),
+            )
+            for i, op in enumerate(forward)
+        ],
+        remakes=[op.remakes for op in forward],
+        workspace=[op.workspace + op.rng_state for op in forward],
+        seconds=[op.seconds for op in forward],
+        producer=[v.producer for v in flow.values],
+        nbytes=nbytes + states,
+        saved_nbytes=[0 if v.result else v.nbytes for v in flow.values] + states,
+        tangents=sum(nbytes for nbytes, _ in simulator._static.tangents),
+    )
+
+
+def _static_bytes(simulator: Simulator) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes that no choice changes: while each slot makes values again, while its operator runs."""
+    flow, static = simulator.flow, simulator._static
+    held = flow.resident + sum(flow.values[v].nbytes for v in static.forward.results)
+    slots = len(static.workspace)
+    before = np.zeros(slots + 1, dtype=np.int64)
+    at = np.zeros(slots + 1, dtype=np.int64)
+    before[0] = at[0] = held + sum(nbytes for nbytes, _ in static.tangents)
+    for nbytes, end in static.tangents:
+        before[end + 1] -= nbytes
+        at[end + 1] -= nbytes
+    np.add.at(at, static.born, static.nbytes)
+    np.add.at(before, np.minimum(static.born + 1, slots), static.nbytes)
+    np.subtract.at(at, static.dies + 1, static.nbytes)
+    np.subtract.at(before, static.dies + 1, static.nbytes)
+    return np.cumsum(before)[:-1], np.cumsum(at)[:-1] + static.workspace

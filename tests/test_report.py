@@ -37,7 +37,9 @@ def blocks(n=4):
     for i in range(n):
         yield decision(f"h.{i}.attn", "softmax", 3 * MIB, "keep", source="model.py:20 in forward")
         yield decision(f"h.{i}.mlp.act", "gelu", 2 * MIB)
-        yield decision(f"h.{i}", "add", MIB, times=3, brief=True, source="model.py:44 in forward")
+        yield decision(
+            f"h.{i}", "add", MIB, times=3, dropped=(3, 5), source="model.py:44 in forward"
+        )
 
 
 def peak(live, **changes):

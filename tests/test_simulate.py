@@ -24,15 +24,16 @@ SEEDS = range(1000, 1020)
 
 
 def choices(captured: Captured, seed: int) -> list[Choice]:
-    """Random choices; in every other one, half of what is not kept is brief."""
+    """Random choices; in every other one, copies are let go now and then."""
     rng = random.Random(seed)
     planner = captured.analysis.planner
     candidates = planner.simulator.candidates()
     found = []
     for i, share in enumerate(SHARES):
         kept = frozenset(v for v in candidates if rng.random() < share)
-        brief = frozenset(v for v in candidates if i % 2 and v not in kept and rng.random() < 0.5)
-        found.append(planner.choice(kept, brief))
+        slots = range(len(planner.simulator.read_by_backward))
+        drops = [(v, j) for v in candidates for j in slots if i % 2 and rng.random() < 0.5]
+        found.append(planner.choice(kept, drops))
     return found
 
 

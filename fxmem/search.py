@@ -1,0 +1,218 @@
+"""Local search over one schedule: into a budget at the least time, then as fast as it gets inside.
+
+A move is judged by the incremental simulator and by nothing else.  Deterministic: ties fall to the
+order of moves, limits count simulated work.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+from fxmem.schedule import Schedule
+from fxmem.simulate import Drop
+
+Kind = Literal["keep", "remake", "drop", "retain", "forget", "clear"]
+Move = tuple[Kind, int, int]
+"""What to do with a value: keep it, or make it again (and ``forget`` what that makes, too); let its
+copy go after a slot, or not.  Or ``clear`` a slot of the copies that it does not read."""
+
+_EPSILON = 1e-12
+"""Seconds that count as none."""
+
+
+class Search:
+    """free: the values that may be moved.  limit: work that the schedule may do for it."""
+
+    def __init__(self, schedule: Schedule, free: Iterable[int], limit: int) -> None:
+        self.schedule = schedule
+        self.free = list(free)
+        self.copies = schedule.simulator.candidates()
+        self.until = schedule.work + limit
+
+    @property
+    def exhausted(self) -> bool:
+        return self.schedule.work >= self.until
+
+    # -- Into the budget ---------------------------------------------------------------------------
+
+    def repair(self, budget: int, per_second: bool = True) -> bool:
+        """Make the moves that take most off the overflow (a second), until none is left."""
+        schedule = self.schedule
+        ranking = Ranking()
+        while (overflow := schedule.overflow(budget)) > 0:
+            seconds = schedule.seconds
+
+            def gain(_: Move, overflow: int = overflow, seconds: float = seconds) -> float:
+                removed = overflow - schedule.overflow(budget)
+                if removed <= 0 or not per_second:
+                    return removed
+                return removed / max(schedule.seconds - seconds, 1e-9)
+
+            fullest = int(schedule.slot_peaks().argmax())
+            ranking.offer(self._reductions(fullest))
+            move = self._take(ranking, gain)
+            if move is None:
+                move = self._take(Ranking(self._last_resorts(fullest)), gain)
+            if move is None:
+                return False
+            self.make(move)
+        return True
+
+    def _reductions(self, fullest: int) -> Iterator[Move]:
+        """Keep something or not; let a copy go that is there in the fullest slot, but not read."""
+        schedule = self.schedule
+        for v in self.free:
+            yield ("remake" if v in schedule.kept else "keep", v, -1)
+        yield from (("drop", v, j) for v, j in self._passing(fullest))
+
+    def _passing(self, slot: int) -> Iterator[Drop]:
+        """The copies that are there in ``slot`` for later ones: where each was read before."""
+        schedule = self.schedule
+        for v in self.copies:
+            for start, end in schedule.spans.get(v, ()):
+                if v not in schedule.kept and start <= slot < end:
+                    reads = [j for j in schedule.read_in[v] if start <= j < slot]
+                    yield v, reads[-1] if reads else start
+
+    def _last_resorts(self, fullest: int) -> Iterator[Move]:
+        """Let all copies go that pass the fullest slot, or forget a value that is kept for later."""
+        schedule = self.schedule
+        yield ("clear", -1, fullest)
+        for v in self.free:
+            if v in schedule.kept and any(end >= fullest for _, end in schedule.spans.get(v, ())):
+                yield ("forget", v, -1)
+
+    # -- Faster inside the budget ------------------------------------------------------------------
+
+    def fill(self, budget: int, values: Iterable[int]) -> None:
+        """Keep one value after the other where that fits."""
+        for v in values:
+            mark = self.schedule.mark()
+            if self.make(("keep", v, -1)) and self.schedule.peak > budget:
+                self.schedule.undo(mark)
+
+    def improve(self, budget: int) -> None:
+        """Keep more and let go less, most seconds saved a byte first, as long as that fits."""
+        schedule = self.schedule
+        nbytes = schedule.step.nbytes
+        ranking = Ranking(self._increases())
+        while True:
+            seconds = schedule.seconds
+
+            def gain(move: Move, seconds: float = seconds) -> float:
+                saved = seconds - schedule.seconds
+                if saved <= _EPSILON or schedule.peak > budget:
+                    return 0.0
+                return saved / max(nbytes[move[1]], 1)
+
+            move = self._take(ranking, gain)
+            if move is None:
+                return
+            self.make(move)
+
+    def _increases(self) -> Iterator[Move]:
+        schedule = self.schedule
+        for v in self.free:
+            if v not in schedule.kept:
+                yield ("keep", v, -1)
+        for v, j in sorted(schedule.useful_drops()):
+            yield ("retain", v, j)
+
+    def swap(self, budget: int) -> None:
+        """Give one kept value up for others, where that saves time."""
+        schedule = self.schedule
+        improved = True
+        while improved and not self.exhausted:
+            improved = False
+            for v in [v for v in self.free if v in schedule.kept]:
+                if self.exhausted:
+                    break
+                mark, seconds = schedule.mark(), schedule.seconds
+                schedule.remake(v)
+                self.improve(budget)
+                if schedule.peak <= budget and schedule.seconds < seconds - _EPSILON:
+                    improved = True
+                else:
+                    schedule.undo(mark)
+
+    # -- Moves ---------------------------------------------------------------------------------------
+
+    def make(self, move: Move) -> bool:
+        """Make a move; False if there is nothing to do."""
+        kind, v, j = move
+        schedule = self.schedule
+        if kind == "keep":
+            if v in schedule.kept:
+                return False
+            schedule.keep(v)
+        elif kind in ("remake", "forget"):
+            if v not in schedule.kept:
+                return False
+            (schedule.remake if kind == "remake" else schedule.forget)(v)
+        elif kind == "clear":
+            mark = schedule.mark()
+            while passing := list(self._passing(j)):  # what makes them again would stay instead
+                for w, last in passing:
+                    schedule.drop(w, last)
+            return schedule.mark() != mark
+        elif (j in schedule.dropped.get(v, ())) == (kind == "drop"):
+            return False
+        elif kind == "drop":
+            schedule.drop(v, j)
+        else:
+            schedule.retain(v, j)
+        return True
+
+    def _take(self, ranking: Ranking, gain: Callable[[Move], float]) -> Move | None:
+        """The best move by ``gain``, which is asked while the move is made."""
+
+        def judged(move: Move) -> float:
+            mark = self.schedule.mark()
+            if self.exhausted or not self.make(move):
+                return 0.0
+            self.schedule.work += 1
+            found = gain(move)
+            self.schedule.undo(mark)
+            return found
+
+        return ranking.take(judged)
+
+
+class Ranking:
+    """Lazy greedy choice: gains are looked up again only when a stale one leads.
+
+    Gains mostly shrink as more is chosen, so an old gain is mostly an upper bound.
+    Source: Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions".
+    """
+
+    def __init__(self, moves: Iterable[Move] = ()) -> None:
+        self._heap: list[tuple[float, int, Move]] = []  # by gain, then first offered
+        self._known: set[Move] = set()
+        self._offers = 0
+        self.offer(moves)
+
+    def offer(self, moves: Iterable[Move]) -> None:
+        """Add moves that are not there yet."""
+        for move in moves:
+            if move not in self._known:
+                self._known.add(move)
+                self._offers += 1
+                heapq.heappush(self._heap, (-float("inf"), self._offers, move))
+
+    def take(self, gain: Callable[[Move], float]) -> Move | None:
+        """Remove and return the move with the largest positive gain; None when there is none."""
+        fresh: set[int] = set()
+        while self._heap:
+            stale, number, move = self._heap[0]
+            if number not in fresh:
+                heapq.heapreplace(self._heap, (-gain(move), number, move))
+                fresh.add(number)
+            elif stale >= 0:
+                return None
+            else:
+                heapq.heappop(self._heap)
+                self._known.discard(move)
+                return move
+        return None

@@ -1,0 +1,77 @@
+"""Random dataflows: the planner's problem without a model."""
+
+import random
+from typing import cast
+
+from torch import fx
+
+from fxmem.dataflow import Dataflow, Operator, Value
+
+NODE = cast(fx.Node, None)  # no graph stands behind these
+
+
+def random_flow(seed: int, forward: int | None = None) -> Dataflow:
+    """A step with a few forward operators, their backward and all that the simulator knows of."""
+    rng = random.Random(f"flow {seed}")
+    forward = rng.randint(2, 12) if forward is None else forward
+    values = [Value(rng.randint(0, 9), NODE, resident=True) for _ in range(rng.randint(1, 2))]
+    operators: list[Operator] = []
+    ready = list(range(len(values)))
+    for i in range(forward):
+        operators.append(_operator(rng, i, ready, values))
+    forward_values = [v for op in operators for v in op.remakes]
+    values[forward_values[-1]].result = True
+    for v in forward_values:
+        values[v].result |= rng.random() < 0.05
+        values[v].update |= rng.random() < 0.05
+    values.append(Value(rng.randint(0, 3), NODE, tangent=True, held=rng.random() < 0.3))
+    gradients = [len(values) - 1]
+    for i in reversed(range(forward)):
+        if rng.random() < 0.2:
+            continue
+        op = operators[i]
+        wanted = {v for v in (*op.reads, *op.remakes) if values[v].producer >= 0}
+        reads = {v for v in wanted if rng.random() < 0.6} | {gradients[-1]}
+        if rng.random() < 0.2:
+            reads.add(rng.choice(gradients))
+        j = len(operators)
+        values.append(Value(rng.randint(0, 5), NODE, producer=j, gradient=rng.random() < 0.4))
+        gradients.append(len(values) - 1)
+        operators.append(
+            Operator(NODE, True, tuple(sorted(reads)), (len(values) - 1,), _workspace(rng), 1e-6)
+        )
+    if rng.random() < 0.1:
+        values[rng.choice(forward_values)].gradient = True
+    return Dataflow(operators, values, forward)
+
+
+def _operator(rng: random.Random, i: int, ready: list[int], values: list[Value]) -> Operator:
+    reads = {rng.choice(ready[-4:]) for _ in range(rng.randint(1, 3))}
+    if rng.random() < 0.2:
+        reads.add(rng.choice(ready))
+    makes = []
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        makes.append(len(values))
+        values.append(Value(rng.randint(0, 20), NODE, producer=i))
+    remakes = tuple(makes)
+    ready += makes
+    if rng.random() < 0.1:  # a statistic that only the first run returns
+        makes.append(len(values))
+        values.append(Value(rng.randint(0, 5), NODE, producer=i, update=True))
+        if rng.random() < 0.5:
+            ready.append(makes[-1])
+    return Operator(
+        NODE,
+        False,
+        tuple(sorted(reads)),
+        tuple(makes),
+        _workspace(rng),
+        rng.randint(1, 9) * 1e-6,
+        recomputable=rng.random() < 0.9,
+        rng_state=rng.choice((0, 0, 0, 4)),
+        remakes=remakes,
+    )
+
+
+def _workspace(rng: random.Random) -> int:
+    return rng.choice((0, 0, 0, rng.randint(1, 10)))
