@@ -126,8 +126,9 @@ class Planner:
         extra: Extra | None = None
         for _ in range(_CORRECTIONS):
             kept = self._whole(budget, extra)
-            yield Schedule(self.simulator, kept)
-            left_out = self._left_out(Schedule(self.simulator, kept))
+            schedule = Schedule(self.simulator, kept)
+            left_out = self._left_out(schedule)  # before a search changes it
+            yield schedule
             if extra is not None:  # half way, or two solutions take turns for ever
                 left_out = (left_out[0] + extra[0]) / 2, (left_out[1] + extra[1]) / 2
             extra = left_out

@@ -136,29 +136,22 @@ class Relaxation:
             for v in reads:
                 first.setdefault(v, j)
                 last[v] = j
-        until = dict(last)
         for i in reversed(range(flow.num_forward)):
             op = flow.operators[i]
             starts = [first[w] for w in op.makes if w in first]
             if not starts:
                 continue
             for v in op.reads:
-                if v in self.column:
-                    until[v] = max(until.get(v, 0), *starts)
-                    if v not in self.direct:
-                        first[v] = min(first.get(v, starts[0]), *starts)
-                        last[v] = max(last.get(v, 0), *starts)
+                if v in self.column and v not in self.direct:
+                    first[v] = min(first.get(v, starts[0]), *starts)
+                    last[v] = max(last.get(v, 0), *starts)
         self.first = np.array([first[v] for v in self.values], dtype=np.int64)
         self.last = np.array([last[v] for v in self.values], dtype=np.int64)
-        self.until = np.array([until[v] for v in self.values], dtype=np.int64)
 
     def _base(self) -> None:
         simulator, numbers = self.simulator, self.simulator.numbers
         forward = simulator.forward_with(frozenset())
-        live = np.cumsum(forward.live)[:-1] + self.flow.resident
-        live += np.array(forward.workspace, dtype=np.int64)
-        live[-1] += numbers.tangents
-        self.forward_base = live
+        self.forward_base = simulator.forward_bytes(forward)
         self.saved_from = np.array(
             [forward.last.get(v, forward.steps - 1) + 1 for v in self.values], dtype=np.int64
         )

@@ -382,9 +382,7 @@ class Schedule:
         """The forward's own bytes; what it saves is added by ``_add_saved``."""
         simulator = self.simulator
         self._forward: Forward = simulator.forward_with(self._extras)
-        live = np.cumsum(self._forward.live)[:-1] + self.flow.resident
-        live += np.array(self._forward.workspace, dtype=np.int64)
-        live[-1] += self.step.tangents
+        live = simulator.forward_bytes(self._forward)
         for v, spans in self.spans.items():
             if spans and spans[0][0] == _FORWARD:
                 live[self._saved_from(v) :] += self.step.saved_nbytes[v]

@@ -88,6 +88,13 @@ class Simulator:
         """Does the forward make ``v`` only if it is kept?"""
         return v in self.readable and self.flow.values[v].producer not in self._base
 
+    def forward_bytes(self, forward: Forward) -> np.ndarray:
+        """int64[forward steps]: bytes while each runs, but for what is saved for the backward."""
+        live = np.cumsum(forward.live)[:-1] + self.flow.resident
+        live += np.array(forward.workspace, dtype=np.int64)
+        live[-1] += self.numbers.tangents
+        return live
+
     def forward_with(self, extras: frozenset[int]) -> Forward:
         """The forward phase when these extra values are kept."""
         if not extras:
