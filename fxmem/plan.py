@@ -23,7 +23,7 @@ from fxmem.graph import (
     type_text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ACTIONS = ("keep", "recompute")
 _MAX_FILE_BYTES = 64 << 20
 _LARGEST = 2**63
