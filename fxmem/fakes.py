@@ -100,7 +100,7 @@ def replace_with_other_strides(node: fx.Node, other: fx.Node) -> bool:
             value = fake_value(user.target, user.args, dict(user.kwargs), new)
         except (RuntimeError, ValueError):
             return False
-        if _shows(user, new) or not _same_strides(value, user.meta.get("val")):
+        if _shows(user, new) or not same_strides(value, user.meta.get("val")):
             new[user] = value
     for user, value in new.items():
         if user is not node:
@@ -117,7 +117,8 @@ def _shows(node: fx.Node, new: dict[fx.Node, Any]) -> bool:
     return any(mine & set(_storages(i)) for i in node.all_input_nodes if i in new)
 
 
-def _same_strides(a: Any, b: Any) -> bool:
+def same_strides(a: Any, b: Any) -> bool:
+    """Are the tensors in two example values laid out alike?"""
     return [t.stride() for t in tensors_in(a)] == [t.stride() for t in tensors_in(b)]
 
 

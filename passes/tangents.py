@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxmem.fakes import replace_uses, replace_with_other_strides
+from fxmem.fakes import replace_uses, replace_with_other_strides, same_strides
 from fxmem.graph import JointGraph, is_backward, is_view, operator_name
 from fxmem.passes.base import insert_like
 from fxmem.sizes import hint
@@ -96,7 +96,7 @@ class _Zeros:
         scaled = node.kwargs.get("alpha", 1) != 1 and right is other
         if not isinstance(other, fx.Node) or negated or scaled or not _same_type(node, other):
             self._materialize(node, [zero])
-        elif _same_strides(node, other):
+        elif same_strides(node.meta["val"], other.meta["val"]):
             replace_uses(node, other)
         elif not replace_with_other_strides(node, other):
             self._materialize(node, [zero])
@@ -156,7 +156,3 @@ def _same_type(node: fx.Node, other: fx.Node) -> bool:
     mine: Any = node.meta.get("val")
     theirs: Any = other.meta.get("val")
     return mine.shape == theirs.shape and mine.dtype == theirs.dtype
-
-
-def _same_strides(node: fx.Node, other: fx.Node) -> bool:
-    return tuple(node.meta["val"].stride()) == tuple(other.meta["val"].stride())
