@@ -169,7 +169,7 @@ def decide(analysis: Analysis, options: Options) -> Planned:
         limit = budget - _LOSS_SCALARS
     choice, floor = _choose(analysis, options, limit)
     rewritten, halves, line = rewrite(analysis, choice)
-    if line.peak(analysis.graph.bindings()).nbytes != choice.outcome.peak:
+    if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
         choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
     plan = explain(analysis, options, budget, choice, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
@@ -202,6 +202,8 @@ def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, Memo
     """Apply a choice to the graph with every tangent, and time what is expected to run of it."""
     graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
     table = analysis.workspaces.calibrated(graph.module.graph, analysis.device)
+    graph = InPlacePass("forward").apply(graph)
+    table = table.calibrated(graph.module.graph, analysis.device)
     halves = split(InPlacePass().apply(graph))
     expected = split(_expected_to_run(graph, analysis.undefined))
     run = Split(halves.forward, expected.backward, halves.output_kinds, halves.num_forward_outputs)

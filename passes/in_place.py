@@ -1,4 +1,4 @@
-"""In place: a backward operator writes its result over an operand that nobody reads afterwards.
+"""In place: an operator writes its result over an operand that nobody reads afterwards.
 
 before                              after
   add = add(g1, g2)                   add = add(g1, g2, out=g1)
@@ -6,14 +6,15 @@ before                              after
   return gx                           return gx
 
 A training step is at its peak in the backward, where each of these would hold two gradients at once.
-Autograd adds up gradients in place, too.  Only gradients that the backward itself made are written
-over: never a saved tensor, a tangent or anything that the caller has or gets.
+Autograd adds up gradients in place, too.  Models that say ``relu_`` or ``+=`` do it in the forward;
+capture makes fresh memory of that, and this puts it back.  A phase writes only over what it made
+itself: never over a saved tensor in the backward, a tangent or anything that the caller has or gets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -27,8 +28,9 @@ aten = torch.ops.aten
 
 # Elementwise operators on TensorIterator, which reads an element before it writes there and accepts
 # a destination that is one of the operands: ATen/MemoryOverlap.h.  Each with the variant that takes
-# a destination, and the keyword for it.  ``mul_.Scalar`` is none: it rounds the scalar to half first.
-_DESTINATIONS: dict[Any, tuple[Any, str]] = {
+# a destination, and the keyword for it, or None if it is always the first operand.  ``mul_.Scalar``
+# is none: it rounds the scalar to half first.  ``relu.out`` is none: it copies.
+_DESTINATIONS: dict[Any, tuple[Any, str | None]] = {
     aten.add.Tensor: (aten.add.out, "out"),
     aten.sub.Tensor: (aten.sub.out, "out"),
     aten.mul.Tensor: (aten.mul.out, "out"),
@@ -37,6 +39,14 @@ _DESTINATIONS: dict[Any, tuple[Any, str]] = {
     aten.div.Scalar: (aten.div.out, "out"),
     aten.neg.default: (aten.neg.out, "out"),
     aten.where.self: (aten.where.self_out, "out"),
+    aten.elu.default: (aten.elu.out, "out"),
+    aten.gelu.default: (aten.gelu.out, "out"),
+    aten.hardtanh.default: (aten.hardtanh.out, "out"),
+    aten.leaky_relu.default: (aten.leaky_relu.out, "out"),
+    aten.relu.default: (aten.relu_.default, None),
+    aten.sigmoid.default: (aten.sigmoid.out, "out"),
+    aten.silu.default: (aten.silu.out, "out"),
+    aten.tanh.default: (aten.tanh.out, "out"),
     aten.elu_backward.default: (aten.elu_backward.grad_input, "grad_input"),
     aten.gelu_backward.default: (aten.gelu_backward.grad_input, "grad_input"),
     aten.hardtanh_backward.default: (aten.hardtanh_backward.grad_input, "grad_input"),
@@ -51,13 +61,20 @@ _DESTINATIONS: dict[Any, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class InPlacePass:
+    """phase: ``"forward"`` or ``"backward"``.
+
+    The forward's turn comes when its plan is made, for two values are one storage afterwards, and
+    before the graph is cut or loses tangents, for all its backwards read what one forward saves.
+    """
+
+    phase: Literal["forward", "backward"] = "backward"
     name: ClassVar[str] = "in_place"
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
         graph.module.graph.eliminate_dead_code()
         views = {n for n in graph.nodes if is_view(n)}
-        written = _overwritten(graph)
+        written = _overwritten(graph, backward=self.phase == "backward")
         moved = set(written)
         for node in graph.nodes:
             if node in written:
@@ -68,13 +85,13 @@ class InPlacePass:
         return graph.verified()
 
 
-def _overwritten(graph: JointGraph) -> dict[fx.Node, fx.Node]:
-    """Backward operator -> the operand that its result may take the place of."""
+def _overwritten(graph: JointGraph, backward: bool) -> dict[fx.Node, fx.Node]:
+    """Operator of one phase -> the operand that its result may take the place of."""
     last = _last_readers(graph)
-    ours = _made_in_backward(graph)
+    ours = _made_in_phase(graph, backward)
     found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.target not in _DESTINATIONS or not is_backward(node):
+        if node.target not in _DESTINATIONS or is_backward(node) != backward:
             continue
         for operand in (a for a in node.args if isinstance(a, fx.Node)):
             storages = set(storages_in(operand.meta.get("val")))
@@ -95,14 +112,14 @@ def _last_readers(graph: JointGraph) -> dict[int, fx.Node]:
     }
 
 
-def _made_in_backward(graph: JointGraph) -> set[int]:
-    """Storages of gradients: not of tangents, nor of forward values, made again or not.
+def _made_in_phase(graph: JointGraph, backward: bool) -> set[int]:
+    """Storages of what the phase makes: not of inputs or tangents, nor of values made again.
 
     torch's own operators return memory that nobody else has; others need not.
     """
     made: set[int] = set()
     for node in graph.nodes:
-        if node.op != "call_function" or not is_backward(node) or is_view(node):
+        if node.op != "call_function" or is_backward(node) != backward or is_view(node):
             continue
         if getattr(node.target, "namespace", "") == "aten" and "fxmem_origin" not in node.meta:
             made.update(storages_in(node.meta.get("val")))
@@ -123,5 +140,6 @@ def _fits(node: fx.Node, operand: fx.Node) -> bool:
 
 def _write_over(node: fx.Node, operand: fx.Node) -> None:
     node.target, keyword = _DESTINATIONS[node.target]
-    node.kwargs = {**node.kwargs, keyword: operand}
+    if keyword is not None:
+        node.kwargs = {**node.kwargs, keyword: operand}
     node.meta["val"] = operand.meta["val"]

@@ -131,6 +131,43 @@ def test_another_layout_type_or_size_stays():
     assert_expected_inline(str(written_over(graph)), """[]""")
 
 
+def test_the_forward_writes_over_what_dies_there():
+    def body(m, x):
+        h = (x @ m.w) + m.v
+        return (F.relu(h) @ m.u).sum()
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3), v=tensor(5, 3), u=tensor(3, 2))
+    assert str(InPlacePass().apply(graph)).count("out=") == 0
+    after, text = changed(graph, InPlacePass("forward"))
+    assert_expected_inline(
+        text,
+        """\
+- add: f32[5, 3] = add(mm, primals_3)
++ add: f32[5, 3] = add(mm, primals_3, out=mm)
+- relu: f32[5, 3] = relu(add)
++ relu: f32[5, 3] = relu_(add)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_the_forward_leaves_what_is_saved_returned_or_given():
+    def body(m, x):
+        given = torch.relu(x)  # x is the caller's
+        saved = torch.relu(torch.sin(given @ m.w))  # sin's operand is, its result is not
+        returned = saved @ m.u
+        return torch.tanh(returned).sum(), returned
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3), u=tensor(3, 2))
+    after, text = changed(graph, InPlacePass("forward"))
+    assert_expected_inline(
+        text,
+        """\
+- relu_1: f32[5, 3] = relu(sin)
++ relu_1: f32[5, 3] = relu_(sin)""",
+    )
+    assert_same_outputs(graph, after)
+
+
 def test_memory_of_unknown_origin_stays():
     graph = captured(lambda m, x: (x @ m.w).sin().cos().sum(), tensor(5, 4), w=tensor(4, 3))
     assert written_over(graph)
@@ -150,6 +187,14 @@ ARGUMENTS = {
     "div.Scalar": lambda t: (t(), 0.3),
     "neg": lambda t: (t(),),
     "where": lambda t: (t() > 0, t(), t()),
+    "elu": lambda t: (t(), 0.5),
+    "gelu": lambda t: (t(),),
+    "hardtanh": lambda t: (t(), -0.5, 0.5),
+    "leaky_relu": lambda t: (t(), 0.1),
+    "relu": lambda t: (t(),),
+    "sigmoid": lambda t: (t(),),
+    "silu": lambda t: (t(),),
+    "tanh": lambda t: (t(),),
     "elu_backward": lambda t: (t(), 1.0, 1.0, 1.0, False, t()),
     "gelu_backward": lambda t: (t(), t()),
     "hardtanh_backward": lambda t: (t(), t(), -0.5, 0.5),
@@ -191,7 +236,8 @@ def test_an_operator_gives_the_same_bits_without_memory(operator, dtype, layout)
     ]
     for place in places:
         given = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        sizes, got = cpu_allocations(lambda g=given, p=place: variant(*g, **{keyword: g[p]}))
+        named = {keyword: given[place]} if keyword else {}
+        sizes, got = cpu_allocations(lambda g=given, n=named: variant(*g, **n))
         assert got.data_ptr() == given[place].data_ptr()
         assert torch.equal(got, want)
         assert got.stride() == want.stride()
