@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from engine import same
+from steps import same
 from tabulate import tabulate
 from torch import Tensor
 

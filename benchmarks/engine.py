@@ -8,42 +8,26 @@ reaches on the same step, also run op by op.
 """
 
 import argparse
-import copy
 import dataclasses
 import datetime
 import json
-import statistics
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from itertools import accumulate
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import SHARES, with_ratio
+from steps import FAMILIES, HERE, SIZES, Step, alternating_seconds, same
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.backends.debugging import boxed_nop
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch.utils import _pytree as pytree
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
-
-from families import FAMILIES, SIZES, loss_of  # noqa: E402
-
-import fxmem  # noqa: E402
-from fxmem.measure import cpu_allocations, measure  # noqa: E402
+import fxmem
 
 BUDGETS = "0.9x,0.6x,0.4x,0.3x,min"
 PLENTY = "1TiB"
 EAGER = "eager"
 """The row whose budget is, in bytes, what the unchanged step was measured to peak at."""
-
-SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.0)
-"""Values of ``activation_memory_budget`` to try."""
 
 RUNS, RUNS_UNCHANGED = 7, 31
 """Timed pairs of steps, at least; more where nothing is asked, for there a few per cent matter."""
@@ -106,99 +90,6 @@ class Knob:
     @property
     def lowest(self) -> int | None:
         return min(self.peaks.values(), default=None)
-
-
-# -- One family's step -------------------------------------------------------------------------------
-
-
-class Step:
-    """A family's model and inputs on a device, to be trained unchanged or by something else."""
-
-    def __init__(self, family: str, size: str, device: str):
-        model, args, kwargs = FAMILIES[family].build(size)
-        self.family, self.device = family, device
-        self.model: nn.Module = model.to(device)
-        self.args, self.kwargs = pytree.tree_map_only(
-            Tensor, lambda t: t.to(device), (args, kwargs)
-        )
-        self.start = copy.deepcopy(self.model.state_dict())
-
-    def reset(self) -> None:
-        """Parameters, buffers, gradients and the generator as before any step."""
-        self.model.load_state_dict(self.start)
-        self.model.zero_grad(set_to_none=True)
-        torch.manual_seed(0)
-
-    def run(self, module: Callable[..., Any]) -> Any:
-        """Forward and backward; the outputs, so that they are held."""
-        outputs = module(*self.args, **self.kwargs)
-        loss_of(outputs).backward()
-        return outputs
-
-    def seen(self, module: Callable[..., Any]) -> list[Tensor | None]:
-        """Loss, gradients and buffers after one step from the start."""
-        self.reset()
-        loss = loss_of(self.run(module)).detach()
-        gradients = [p.grad for p in self.model.parameters()]
-        buffers = [b.clone() for b in self.model.buffers()]
-        self.model.zero_grad(set_to_none=True)
-        return [loss, *gradients, *buffers]
-
-    def added_peak(self, module: Callable[..., Any]) -> int:
-        """Bytes that one step holds at its peak, beyond what was there before it."""
-        self.reset()
-        if self.device == "cpu":
-            sizes, outputs = cpu_allocations(lambda: self.run(module))
-            peak = max(accumulate(sizes), default=0)
-        else:
-            measured = measure(lambda: self.run(module))
-            outputs, peak = measured.result, measured.peak - measured.at_start
-        del outputs
-        self.reset()
-        return peak
-
-    def seconds(self, module: Callable[..., Any]) -> float:
-        """Wall time of one step."""
-        self.reset()
-        self._wait()
-        began = time.perf_counter()
-        self.run(module)
-        self._wait()
-        return time.perf_counter() - began
-
-    def _wait(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-
-
-def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
-    """Bitwise equality, tensor by tensor; None equals None."""
-    return all(
-        a is b if a is None or b is None else torch.equal(a, b)
-        for a, b in zip(left, right, strict=True)
-    )
-
-
-def alternating_seconds(
-    step: Step, module: nn.Module, runs: int, seconds: float = 0.0
-) -> tuple[float, float]:
-    """Eager's median seconds, and the median ratio of the module's seconds to eager's beside them.
-
-    At least ``runs`` pairs, and more until ``seconds`` have passed.  Each goes first in every other
-    pair, because the second one finds other caches.
-    """
-    pairs: list[tuple[float, float]] = []
-    began = time.perf_counter()
-    while len(pairs) < runs or time.perf_counter() - began < seconds:
-        if len(pairs) % 2:
-            planned, eager = step.seconds(module), step.seconds(step.model)
-        else:
-            eager, planned = step.seconds(step.model), step.seconds(module)
-        pairs.append((eager, planned))
-    return (
-        statistics.median(eager for eager, _ in pairs),
-        statistics.median(planned / eager for eager, planned in pairs),
-    )
 
 
 # -- Under a budget ----------------------------------------------------------------------------------
@@ -266,20 +157,6 @@ def rows_of(step: Step, budgets: list[str]) -> Iterator[Row]:
 # -- torch's own ratio -------------------------------------------------------------------------------
 
 
-def knob_peak(step: Step, share: float, resident: int) -> int:
-    """The measured peak of the compiled step, op by op, at one ``activation_memory_budget``."""
-    torch._dynamo.reset()
-    backend = aot_autograd(
-        fw_compiler=boxed_nop,
-        bw_compiler=boxed_nop,
-        partition_fn=min_cut_rematerialization_partition,
-    )
-    with torch._functorch.config.patch(activation_memory_budget=share):
-        module = torch.compile(step.model, backend=backend)
-        step.seen(module)
-        return step.added_peak(module) + resident
-
-
 def knob_of(step: Step, rows: list[Row]) -> Knob | None:
     """All shares on one family; None if its rows failed, for then nothing is there to compare."""
     done = [row for row in rows if row.error is None]
@@ -289,10 +166,11 @@ def knob_of(step: Step, rows: list[Row]) -> Knob | None:
     knob = Knob(step.family, {}, {}, resident, eager_peak, smallest_of(done))
     for share in SHARES:
         try:
-            knob.peaks[f"{share:g}"] = knob_peak(step, share, resident)
+            with with_ratio(step, share) as module:
+                step.seen(module)
+                knob.peaks[f"{share:g}"] = step.added_peak(module) + resident
         except Exception as error:
             knob.errors[f"{share:g}"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    torch._dynamo.reset()
     return knob
 
 

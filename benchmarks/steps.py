@@ -1,0 +1,127 @@
+"""One training step, unchanged or as a peer or fxmem runs it: its bits, its peak, its time, its FLOPs."""
+
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+
+from families import FAMILIES, SIZES, loss_of  # noqa: E402
+
+from fxmem.measure import cpu_allocations, measure  # noqa: E402
+
+__all__ = ["FAMILIES", "HERE", "SIZES", "Step", "alternating_seconds", "same"]
+
+
+class Step:
+    """A family's model and inputs on a device, to be trained unchanged or by something else."""
+
+    def __init__(self, family: str, size: str, device: str):
+        model, args, kwargs = FAMILIES[family].build(size)
+        self.family, self.device = family, device
+        self.model: nn.Module = model.to(device)
+        self.args, self.kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t.to(device), (args, kwargs)
+        )
+        self.start = copy.deepcopy(self.model.state_dict())
+
+    def reset(self) -> None:
+        """Parameters, buffers, gradients and the generator as before any step."""
+        self.model.load_state_dict(self.start)
+        self.model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+
+    def run(self, module: Callable[..., Any]) -> Any:
+        """Forward and backward; the outputs, so that they are held."""
+        outputs = module(*self.args, **self.kwargs)
+        loss_of(outputs).backward()
+        return outputs
+
+    def seen(self, module: Callable[..., Any]) -> list[Tensor | None]:
+        """Loss, gradients and buffers after one step from the start."""
+        self.reset()
+        loss = loss_of(self.run(module)).detach()
+        gradients = [p.grad for p in self.model.parameters()]
+        buffers = [b.clone() for b in self.model.buffers()]
+        self.model.zero_grad(set_to_none=True)
+        return [loss, *gradients, *buffers]
+
+    def added_peak(self, module: Callable[..., Any]) -> int:
+        """Bytes that one step holds at its peak, beyond what was there before it."""
+        self.reset()
+        if self.device == "cpu":
+            sizes, outputs = cpu_allocations(lambda: self.run(module))
+            peak = max(accumulate(sizes), default=0)
+        else:
+            measured = measure(lambda: self.run(module))
+            outputs, peak = measured.result, measured.peak - measured.at_start
+        del outputs
+        self.reset()
+        return peak
+
+    def flops(self, module: Callable[..., Any]) -> int:
+        """Floating-point operations of matrix products, convolutions and attention in one step."""
+        self.reset()
+        with FlopCounterMode(display=False) as counter:
+            self.run(module)
+        self.reset()
+        return counter.get_total_flops()
+
+    def seconds(self, module: Callable[..., Any]) -> float:
+        """Wall time of one step."""
+        self.reset()
+        self._wait()
+        began = time.perf_counter()
+        self.run(module)
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+
+def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
+    """Bitwise equality, tensor by tensor; None equals None."""
+    return all(
+        a is b if a is None or b is None else torch.equal(a, b)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def alternating_seconds(
+    step: Step,
+    module: Callable[..., Any],
+    runs: int,
+    seconds: float = 0.0,
+    unchanged: Step | None = None,
+) -> tuple[float, float]:
+    """Eager's median seconds, and the median ratio of the module's seconds to eager's beside them.
+
+    At least ``runs`` pairs, and more until ``seconds`` have passed.  Each goes first in every other
+    pair, because the second one finds other caches.  ``unchanged``: where to run eager, if not here.
+    """
+    eager_step = unchanged or step
+    pairs: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while len(pairs) < runs or time.perf_counter() - began < seconds:
+        if len(pairs) % 2:
+            planned, eager = step.seconds(module), eager_step.seconds(eager_step.model)
+        else:
+            eager, planned = eager_step.seconds(eager_step.model), step.seconds(module)
+        pairs.append((eager, planned))
+    return (
+        statistics.median(eager for eager, _ in pairs),
+        statistics.median(planned / eager for eager, planned in pairs),
+    )
