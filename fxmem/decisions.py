@@ -47,7 +47,7 @@ def explain(
         floor=floor,
         seconds=flow.seconds,
         added_seconds=choice.outcome.seconds,
-        gap=0.0 if not choice.outcome.recomputed else None,
+        gap=_gap(flow, choice),
         decisions=tuple(_decisions(analysis, choice)),
         symbols=symbols,
         valid_for={name: (min(size, 2), size) for name, size in symbols.items()},
@@ -59,6 +59,14 @@ def explain(
         torch_version=torch.__version__,
         cost_model=analysis.cost.name,
     )
+
+
+def _gap(flow: Dataflow, choice: Choice) -> float | None:
+    """How much longer the step takes than the bound of every plan's says, as a share of that."""
+    added = choice.outcome.seconds
+    if choice.bound is None:
+        return None if added else 0.0
+    return (added - choice.bound) / (flow.seconds + choice.bound)
 
 
 # -- One decision for each value that the backward needs ---------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -228,7 +228,7 @@ def _settle(
         again = analysis.planner.fit(target)
         if again is None:
             break
-        choice = again
+        choice = replace(again, bound=choice.bound)  # which is of the budget that was asked for
     return choice, graph, halves, line
 
 

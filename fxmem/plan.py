@@ -90,8 +90,10 @@ class Plan:
     asked: the budget as the user wrote it.  baseline_peak: of the user's step as it is today.
     keep_all_peak: of the captured step with everything saved.  resident: parameters, buffers,
     inputs.  floor: smallest peak that a plan was shown to reach, or None where nobody looked.
-    predicted_overhead: added time / unchanged time.  gap: bound on the distance to the optimum, or
-    None.  symbols: name -> value in the example.  valid_for: symbol -> (smallest, largest) size.
+    predicted_overhead: added time / unchanged time.  gap: the step's time over a lower bound on any
+    plan's, less 1: of all plans that fit, run the backward in this order and hold what is saved
+    until its last reader; None where nobody looked.  symbols: name -> value in the example.
+    valid_for: symbol -> (smallest, largest) size.
     """
 
     budget: int

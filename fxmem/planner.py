@@ -1,35 +1,42 @@
 """The planner: which forward values to keep so that the simulated peak fits and little is made again.
 
-A linear program says which values are worth their bytes; its solution, made whole, is a first
-choice.  Local search over the incremental simulator takes it into the budget and then makes it as
-fast as it gets there.  Where bytes are so tight that this fails, the search starts again from
-choices that let every copy go at once.  Deterministic: ties fall to graph order, limits count
-simulated work.
+A linear program bounds the time that any plan adds; its solution, made whole, is a first choice.
+Local search over the incremental simulator takes it into the budget and then makes it as fast as it
+gets there.  Where bytes are so tight that this fails, the search starts again from choices that let
+every copy go at once.  Deterministic: ties fall to graph order, limits count simulated work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from fxmem.dataflow import Dataflow
-from fxmem.relaxation import Extra, Relaxation
+from fxmem.relaxation import Program, Relaxation, Relaxed
 from fxmem.schedule import Schedule
 from fxmem.search import Search
 from fxmem.simulate import Drop, Outcome, Simulator
 
-_CORRECTIONS = 4
-"""Linear programs tried for one budget; each knows the bytes that the one before left out."""
+_SHARES = (0.5, 0.3, 0.7)
+"""What a share in the linear program's solution must exceed to count as all."""
+
+_CORRECTIONS = 3
+"""Programs tried for one budget; each knows the bytes that the one before left out."""
+
+_CLOSE = 0.002
+"""Of the unchanged step's time: how near its bound a plan is good enough."""
 
 _SHORT = 20_000
 """Operators made again in all slots: up to here a search may start from nothing kept."""
 
-
 _FEW = 100
 """Values among which there is time for all ways to start."""
+
+_CUTS_BELOW = 8
+"""In linear programs that only say where to start looking for the smallest peak."""
 
 _PATIENCE = 6
 """How much longer a search may take that looks for the smallest peak."""
@@ -37,11 +44,15 @@ _PATIENCE = 6
 
 @dataclass(frozen=True)
 class Choice:
-    """What to keep, which remade copies to let go before their last reader, and what it leads to."""
+    """What to keep, which remade copies to let go before their last reader, and what it leads to.
+
+    bound: seconds that every plan adds at the budget that was asked for, None if nobody looked.
+    """
 
     kept: frozenset[int]
     drops: frozenset[Drop]
     outcome: Outcome
+    bound: float | None = None
 
     @property
     def rank(self) -> tuple[float, int]:
@@ -84,17 +95,14 @@ class Planner:
         """The fastest choice found that peaks at or below ``budget`` bytes; None if none was."""
         unchanged = self.keep_all()
         if unchanged.outcome.peak <= budget:
-            return unchanged
-        found = list(self._fitting(self._relaxed(budget), budget))
-        if len(self.free) <= _FEW:
-            found += self._fitting(self._extremes(), budget)
-        if not found or len(self.free) <= _FEW:
-            found += self._fitting(self._tight(budget), budget)
-        if not found:
+            return replace(unchanged, bound=0.0)
+        program = self.relaxation.program(budget)
+        if not program.feasible:
             return None
-        best = min(found, key=lambda s: (s.seconds, s.peak))
-        self._search(best).swap(budget)
-        return self._chosen(best)
+        best = self._fastest(program, budget)
+        if best is None:
+            return None
+        return replace(self._chosen(best), bound=min(program.bound, best.seconds))
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
@@ -121,17 +129,38 @@ class Planner:
     def relaxation(self) -> Relaxation:
         return Relaxation(self.simulator, self.must_keep, self.must_remake)
 
-    def _relaxed(self, budget: int) -> Iterator[Schedule]:
-        """Whole solutions of the linear program; copies stay until their last reader."""
-        extra: Extra | None = None
+    def _starts(self, program: Program, budget: int) -> Iterator[Schedule]:
+        """Where to search from, the most promising first."""
+        relaxed = program.relaxed()
+        yield from (self._whole(relaxed, share) for share in _SHARES)
+        yield from self._corrected(program, budget)
+        if len(self.free) <= _FEW:
+            yield from self._extremes()
+        yield from self._tight(relaxed, budget)
+
+    def _corrected(self, program: Program, budget: int) -> Iterator[Schedule]:
+        """Solutions in whole numbers; each program knows where the one before it did not fit."""
+        schedule = self._whole(program.relaxed())
+        extra = np.zeros(len(self.simulator.read_by_backward), dtype=np.int64)
         for _ in range(_CORRECTIONS):
-            kept = self._whole(budget, extra)
-            schedule = Schedule(self.simulator, kept)
-            left_out = self._left_out(schedule)  # before a search changes it
-            yield schedule
-            if extra is not None:  # half way, or two solutions take turns for ever
-                left_out = (left_out[0] + extra[0]) / 2, (left_out[1] + extra[1]) / 2
-            extra = left_out
+            peaks = schedule.slot_peaks()
+            extra = np.maximum(extra, schedule.transients())
+            full = [int(j) for j in np.argsort(-peaks, kind="stable")[:3] if peaks[j] > budget]
+            if not program.tighten(extra, full):
+                return
+            schedule = self._whole(program.whole())
+            yield Schedule(self.simulator, schedule.kept, schedule.drops())
+
+    def _whole(self, relaxed: Relaxed, share: float = 0.5) -> Schedule:
+        """Keep what has more than ``share``; let copies go that are not there at a cut."""
+        kept = {v for v, kept in relaxed.kept.items() if kept > share}
+        schedule = Schedule(self.simulator, kept | self.must_keep)
+        for slot, there in relaxed.there:
+            gone = [v for v, share_there in there.items() if share_there <= share]
+            for drop in schedule.passing(slot, gone):
+                schedule.drop(*drop)
+        schedule.commit()
+        return schedule
 
     def _extremes(self) -> Iterator[Schedule]:
         """Everything kept that is read, and nothing; and what peaks lowest."""
@@ -139,9 +168,9 @@ class Planner:
         yield Schedule(self.simulator, self.must_keep)
         yield Schedule(self.simulator, self._lowest.kept, self._lowest.drops())
 
-    def _tight(self, budget: int) -> Iterator[Schedule]:
+    def _tight(self, relaxed: Relaxed, budget: int) -> Iterator[Schedule]:
         """Choices whose copies are let go at once; last of all one that keeps nothing."""
-        kept = self._whole(budget, None)
+        kept = self._whole(relaxed).kept
         yield Schedule(self.simulator, kept)
         yield Schedule(self.simulator, kept, self._all_drops(kept))
         drops = self._all_drops(self.must_keep)
@@ -150,20 +179,7 @@ class Planner:
             self._search(schedule).fill(budget, sorted(kept))
             yield schedule
 
-    def _whole(self, budget: int, extra: Extra | None) -> frozenset[int]:
-        shares = self.relaxation.solve(budget, extra).kept
-        return frozenset(v for v, share in shares.items() if share > 0.5) | self.must_keep
-
-    def _left_out(self, schedule: Schedule) -> Extra:
-        """The bytes of a schedule that the linear program does not see, by step and slot."""
-        needed = {v for v, slots in schedule.read_in.items() if slots}
-        forward, slots = self.relaxation.modelled(schedule.kept & needed, needed)
-        peaks = schedule.forward_peaks()
-        if len(peaks) != len(forward):  # the forward makes more than it does for its results
-            peaks = forward
-        return peaks - forward, schedule.slot_peaks() - slots
-
-    def _all_drops(self, kept: frozenset[int]) -> list[Drop]:
+    def _all_drops(self, kept: Set[int]) -> list[Drop]:
         """Every copy goes after the slot that makes it."""
         everything = kept | self.simulator.always_kept
         numbers, drops = self.simulator.numbers, []
@@ -185,6 +201,21 @@ class Planner:
         return drops
 
     # -- Searches ------------------------------------------------------------------------------------
+
+    def _fastest(self, program: Program, budget: int) -> Schedule | None:
+        """The fastest schedule found; the search ends early when none can be much faster."""
+        best: Schedule | None = None
+        close = program.bound + _CLOSE * self.flow.seconds
+        for schedule in self._fitting(self._starts(program, budget), budget):
+            if best is None or (schedule.seconds, schedule.peak) < (best.seconds, best.peak):
+                best = schedule
+            if best.seconds <= close:
+                return best
+        if best is not None:
+            self._search(best).swap(budget)
+            if len(self.free) <= _FEW:
+                self._search(best).exchange(budget)
+        return best
 
     def _fitting(self, starts: Iterable[Schedule], budget: int) -> Iterator[Schedule]:
         for schedule in starts:
@@ -210,11 +241,15 @@ class Planner:
 
     def _below(self, budget: int, best: Schedule) -> Schedule | None:
         """A schedule that fits, from what was found last or from a new start."""
-        kept = self._whole(budget, None)
+        program = self.relaxation.program(budget, _CUTS_BELOW)
+        if not program.feasible:
+            return None
+        whole = self._whole(program.relaxed())
         starts: list[tuple[Iterable[int], Iterable[Drop]]] = [
             (best.kept, best.drops()),
-            (kept, ()),
-            (kept, self._all_drops(kept)),
+            (whole.kept, whole.drops()),
+            (whole.kept, ()),
+            (whole.kept, self._all_drops(whole.kept)),
         ]
         if len(drops := self._all_drops(self.must_keep)) <= _SHORT:
             starts.append((self.must_keep, drops))

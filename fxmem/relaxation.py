@@ -1,250 +1,516 @@
-"""The planner's problem as a linear program: how much of each value to keep, and what memory is worth.
+"""The planner's problem as a linear program: what to keep, what to make again and when.
 
-For each forward value v that the backward may need, ``kept[v]`` and ``needed[v]``, and for each
-forward operator o, ``again[o]``, all between 0 and 1:
+The backward is cut at a few of its operators into segments:
 
-    minimise    sum of seconds[o] * again[o]
-    where       again[o] >= needed[v] - kept[v]     for what o makes
-                needed[v] >= again[o]               for what o reads
-                needed[v] = 1                       for what a backward operator reads
-                bytes at every step <= budget
+    kept[v]        v is saved in the forward
+    made[s, o]     forward operator o runs again in segment s
+    there[c, v]    v is in memory while the operator of cut c runs
 
-Bytes at a step: what no choice changes, what is kept over it, and what is made again and still
-read.  Rows for bytes are added where a solution breaks them.  Without the rows it is a minimum
-cut; its shares are nearly all 0 or 1.  Solved by HiGHS.
+    minimise  sum of seconds[o] * made[s, o]
+    where     for o that makes v, and c, c' the cuts before and after segment s,
+              made[s, r] <= there[c, v] + made[s, o]     for what reads v,
+              1 <= there[c, v] + made[s, o]              if a backward operator of s reads v,
+              there[c', v] <= there[c, v] + made[s, o],
+              kept[v] <= there[c, v]                     if a backward operator reads v after c;
+              bytes that are there at each cut, and kept at each forward step, <= budget
+
+Each plan that runs the forward once and the backward in this order, and holds what it saved until
+its last reader, satisfies that, whatever it makes again and whenever: the optimum is a lower bound
+on the time that a plan adds, and no solution means that there is no plan.  Cuts are made where a solution breaks the budget.  What holds for a
+segment holds for several in a row; that is added where a solution breaks it, too.  The solution
+says what to start a search from.
+
+Source: Checkmate (Jain et al. 2020, arXiv:1910.02653), with segments in place of its stages, one
+for each operator.  Solved by HiGHS.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import highspy
 import numpy as np
 
 from fxmem.simulate import Simulator
 
-_ROUNDS = 40
-_ROWS_A_ROUND = 12
+CUTS = 12
+"""At most: more make the bound better, and the program larger."""
+
+_CUTS_A_ROUND = 3
+_ROWS_A_ROUND = 8
+_STRETCHES_A_ROUND = 6
+_ROUNDS = 30
 _TOLERANCE = 1e-3
 """Of the budget: how far above it a solution may be."""
+
+_COLUMNS = 12_000
+"""No more cuts in programs that are larger: solving them takes long and they hardly change."""
+
+_SMALL = 1_500
+"""Columns up to which a program is solved in whole numbers with nothing fixed."""
+
+_MIDDLE = 6_000
+"""And columns up to which it is solved in whole numbers at all."""
+
+_NODES = 20
+_WHOLE_GAP = 0.1
+"""Where a solution of whole numbers is good enough: percent of the unchanged step's time."""
+
+_EPSILON = 1e-6
+_PENALTY = 100.0
+"""Price of missing the budget by all of it, in times of the unchanged step."""
+
+NOWHERE = -1
+"""In place of a column: the number is zero."""
 
 
 @dataclass(frozen=True)
 class Relaxed:
-    """kept: share of each value.  seconds: of recomputation.  overflow: bytes by which it misses."""
+    """kept: share of each value.  there: (slot, share of each value while its operator runs)."""
 
     kept: dict[int, float]
-    seconds: float
-    overflow: float
-
-
-Extra = tuple[np.ndarray, np.ndarray]
-"""Bytes by forward step, and by slot."""
+    there: tuple[tuple[int, dict[int, float]], ...]
 
 
 class Relaxation:
-    """The linear program of one dataflow; budgets may be tried one after another."""
+    """One dataflow as arrays, over the values that the backward may need and what makes them."""
 
     def __init__(
         self, simulator: Simulator, must_keep: frozenset[int], must_remake: frozenset[int]
     ) -> None:
-        self.simulator = simulator
-        self.flow = simulator.flow
+        flow, numbers = simulator.flow, simulator.numbers
+        self.seconds_unchanged = flow.seconds
         self.values = sorted(simulator.readable)
-        self.column = {v: n for n, v in enumerate(self.values)}
-        self.direct = simulator.directly_read()
-        self._zones()
-        self.solver = highspy.Highs()
-        self.solver.setOptionValue("output_flag", False)
-        self.solver.setOptionValue("threads", 1)
-        self._columns(must_keep, must_remake)
-        self._dependencies()
-        self._base()
-        self.rows: list[tuple[str, int]] = []
-
-    # -- Columns: needed[v], kept[v], again[o], and one for missing the budget ----------------------------
-
-    def _columns(self, must_keep: frozenset[int], must_remake: frozenset[int]) -> None:
-        size = len(self.values)
-        always = self.simulator.always_kept | must_keep
-        operators = sorted({self.flow.values[v].producer for v in self.values})
-        self.again = {i: 2 * size + n for n, i in enumerate(operators)}
-        self.missing = 2 * size + len(operators)
-        cost = np.zeros(self.missing + 1)
-        lower, upper = np.zeros(self.missing + 1), np.ones(self.missing + 1)
-        for n, v in enumerate(self.values):
-            lower[n] = v in self.direct
-            if v in always:
-                lower[size + n] = 1
-            elif v in must_remake:
-                upper[size + n] = 0
-        for i, n in self.again.items():
-            cost[n] = self.flow.operators[i].seconds
-        self.scale = 1.0 / max(cost.sum(), 1e-12)
-        cost *= 100 * self.scale
-        cost[self.missing] = 1e3
-        upper[self.missing] = highspy.kHighsInf
-        none = np.zeros(0)
-        self.solver.addCols(
-            len(cost),
-            cost,
-            lower,
-            upper,
-            0,
-            np.zeros(len(cost), np.int32),
-            none.astype(np.int32),
-            none,
+        self.slots = len(numbers.reads)
+        at = {v: n for n, v in enumerate(self.values)}
+        fixed = simulator.always_kept
+        operators = sorted({flow.values[v].producer for v in self.values if v not in fixed})
+        number = {i: k for k, i in enumerate(operators)}
+        self.seconds = np.array([flow.operators[i].seconds for i in operators])
+        self.maker = np.array(
+            [NOWHERE if v in fixed else number[flow.values[v].producer] for v in self.values],
+            dtype=np.int64,
         )
-
-    def _dependencies(self) -> None:
-        size = len(self.values)
-        rows: list[tuple[int, ...]] = []
-        signs: list[tuple[float, ...]] = []
-        for n, v in enumerate(self.values):
-            i = self.flow.values[v].producer
-            rows.append((self.again[i], size + n, n))
-            signs.append((1.0, 1.0, -1.0))
-        for i, a in self.again.items():
-            for v in self.flow.operators[i].reads:
-                if v in self.column and v not in self.direct:
-                    rows.append((self.column[v], a))
-                    signs.append((1.0, -1.0))
-        self._add_rows([0.0] * len(rows), [highspy.kHighsInf] * len(rows), rows, signs)
-
-    def _add_rows(
-        self,
-        lower: list[float],
-        upper: list[float],
-        columns: list[tuple[int, ...]],
-        numbers: list[tuple[float, ...]],
-    ) -> None:
-        starts = np.cumsum([0, *map(len, columns)])[:-1].astype(np.int32)
-        flat = np.array([c for row in columns for c in row], dtype=np.int32)
-        values = np.array([x for row in numbers for x in row], dtype=np.float64)
-        self.solver.addRows(
-            len(lower), np.array(lower), np.array(upper), len(flat), starts, flat, values
+        self.reads = [[at[v] for v in flow.operators[i].reads if v in at] for i in operators]
+        self.makes: list[list[int]] = [[] for _ in operators]
+        for n, k in enumerate(self.maker):
+            if k != NOWHERE:
+                self.makes[k].append(n)
+        self.read_at: list[list[int]] = [[] for _ in self.values]
+        for j, slot in enumerate(numbers.reads):
+            for v in slot:
+                if v in at:
+                    self.read_at[at[v]].append(j)
+        self.last_read = np.array(
+            [slots[-1] if slots else -1 for slots in self.read_at], dtype=np.int64
         )
-
-    # -- Bytes ---------------------------------------------------------------------------------------------
-
-    def _zones(self) -> None:
-        """When each value is read, if it is made again just in time: first and last slot."""
-        flow = self.flow
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
-        for j, reads in enumerate(self.simulator.read_by_backward):
-            for v in reads:
-                first.setdefault(v, j)
-                last[v] = j
-        for i in reversed(range(flow.num_forward)):
-            op = flow.operators[i]
-            starts = [first[w] for w in op.makes if w in first]
-            if not starts:
-                continue
-            for v in op.reads:
-                if v in self.column and v not in self.direct:
-                    first[v] = min(first.get(v, starts[0]), *starts)
-                    last[v] = max(last.get(v, 0), *starts)
-        self.first = np.array([first[v] for v in self.values], dtype=np.int64)
-        self.last = np.array([last[v] for v in self.values], dtype=np.int64)
-
-    def _base(self) -> None:
-        simulator, numbers = self.simulator, self.simulator.numbers
+        self.nbytes = np.array([numbers.saved_nbytes[v] for v in self.values], dtype=np.float64)
+        always = (fixed | must_keep) & simulator.directly_read()  # what nobody reads is not saved
+        self.least_kept = np.array([float(v in always) for v in self.values])
+        self.most_kept = np.array([float(v not in must_remake) for v in self.values])
         forward = simulator.forward_with(frozenset())
-        self.forward_base = simulator.forward_bytes(forward)
+        self.forward_base = simulator.forward_bytes(forward).astype(np.float64)
         self.saved_from = np.array(
             [forward.last.get(v, forward.steps - 1) + 1 for v in self.values], dtype=np.int64
         )
-        self.slot_base = np.maximum(numbers.static_at, numbers.static_before)
-        self.unit = float(max(self.forward_base.max(), self.slot_base.max(initial=0), 1))
-        self.nbytes = np.array([self.flow.values[v].nbytes for v in self.values], dtype=np.float64)
-        self.saved = np.array([numbers.saved_nbytes[v] for v in self.values], dtype=np.float64)
+        self.slot_base = np.array(numbers.static_at, dtype=np.float64)
 
-    def _bytes(self, needed: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes at each forward step and in each slot."""
-        saved = kept * self.saved
-        forward = np.zeros(len(self.forward_base) + 1)
-        np.add.at(forward, self.saved_from, saved)
-        slots = np.zeros(len(self.slot_base) + 1)
-        slots[0] = saved.sum()
-        np.subtract.at(slots, self.first, saved)
-        here = needed * self.nbytes
-        np.add.at(slots, self.first, here)
-        np.subtract.at(slots, self.last + 1, here)
-        return (
-            self.forward_base + np.cumsum(forward)[:-1],
-            self.slot_base + np.cumsum(slots)[:-1],
+    @cached_property
+    def edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """(value, operator that reads it)."""
+        pairs = [(n, k) for k, reads in enumerate(self.reads) for n in reads]
+        found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
+
+    @cached_property
+    def direct(self) -> tuple[np.ndarray, np.ndarray]:
+        """(value, slot that reads it)."""
+        pairs = [(n, j) for n, slots in enumerate(self.read_at) for j in slots]
+        found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
+
+    @cached_property
+    def last_use(self) -> tuple[np.ndarray, np.ndarray]:
+        """The last slot that may need each value, and each operator: -1 for none."""
+        value = self.last_read.copy()
+        operator = np.full(len(self.reads), -1, dtype=np.int64)
+        for k in reversed(range(len(self.reads))):
+            operator[k] = max(value[n] for n in self.makes[k])
+            for n in self.reads[k]:
+                value[n] = max(value[n], operator[k])
+        return value, operator
+
+    def read_between(self, first: int, last: int) -> np.ndarray:
+        """Values that a slot from ``first`` to ``last`` reads."""
+        values, slots = self.direct
+        return np.unique(values[(first <= slots) & (slots <= last)])
+
+    def program(self, budget: int, cuts: int = CUTS) -> Program:
+        """The linear program at a budget of so many bytes, with so many cuts at most."""
+        return Program(self, budget, cuts)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Slots in a row, and the columns of what is there before and after, and of what they make."""
+
+    first: int
+    last: int
+    before: np.ndarray
+    after: np.ndarray
+    made: np.ndarray
+
+
+class Program:
+    """The linear program at one budget: grows where its solution breaks what it does not say yet.
+
+    bound: seconds that every plan at the budget adds.  feasible: False if there is none.  Both speak
+    of the budget as it was asked for; ``tighten`` makes the program stricter, to start from it.
+    """
+
+    def __init__(self, problem: Relaxation, budget: int, cuts: int) -> None:
+        self.problem, self.budget = problem, float(max(budget, 1))
+        self.forward_room = self.budget - problem.forward_base
+        self.slot_room = self.budget - problem.slot_base
+        self.price = 100.0 / max(problem.seconds_unchanged, 1e-12)
+        self.solver = highspy.Highs()
+        self.solver.setOptionValue("output_flag", False)
+        self.solver.setOptionValue("threads", 1)
+        self.solver.setOptionValue("mip_max_nodes", _NODES)
+        self.solver.setOptionValue("mip_abs_gap", _WHOLE_GAP)
+        self.solver.setOptionValue("mip_rel_gap", 0.0)
+        self.columns = 0
+        self.most_cuts = cuts
+        self.cuts: dict[int, int] = {}  # slot -> its row of bytes
+        everything = np.ones(len(problem.values), dtype=bool)
+        self.kept = self._add_columns(everything, problem.least_kept, problem.most_kept)
+        one = np.ones(1, dtype=bool)
+        self.missing = int(
+            self._add_columns(one, upper=np.full(1, highspy.kHighsInf), cost=100 * _PENALTY)[0]
+        )
+        nothing = np.full(len(problem.values), NOWHERE)
+        self.segments = [self._segment(0, problem.slots - 1, self.kept, nothing)]
+        self.full_forward: set[int] = set()
+        self.stretches: set[tuple[int, int]] = set()
+        self.solution = np.zeros(0)
+        self.objective = 0.0
+        self._solve()
+        self.bound = max(0.0, self._seconds() - _EPSILON * problem.seconds_unchanged)
+        self.feasible = bool(self.solution[self.missing] <= _EPSILON)
+
+    # -- Growing ---------------------------------------------------------------------------------------
+
+    def _add_columns(
+        self,
+        which: np.ndarray,
+        lower: np.ndarray | float = 0.0,
+        upper: np.ndarray | float = 1.0,
+        cost: np.ndarray | float = 0.0,
+    ) -> np.ndarray:
+        """A column for each place that is asked for; the others get ``NOWHERE``."""
+        size = int(which.sum())
+        none = np.zeros(0)
+        self.solver.addCols(
+            size,
+            np.broadcast_to(cost, which.shape)[which].astype(np.float64),
+            np.broadcast_to(lower, which.shape)[which].astype(np.float64),
+            np.broadcast_to(upper, which.shape)[which].astype(np.float64),
+            0,
+            np.zeros(size, np.int32),
+            none.astype(np.int32),
+            none,
+        )
+        found = np.full(len(which), NOWHERE)
+        found[which] = np.arange(self.columns, self.columns + size)
+        self.columns += size
+        return found
+
+    def _add_rows(
+        self, columns: list[np.ndarray], signs: list[float], lower: float, upper: float
+    ) -> None:
+        """Rows of few terms: one array of columns for each term, ``NOWHERE`` for none."""
+        table = np.stack(columns, axis=1)
+        there = table != NOWHERE
+        counts = there.sum(axis=1)
+        size = len(table)
+        if size:
+            self.solver.addRows(
+                size,
+                np.full(size, lower),
+                np.full(size, upper),
+                int(counts.sum()),
+                (np.cumsum(counts) - counts).astype(np.int32),
+                table[there].astype(np.int32),
+                np.broadcast_to(np.array(signs), table.shape)[there],
+            )
+
+    def _add_bytes(self, columns: np.ndarray, nbytes: np.ndarray, room: float) -> None:
+        some = (columns != NOWHERE) & (nbytes > 0)
+        indices = np.append(columns[some], self.missing).astype(np.int32)
+        numbers = np.append(nbytes[some] / self.budget, -1.0)
+        room /= self.budget
+        self.solver.addRow(-highspy.kHighsInf, room, len(indices), indices, numbers)
+
+    def _made(self, first: int) -> np.ndarray:
+        return self._add_columns(
+            self.problem.last_use[1] >= first, cost=self.problem.seconds * self.price
         )
 
-    def _row(self, phase: str, at: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        size = len(self.values)
-        if phase == "forward":
-            here = np.flatnonzero((self.saved_from <= at) & (self.saved > 0))
-            columns, numbers = size + here, self.saved[here]
-        else:
-            kept = np.flatnonzero((self.first > at) & (self.saved > 0))
-            alive = np.flatnonzero((self.first <= at) & (at <= self.last) & (self.nbytes > 0))
-            columns = np.concatenate([size + kept, alive])
-            numbers = np.concatenate([self.saved[kept], self.nbytes[alive]])
-        columns = np.append(columns, self.missing)
-        numbers = np.append(numbers / self.unit, -1.0)
-        return tuple(columns.tolist()), tuple(numbers.tolist())
+    def _segment(self, first: int, last: int, before: np.ndarray, after: np.ndarray) -> _Stretch:
+        stretch = _Stretch(first, last, before, after, self._made(first))
+        self._add_stretch(stretch)
+        return stretch
 
-    # -- Solving -------------------------------------------------------------------------------------------
+    def _add_stretch(self, stretch: _Stretch) -> None:
+        """What must be there or made: for the backward, for what is made, for what comes after."""
+        problem, before, made = self.problem, stretch.before, stretch.made
+        maker = problem.maker
+        remade = np.where(maker == NOWHERE, NOWHERE, made[maker])
+        infinite = highspy.kHighsInf
+        read = problem.read_between(stretch.first, stretch.last)
+        self._add_rows([before[read], remade[read]], [1, 1], 1.0, infinite)
+        later = np.flatnonzero(stretch.after != NOWHERE)
+        self._add_rows(
+            [before[later], remade[later], stretch.after[later]], [1, 1, -1], 0.0, infinite
+        )
+        values, readers = problem.edges
+        some = made[readers] != NOWHERE
+        values, readers = values[some], readers[some]
+        self._add_rows([before[values], remade[values], made[readers]], [1, 1, -1], 0.0, infinite)
 
-    def solve(self, budget: int, extra: Extra | None = None) -> Relaxed:
-        """The best shares at ``budget`` bytes, when steps take ``extra`` bytes more than modelled."""
-        self.more = extra or (np.zeros(len(self.forward_base)), np.zeros(len(self.slot_base)))
-        known = self.solver.getNumRow() - len(self.rows)
-        if self.rows:  # rows of an earlier budget, with this one's right-hand side
-            for n, (phase, at) in enumerate(self.rows):
-                self.solver.changeRowBounds(
-                    known + n, -highspy.kHighsInf, self._room(budget, phase, at)
-                )
-        size = len(self.values)
+    def _cut(self, slot: int) -> None:
+        """Part the segment that ``slot`` lies in behind it; what the segment made, its parts make."""
+        problem = self.problem
+        n = next(n for n, s in enumerate(self.segments) if s.first <= slot <= s.last)
+        whole = self.segments[n]
+        read = np.zeros(len(problem.values))
+        read[problem.read_between(slot, slot)] = 1.0
+        there = self._add_columns(problem.last_use[0] >= slot, lower=read)
+        self.cuts[slot] = self.solver.getNumRow()
+        self._add_bytes(there, problem.nbytes, self.slot_room[slot])
+        stay = np.flatnonzero(problem.last_read > slot)
+        self._add_rows([there[stay], self.kept[stay]], [1, -1], 0.0, highspy.kHighsInf)
+        parts = [
+            self._segment(whole.first, slot, whole.before, there),
+            self._segment(slot + 1, whole.last, there, whole.after),
+        ]
+        self.segments[n : n + 1] = parts
+        columns = whole.made[whole.made != NOWHERE].astype(np.int32)
+        self.solver.changeColsCost(len(columns), columns, np.zeros(len(columns)))
+        self._made_in_parts(whole.made, parts)
+
+    def _made_in_parts(self, made: np.ndarray, parts: list[_Stretch]) -> None:
+        some = made != NOWHERE
+        columns = [part.made[some] for part in parts]
+        self._add_rows([*columns, made[some]], [1.0] * len(parts) + [-1.0], 0.0, highspy.kHighsInf)
+
+    def _join(self, first: int, last: int) -> None:
+        """Say for segments ``first`` to ``last``, taken together, what holds for each."""
+        parts = self.segments[first : last + 1]
+        made = self._add_columns(self.problem.last_use[1] >= parts[0].first)
+        stretch = _Stretch(parts[0].first, parts[-1].last, parts[0].before, parts[-1].after, made)
+        self.stretches.add((stretch.first, stretch.last))
+        self._add_stretch(stretch)
+        self._made_in_parts(made, parts)
+
+    # -- Solving -----------------------------------------------------------------------------------------
+
+    def relaxed(self) -> Relaxed:
+        """The best shares."""
+        there = tuple((s.last, self._shares(s.after)) for s in self.segments[:-1])
+        return Relaxed(self._shares(self.kept), there)
+
+    def tighten(self, extra: np.ndarray, cuts: Iterable[int]) -> bool:
+        """Let slots take ``extra`` bytes more than they show, and cut there; False: it fits no more."""
+        self.slot_room = self.budget - self.problem.slot_base - extra
+        for slot, row in self.cuts.items():
+            room = float(self.slot_room[slot]) / self.budget
+            self.solver.changeRowBounds(row, -highspy.kHighsInf, room)
+        for slot in cuts:
+            if slot not in self.cuts and self._has_room():
+                self._cut(slot)
+        self._solve()
+        return bool(self.solution[self.missing] <= _EPSILON)
+
+    def whole(self) -> Relaxed:
+        """The best shares that are 0 or 1, as well as the limits allow; all of them in small programs.
+
+        In larger ones what is 0 or 1 already stays so, and in the largest nothing is done.  Source:
+        relaxation enforced neighbourhood search, Berthold 2014, doi:10.1007/s10107-013-0630-8.
+        """
+        if self.columns > _MIDDLE:
+            return self.relaxed()
+        solver, solution, basis = self.solver, self.solution, self.solver.getBasis()
+        shares = np.concatenate([self.kept, *(s.after for s in self.segments)])
+        shares = shares[shares != NOWHERE].astype(np.int32)
+        now = solution[shares]
+        certain = (now < _EPSILON) | (now > 1 - _EPSILON)
+        fixed = shares[certain & (self.columns > _SMALL)]
+        lower, upper = self._bounds(fixed)
+        solver.changeColsBounds(len(fixed), fixed, *[np.round(solution[fixed])] * 2)
+        self._set_kind(shares, highspy.HighsVarType.kInteger)
+        solver.run()
+        found = np.array(solver.getSolution().col_value)
+        if len(found) == self.columns:
+            self.solution = np.append(found, 0.0)
+        relaxed, self.solution = self.relaxed(), solution
+        self._set_kind(shares, highspy.HighsVarType.kContinuous)
+        solver.changeColsBounds(len(fixed), fixed, lower, upper)
+        solver.setBasis(basis)
+        return relaxed
+
+    def _bounds(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        model = self.solver.getLp()
+        return np.array(model.col_lower_)[columns], np.array(model.col_upper_)[columns]
+
+    def _set_kind(self, columns: np.ndarray, kind: highspy.HighsVarType) -> None:
+        self.solver.changeColsIntegrality(len(columns), columns, np.full(len(columns), kind))
+
+    def _solve(self) -> None:
+        """Solve and grow until nothing is broken any more."""
         for _ in range(_ROUNDS):
             self.solver.run()
             solution = np.array(self.solver.getSolution().col_value)
-            forward, slots = self._bytes(solution[:size], solution[size : 2 * size])
-            forward, slots = forward + self.more[0], slots + self.more[1]
-            excess = budget * (1 + _TOLERANCE) + self.unit * solution[self.missing]
-            broken = [("forward", at) for at in _worst(forward, excess)]
-            broken += [("slot", at) for at in _worst(slots, excess)]
-            broken = [row for row in broken if row not in self.rows]
-            if not broken:
+            self.solution = np.append(solution, 0.0)  # what NOWHERE reads
+            self.objective = float(self.solver.getInfo().objective_function_value)
+            if not self._grow():
                 break
-            rows = [self._row(*row) for row in broken]
-            self._add_rows(
-                [-highspy.kHighsInf] * len(rows),
-                [self._room(budget, *row) for row in broken],
-                [columns for columns, _ in rows],
-                [numbers for _, numbers in rows],
-            )
-            self.rows += broken
-        return Relaxed(
-            dict(zip(self.values, solution[size : 2 * size].tolist(), strict=True)),
-            float(sum(solution[n] * self.flow.operators[i].seconds for i, n in self.again.items())),
-            float(solution[self.missing]) * self.unit,
-        )
 
-    def _room(self, budget: int, phase: str, at: int) -> float:
-        which = 0 if phase == "forward" else 1
-        base = (self.forward_base, self.slot_base)[which][at] + self.more[which][at]
-        return (budget - float(base)) / self.unit
+    def _seconds(self) -> float:
+        return self.objective / self.price
 
-    def modelled(self, kept: set[int], needed: set[int]) -> Extra:
-        """Bytes at each forward step and in each slot, as modelled, for a whole choice."""
-        return self._bytes(
-            np.array([float(v in needed) for v in self.values]),
-            np.array([float(v in kept) for v in self.values]),
-        )
+    def _shares(self, columns: np.ndarray) -> dict[int, float]:
+        return dict(zip(self.problem.values, self.solution[columns].tolist(), strict=True))
+
+    def _grow(self) -> bool:
+        """Add what the solution breaks; False if that is nothing."""
+        limit = self.budget * (_TOLERANCE + float(self.solution[self.missing]))
+        over = self._forward() - limit
+        over[list(self.full_forward)] = 0
+        forward = _worst(over)[:_ROWS_A_ROUND]
+        for t in forward:
+            self.full_forward.add(t)
+            saved = np.where(self.problem.saved_from <= t, self.kept, NOWHERE)
+            self._add_bytes(saved, self.problem.nbytes, self.forward_room[t])
+        broken = []
+        if self.columns < 2 * _COLUMNS:
+            broken = list(self._broken_stretches())[:_STRETCHES_A_ROUND]
+        for first, last in broken:
+            self._join(first, last)
+        over = self._slots() - limit
+        over[list(self.cuts)] = 0  # as full as they are allowed to be
+        cuts = _worst(over)
+        left = self.most_cuts - len(self.cuts) if self._has_room() else 0
+        cuts = cuts[: max(0, min(_CUTS_A_ROUND, left))]
+        for j in cuts:
+            self._cut(j)
+        return bool(forward or broken or cuts)
+
+    def _has_room(self) -> bool:
+        return self.columns < _COLUMNS
+
+    def _forward(self) -> np.ndarray:
+        """Bytes above the budget at each forward step."""
+        saved = np.zeros(len(self.forward_room) + 1)
+        np.add.at(saved, self.problem.saved_from, self.problem.nbytes * self.solution[self.kept])
+        return np.cumsum(saved)[:-1] - self.forward_room
+
+    def _slots(self) -> np.ndarray:
+        """Bytes above the budget in each slot, if what is made again is made just in time."""
+        return np.concatenate([self._live_in(s) for s in self.segments]) - self.slot_room
+
+    def _live_in(self, segment: _Stretch) -> np.ndarray:
+        """Bytes in each slot of a segment: from before to the last use, or from the first to the last."""
+        nbytes, solution = self.problem.nbytes, self.solution
+        before, after = solution[segment.before], solution[segment.after]
+        first, last = self._uses(segment)
+        size = segment.last - segment.first + 1
+        used = last >= 0
+        maker = self.problem.maker
+        made = np.where(maker == NOWHERE, 0.0, solution[segment.made[maker]])
+        made = np.where(used, np.minimum(made, 1.0 - np.minimum(before, 1.0)), 0.0)
+        through = np.minimum(before, after)
+        live = np.zeros(size + 1)
+        live[0] = (before * nbytes).sum()
+        np.subtract.at(live, np.where(used, last + 1, 0), (before - through) * nbytes)
+        np.add.at(live, np.where(used, first, 0), made * nbytes)
+        stays = np.where(used, np.minimum(made, after - through), 0.0)
+        np.subtract.at(live, np.where(used, last + 1, 0), (made - stays) * nbytes)
+        live[size] = 0
+        return np.cumsum(live)[:size]
+
+    def _uses(self, segment: _Stretch) -> tuple[np.ndarray, np.ndarray]:
+        """First and last slot of a segment, from its first, that needs each value; -1 for none."""
+        problem = self.problem
+        values, slots = problem.direct
+        here = (segment.first <= slots) & (slots <= segment.last)
+        first = np.full(len(problem.values), self.problem.slots)
+        last = np.full(len(problem.values), -1)
+        np.minimum.at(first, values[here], slots[here] - segment.first)
+        np.maximum.at(last, values[here], slots[here] - segment.first)
+        for k in np.flatnonzero(self.solution[segment.made] > _EPSILON)[::-1]:
+            start = min(first[n] for n in problem.makes[k])
+            if start < problem.slots:
+                for n in problem.reads[k]:
+                    first[n] = min(first[n], start)
+                    last[n] = max(last[n], start)
+        return first, last
+
+    # -- Segments in a row -------------------------------------------------------------------------------
+
+    def _broken_stretches(self) -> Iterator[tuple[int, int]]:
+        """Segments that together make less than they must, the worst first."""
+        found: list[tuple[float, int, int]] = []
+        size = len(self.segments)
+        made = np.array([self.solution[s.made] for s in self.segments])
+        for first in range(size):
+            for last in range(first + 1, size):
+                slots = self.segments[first].first, self.segments[last].last
+                if slots not in self.stretches:
+                    total = made[first : last + 1].sum(axis=0)
+                    broken = self._made_too_little(first, last, total)
+                    if broken > 1e-4 * self.problem.seconds_unchanged:
+                        found.append((-broken, first, last))
+        for _, first, last in sorted(found):
+            yield first, last
+
+    def _made_too_little(self, first: int, last: int, total: np.ndarray) -> float:
+        """Seconds by which segments ``first`` to ``last`` make less than they must."""
+        problem = self.problem
+        before = self.solution[self.segments[first].before]
+        needed = self.solution[self.segments[last].after]
+        read = problem.read_between(self.segments[first].first, self.segments[last].last)
+        needed[read] = 1.0
+        lacking = needed - before
+        queue = _by_operator(problem, np.flatnonzero(lacking > _EPSILON))
+        seconds = 0.0
+        must = np.zeros(len(problem.reads))
+        for k in range(len(problem.reads) - 1, -1, -1):
+            if k not in queue:
+                continue
+            must[k] = max(lacking[n] for n in problem.makes[k])
+            if must[k] > total[k]:
+                seconds += (must[k] - total[k]) * problem.seconds[k]
+            for n in problem.reads[k]:
+                if must[k] > needed[n]:
+                    needed[n] = must[k]
+                    lacking[n] = must[k] - before[n]
+                    if lacking[n] > _EPSILON and problem.maker[n] != NOWHERE:
+                        queue.add(int(problem.maker[n]))
+        return seconds
 
 
-def _worst(live: np.ndarray, limit: float) -> list[int]:
-    """The fullest step of each run of steps above the limit, the worst runs first."""
-    above = np.flatnonzero(live > limit)
-    if not len(above):
+def _by_operator(problem: Relaxation, values: Iterable[int]) -> set[int]:
+    return {int(problem.maker[n]) for n in values if problem.maker[n] != NOWHERE}
+
+
+def _worst(above: np.ndarray) -> list[int]:
+    """The fullest step of each run of steps above zero, the worst runs first."""
+    over = np.flatnonzero(above > 0)
+    if not len(over):
         return []
-    runs = np.split(above, np.flatnonzero(np.diff(above) > 1) + 1)
-    peaks = [int(run[np.argmax(live[run])]) for run in runs]
-    return sorted(sorted(peaks, key=lambda at: -live[at])[:_ROWS_A_ROUND])
+    runs = np.split(over, np.flatnonzero(np.diff(over) > 1) + 1)
+    peaks = [int(run[np.argmax(above[run])]) for run in runs]
+    return sorted(peaks, key=lambda at: -above[at])

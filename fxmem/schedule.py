@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,26 @@ class Schedule:
         """int64[slots]: bytes at the fullest step of each slot."""
         return self._through + self._local
 
+    def transients(self) -> np.ndarray:
+        """int64[slots]: bytes by which making again peaks above the slot's own operator."""
+        at = [self._at_operator(j) for j in range(len(self.remade))]
+        return np.maximum(self._local - np.array(at, dtype=np.int64), 0)
+
+    def _at_operator(self, j: int) -> int:
+        """Bytes while the slot's operator runs, without the copies that pass through."""
+        reads = self.step.reads[j]
+        made = (v for i in self.remade[j] for v in self.step.remakes[i])
+        total = self.step.static_at[j]
+        for v in {*reads, *made}:
+            for start, end in self._span_at(v, j):
+                if (start == j or end == j) and (end > j or v in reads):
+                    total += self._nbytes(v, start)
+        return total
+
+    def _span_at(self, v: int, j: int) -> tuple[Span, ...]:
+        """The life of the copy of ``v`` that is there in slot ``j``, if one is."""
+        return tuple(span for span in self.spans.get(v, ()) if span[0] <= j <= span[1])[-1:]
+
     def forward_peaks(self) -> np.ndarray:
         """int64[forward steps]: bytes while each runs."""
         return self._forward_live
@@ -94,6 +114,14 @@ class Schedule:
     def recomputed(self) -> tuple[tuple[int, int], ...]:
         """(operator, slot), in the order in which they run."""
         return tuple((i, j) for j, remade in enumerate(self.remade) for i in remade)
+
+    def passing(self, slot: int, values: Iterable[int]) -> Iterator[Drop]:
+        """The copies of ``values`` that are there in ``slot`` for later ones: where last read before."""
+        for v in values:
+            for start, end in self.spans.get(v, ()):
+                if v not in self.kept and start <= slot < end:
+                    reads = [j for j in self.read_in[v] if start <= j < slot]
+                    yield v, reads[-1] if reads else start
 
     def drops(self) -> frozenset[Drop]:
         return frozenset((v, j) for v, slots in self.dropped.items() for j in slots)

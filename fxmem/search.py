@@ -7,16 +7,19 @@ order of moves, limits count simulated work.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from fxmem.schedule import Schedule
-from fxmem.simulate import Drop
 
 Kind = Literal["keep", "remake", "drop", "retain", "forget", "clear"]
 Move = tuple[Kind, int, int]
 """What to do with a value: keep it, or make it again (and ``forget`` what that makes, too); let its
 copy go after a slot, or not.  Or ``clear`` a slot of the copies that it does not read."""
+
+_FEW = 20
+"""Values of which any two may be changed at once to get into a budget."""
 
 _EPSILON = 1e-12
 """Seconds that count as none."""
@@ -55,26 +58,25 @@ class Search:
             move = self._take(ranking, gain)
             if move is None:
                 move = self._take(Ranking(self._last_resorts(fullest)), gain)
-            if move is None:
+            if move is not None:
+                self.make(move)
+            elif not self._reduce_by_two(budget):
                 return False
-            self.make(move)
         return True
+
+    def _reduce_by_two(self, budget: int) -> bool:
+        """Change two values at once, where that takes something off the overflow."""
+        if len(self.free) > _FEW:
+            return False
+        overflow = self.schedule.overflow(budget)
+        return self._change_two(lambda: self.schedule.overflow(budget) < overflow)
 
     def _reductions(self, fullest: int) -> Iterator[Move]:
         """Keep something or not; let a copy go that is there in the fullest slot, but not read."""
         schedule = self.schedule
         for v in self.free:
             yield ("remake" if v in schedule.kept else "keep", v, -1)
-        yield from (("drop", v, j) for v, j in self._passing(fullest))
-
-    def _passing(self, slot: int) -> Iterator[Drop]:
-        """The copies that are there in ``slot`` for later ones: where each was read before."""
-        schedule = self.schedule
-        for v in self.copies:
-            for start, end in schedule.spans.get(v, ()):
-                if v not in schedule.kept and start <= slot < end:
-                    reads = [j for j in schedule.read_in[v] if start <= j < slot]
-                    yield v, reads[-1] if reads else start
+        yield from (("drop", v, j) for v, j in schedule.passing(fullest, self.copies))
 
     def _last_resorts(self, fullest: int) -> Iterator[Move]:
         """Let all copies go that pass the fullest slot, or forget a value that is kept for later."""
@@ -137,6 +139,37 @@ class Search:
                 else:
                     schedule.undo(mark)
 
+    def exchange(self, budget: int) -> None:
+        """Change two values at once, as long as that saves time."""
+        schedule = self.schedule
+        while True:
+            seconds = schedule.seconds - _EPSILON
+
+            def better(seconds: float = seconds) -> bool:
+                return schedule.seconds < seconds and schedule.peak <= budget
+
+            if not self._change_two(better):
+                return
+            self.improve(budget)
+
+    def _change_two(self, better: Callable[[], bool]) -> bool:
+        """Make the first two changes after which it is ``better``; False if there are none."""
+        for v, w in itertools.combinations(self.free, 2):
+            if self.exhausted:
+                return False
+            mark = self.schedule.mark()
+            self._change(v)
+            self._change(w)
+            self.schedule.work += 1
+            if better():
+                return True
+            self.schedule.undo(mark)
+        return False
+
+    def _change(self, v: int) -> None:
+        """Keep what is made again, make again what is kept."""
+        (self.schedule.remake if v in self.schedule.kept else self.schedule.keep)(v)
+
     # -- Moves ---------------------------------------------------------------------------------------
 
     def make(self, move: Move) -> bool:
@@ -153,7 +186,8 @@ class Search:
             (schedule.remake if kind == "remake" else schedule.forget)(v)
         elif kind == "clear":
             mark = schedule.mark()
-            while passing := list(self._passing(j)):  # what makes them again would stay instead
+            # Again and again: what makes them again would stay in their place.
+            while passing := list(schedule.passing(j, self.copies)):
                 for w, last in passing:
                     schedule.drop(w, last)
             return schedule.mark() != mark

@@ -42,14 +42,14 @@ def distance(planner: Planner, budget: int, choices: list[Choice]) -> float:
 
 
 def test_plans_are_close_to_the_best_choice_of_kept_values():
-    """Of some 350 searches, 7 end further away today; 2 of them without a plan."""
+    """Of some 350 searches, 2 end further away today; one of them without a plan."""
     distances = []
     for planner in filter(None, map(small_planner, SEEDS)):
         choices = every_choice(planner)
         distances += [distance(planner, budget, choices) for budget in budgets(choices)]
     assert len(distances) > 300
-    assert sum(d > 1.01 for d in distances) <= 7
-    assert sum(d > 1.25 for d in distances) <= 2
+    assert sum(d > 1.01 for d in distances) <= 2
+    assert sum(d > 1.25 for d in distances) <= 1
 
 
 @pytest.mark.parametrize("seed", SEEDS[::5])

@@ -10,25 +10,27 @@ from fxmem.schedule import Schedule
 from fxmem.simulate import Outcome, Simulator
 
 
-def slot_peaks(simulator: Simulator, outcome: Outcome) -> list[int]:
-    """The exact simulator's steps, folded into slots."""
+def slots_of(simulator: Simulator, outcome: Outcome) -> list[list[int]]:
+    """The exact simulator's steps, folded into slots: what is made again, then the operator."""
     slots = len(simulator.read_by_backward)
-    starts = [0] * slots
+    made = [0] * slots
     for _, j in outcome.recomputed:
-        starts[j] += 1
-    peaks, at = [], outcome.num_forward_steps
+        made[j] += 1
+    found, at = [], outcome.num_forward_steps
     for j in range(slots):
-        peaks.append(int(outcome.live[at : at + starts[j] + 1].max()))
-        at += starts[j] + 1
-    return peaks
+        found.append(outcome.live[at : at + made[j] + 1].tolist())
+        at += made[j] + 1
+    return found
 
 
 def check(schedule: Schedule) -> None:
     simulator = schedule.simulator
     outcome = simulator.run(schedule.kept, schedule.drops())
-    steps = outcome.num_forward_steps
-    assert schedule.forward_peaks().tolist() == outcome.live[:steps].tolist()
-    assert schedule.slot_peaks().tolist() == slot_peaks(simulator, outcome)
+    forward = outcome.live[: outcome.num_forward_steps]
+    assert schedule.forward_peaks().tolist() == forward.tolist()
+    slots = slots_of(simulator, outcome)
+    assert schedule.slot_peaks().tolist() == [max(steps) for steps in slots]
+    assert schedule.transients().tolist() == [max(steps) - steps[-1] for steps in slots]
     assert schedule.peak == outcome.peak
     assert schedule.recomputed() == outcome.recomputed
     assert schedule.seconds == pytest.approx(outcome.seconds, abs=1e-12)

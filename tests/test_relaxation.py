@@ -1,0 +1,63 @@
+"""The linear program against plans that are there: none is faster than its bound."""
+
+import random
+
+import pytest
+from flows import random_flow
+
+from fxmem.planner import Choice, Planner
+
+SEEDS = range(60)
+
+
+def random_choices(planner: Planner, seed: int, number: int = 12) -> list[Choice]:
+    """Choices that keep some and let copies go now and then."""
+    rng = random.Random(seed)
+    slots = range(len(planner.simulator.read_by_backward))
+    found = []
+    for _ in range(number):
+        keep, drop = rng.random(), rng.choice((0.0, 0.2, 0.8))
+        kept = [v for v in planner.free if rng.random() < keep]
+        drops = [(v, j) for v in planner.free for j in slots if rng.random() < drop]
+        found.append(planner.choice(kept, drops))
+    return found
+
+
+@pytest.mark.parametrize("forward", [6, 25])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_plan_adds_less_than_the_bound(seed, forward):
+    planner = Planner(random_flow(seed, forward))
+    for choice in random_choices(planner, seed):
+        program = planner.relaxation.program(choice.outcome.peak)
+        assert program.feasible
+        assert program.bound <= choice.outcome.seconds + 1e-12
+
+
+@pytest.mark.parametrize("seed", SEEDS[::5])
+def test_less_room_never_lowers_the_bound(seed):
+    planner = Planner(random_flow(seed, forward=20))
+    low, high = planner.least_possible, planner.keep_all().outcome.peak
+    budgets = [low + (high - low) * i // 8 for i in range(9)]
+    bounds = [p.bound for p in map(planner.relaxation.program, budgets) if p.feasible]
+    assert all(a >= b - 1e-9 for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+@pytest.mark.parametrize("seed", SEEDS[::5])
+def test_what_no_plan_can_do_is_not_feasible(seed):
+    planner = Planner(random_flow(seed, forward=20))
+    assert not planner.relaxation.program(planner.least_possible - 1).feasible
+
+
+def test_the_bound_is_near_the_plans():
+    """Or it would say nothing: a bound of zero passes every other test."""
+    gaps = []
+    for seed in SEEDS:
+        planner = Planner(random_flow(seed, forward=20))
+        high = planner.keep_all().outcome.peak
+        budget = high - (high - planner.least_possible) // 3
+        found = planner.fit(budget)
+        if found is not None and found.outcome.seconds:
+            assert found.bound is not None
+            gaps.append((found.outcome.seconds - found.bound) / planner.flow.seconds)
+    assert len(gaps) > 20
+    assert sorted(gaps)[len(gaps) // 2] < 0.05
