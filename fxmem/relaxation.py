@@ -16,9 +16,9 @@ The backward is cut at a few of its operators into segments:
 
 Each plan that runs the forward once and the backward in this order, and holds what it saved until
 its last reader, satisfies that, whatever it makes again and whenever: the optimum is a lower bound
-on the time that a plan adds, and no solution means that there is no plan.  Cuts are made where a solution breaks the budget.  What holds for a
-segment holds for several in a row; that is added where a solution breaks it, too.  The solution
-says what to start a search from.
+on the time that a plan adds, and no solution means that there is no plan.  Cuts are made where a
+solution breaks the budget.  What holds for a segment holds for several in a row; that is added where
+a solution breaks it, too.  The solution says what to start a search from.
 
 Source: Checkmate (Jain et al. 2020, arXiv:1910.02653), with segments in place of its stages, one
 for each operator.  Solved by HiGHS.
