@@ -168,6 +168,29 @@ def test_the_forward_leaves_what_is_saved_returned_or_given():
     assert_same_outputs(graph, after)
 
 
+@torch.library.custom_op("fxmem_in_place::stored", mutates_args=())
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """What somebody else holds, too."""
+    return STORED.setdefault("tensor", x.clone())
+
+
+@stored.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+STORED: dict[str, torch.Tensor] = {}
+
+
+def test_memory_of_other_peoples_operators_stays():
+    def body(m, x):
+        return (torch.relu(stored(x)) @ m.w).sum()
+
+    graph = captured(body, tensor(5, 4), w=tensor(4, 3))
+    after = InPlacePass("forward").apply(graph)
+    assert not [n for n in after.nodes if is_in_place(n)]
+
+
 def test_memory_of_unknown_origin_stays():
     graph = captured(lambda m, x: (x @ m.w).sin().cos().sum(), tensor(5, 4), w=tensor(4, 3))
     assert written_over(graph)
