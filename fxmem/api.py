@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -225,12 +225,14 @@ def _read_allow(allow: Any) -> tuple[str, ...]:
     return names
 
 
-def _read_cost(cost: Any) -> CostModel | None:
+def _read_cost(cost: Any) -> CostModel | Literal["measure"] | None:
     if isinstance(cost, CostModel):
         return cost
     if cost in ("auto", "roofline"):
         return None
-    raise FxmemError(f"cost should be 'auto', 'roofline' or a CostModel, not {cost!r}")
+    if cost == "measure":
+        return "measure"
+    raise FxmemError(f"cost should be 'auto', 'roofline', 'measure' or a CostModel, not {cost!r}")
 
 
 def _read_plan(plan: Any) -> Plan | None:

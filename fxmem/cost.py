@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import fx
@@ -12,6 +13,15 @@ from torch.utils.flop_counter import flop_registry
 
 from fxmem.graph import is_view
 from fxmem.sizes import hint, tensors_in
+
+
+class Cost(Protocol):
+    """Whatever says how long an operator takes; ``name`` goes into plans and reports."""
+
+    @property
+    def name(self) -> str: ...
+
+    def seconds(self, node: fx.Node) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
-from fxmem.cost import CostModel
+from fxmem.cost import Cost
 from fxmem.graph import LOSS_OUTSIDE, JointGraph, OutputKind, is_backward, is_held_tangent, is_view
 from fxmem.operators import rng_state_nbytes, second_call_outputs
 from fxmem.sizes import evaluate, storages_in
@@ -83,7 +83,7 @@ class Dataflow:
 def dataflow(
     graph: JointGraph,
     workspaces: Workspaces,
-    cost: CostModel,
+    cost: Cost,
     recomputable: set[fx.Node],
     bindings: dict[sympy.Symbol, int] | None = None,
 ) -> Dataflow:
@@ -129,7 +129,7 @@ def _add_operator(
     node: fx.Node,
     values_of: object,
     workspaces: Workspaces,
-    cost: CostModel,
+    cost: Cost,
     recomputable: bool,
     sizes: dict[sympy.Symbol, int],
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import fx
@@ -12,7 +13,7 @@ from fxmem._torch import COMPILE_LOCK, quiet_fake_tensors
 from fxmem.baseline import eager_peak
 from fxmem.budget import Budget
 from fxmem.capture import StepCall, capture
-from fxmem.cost import CostModel, default_cost_model
+from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
 from fxmem.decisions import explain, find_choice, infeasible
 from fxmem.errors import VerificationError
@@ -32,6 +33,7 @@ from fxmem.plan import Plan
 from fxmem.planner import Choice, Planner
 from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
+from fxmem.timings import measured_cost
 from fxmem.workspace import Workspaces, load_workspaces, save_workspaces
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class Options:
     reserve: int = 0
     allow: tuple[str, ...] = ("recompute", "lossless")
     on_infeasible: str = "raise"
-    cost: CostModel | None = None
+    cost: CostModel | Literal["measure"] | None = None
     plan: Plan | None = None
 
 
@@ -82,7 +84,7 @@ class Analysis:
     flow: Dataflow
     planner: Planner
     workspaces: Workspaces
-    cost: CostModel
+    cost: Cost
     device: torch.device
     baseline_peak: int
     call: StepCall = field(repr=False)
@@ -114,11 +116,13 @@ def unchanged_step(call: StepCall) -> Unchanged:
 
 
 def analyze(
-    graph: JointGraph, call: StepCall, unchanged: Unchanged, cost: CostModel | None = None
+    graph: JointGraph,
+    call: StepCall,
+    unchanged: Unchanged,
+    cost: CostModel | Literal["measure"] | None = None,
 ) -> Analysis:
     """Clean the joint graph up and measure what the planner needs to know about it."""
     device = unchanged.device
-    cost = cost or default_cost_model(device)
     for a_pass in BEFORE_PLANNING:
         graph = a_pass.apply(graph)
     undefined = undefined_tangents(graph)
@@ -126,15 +130,25 @@ def analyze(
     expected = _expected_to_run(graph, undefined)
     workspaces = workspaces.calibrated(expected.module.graph, device)
     save_workspaces(workspaces, device)
-    flow = dataflow(expected, workspaces, cost, recomputable_nodes(expected))
+    times = _times(expected, device, cost)
+    flow = dataflow(expected, workspaces, times, recomputable_nodes(expected))
     keep, remake = tagged_values(flow)
     planner = Planner(flow, keep, remake)
     baseline = unchanged.peak
     if baseline is None:
         baseline = planner.keep_all().outcome.peak
     return Analysis(
-        graph, expected, undefined, flow, planner, workspaces, cost, device, baseline, call
+        graph, expected, undefined, flow, planner, workspaces, times, device, baseline, call
     )
+
+
+def _times(
+    graph: JointGraph, device: torch.device, cost: CostModel | Literal["measure"] | None
+) -> Cost:
+    """What says how long the graph's operators take."""
+    if cost == "measure":
+        return measured_cost(graph.module.graph, device, default_cost_model(device))
+    return cost or default_cost_model(device)
 
 
 def calibrate(call: StepCall, device: torch.device) -> Workspaces:

@@ -224,7 +224,7 @@ class Workspaces:
     def look_up(self, call: Call, device: torch.device) -> Entry | None:
         """The entry of a call, measured if it is missing; None where it cannot be."""
         key = call.signature
-        if key not in self.table and key not in self._refused and _can_measure(call, device):
+        if key not in self.table and key not in self._refused and can_measure(call, device):
             entry = measure_call(call, device)
             if entry is None:
                 self._refused.add(key)
@@ -296,7 +296,7 @@ def _derive_strides(node: fx.Node) -> None:
 
 def measure_call(call: Call, device: torch.device) -> Entry | None:
     """Run an operator once on throwaway tensors; None where it refuses them."""
-    if _reads_opaque(call):
+    if reads_opaque(call):
         return None
     measure = _measure_cuda if device.type == "cuda" else _measure_cpu
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -307,12 +307,12 @@ def measure_call(call: Call, device: torch.device) -> Entry | None:
             return None
 
 
-def _can_measure(call: Call, device: torch.device) -> bool:
+def can_measure(call: Call, device: torch.device) -> bool:
     """Is there such a device, and room on it?"""
     return device.type in ("cpu", "cuda") and _fits(call, device)
 
 
-def _reads_opaque(call: Call) -> bool:
+def reads_opaque(call: Call) -> bool:
     """Does the operator read what only its own forward can write, and trust it blindly?
 
     A recurrent layer's backward follows pointers in its workspace: throwaway bytes there crash.

@@ -39,6 +39,7 @@ FLOORS = {
     "fxmem/dataflow.py": 4,
     "fxmem/liveness.py": 4,
     "fxmem/standins.py": 4,
+    "fxmem/timings.py": 4,
     "fxmem/dynamic.py": 4,
     "fxmem/report.py": 4,
     # rewriting and choosing
