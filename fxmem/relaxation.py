@@ -59,8 +59,11 @@ _WHOLE_GAP = 0.1
 """Where a solution of whole numbers is good enough: percent of the unchanged step's time."""
 
 _EPSILON = 1e-6
-_PENALTY = 100.0
-"""Price of missing the budget by all of it, in times of the unchanged step."""
+_PENALTY = 1e4
+"""Price of missing the budget by all of it, in times of the unchanged step.
+
+Where bytes are so dear that missing is cheaper, a plan that is there would be denied.
+"""
 
 NOWHERE = -1
 """In place of a column: the number is zero."""
