@@ -149,7 +149,7 @@ class Planner:
             if not program.tighten(extra, full):
                 return
             schedule = self._whole(program.whole())
-            yield Schedule(self.simulator, schedule.kept, schedule.drops())
+            yield Schedule(self.simulator, schedule.kept, schedule.drops())  # a search changes it
 
     def _whole(self, relaxed: Relaxed, share: float = 0.5) -> Schedule:
         """Keep what has more than ``share``; let copies go that are not there at a cut."""

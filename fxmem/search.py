@@ -40,8 +40,8 @@ class Search:
 
     # -- Into the budget ---------------------------------------------------------------------------
 
-    def repair(self, budget: int, per_second: bool = True) -> bool:
-        """Make the moves that take most off the overflow (a second), until none is left."""
+    def repair(self, budget: int) -> bool:
+        """Make the moves that take most off the overflow a second, until none is left."""
         schedule = self.schedule
         ranking = Ranking()
         while (overflow := schedule.overflow(budget)) > 0:
@@ -49,7 +49,7 @@ class Search:
 
             def gain(_: Move, overflow: int = overflow, seconds: float = seconds) -> float:
                 removed = overflow - schedule.overflow(budget)
-                if removed <= 0 or not per_second:
+                if removed <= 0:
                     return removed
                 return removed / max(schedule.seconds - seconds, 1e-9)
 

@@ -7,9 +7,7 @@ written, so that operands lie where a step finds them: not in the smallest cache
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +22,15 @@ from torch.utils import _pytree as pytree
 from fxmem._torch import fake_tensors_off
 from fxmem.cost import CostModel
 from fxmem.graph import is_view
-from fxmem.workspace import Call, TensorSpec, cache_path, can_measure, has_workspace, reads_opaque
+from fxmem.workspace import (
+    Call,
+    TensorSpec,
+    cache_path,
+    can_measure,
+    has_workspace,
+    reads_opaque,
+    save_table,
+)
 
 _LEAST_RUNS, _MOST_RUNS = 5, 25
 _SECONDS = 0.01
@@ -65,7 +71,7 @@ def measured_cost(graph: fx.Graph, device: torch.device, otherwise: CostModel) -
                 if seconds is not None:
                     table[call.signature] = seconds
     if len(table) > known:
-        save_timings(table, device)
+        save_table(table, timings_path(device))
     return MeasuredCost(otherwise, table)
 
 
@@ -126,8 +132,7 @@ def _scratch() -> torch.Tensor:
 
 
 def timings_path(device: torch.device) -> Path:
-    path = cache_path(device)
-    return path.with_name(path.name.replace("workspaces", "timings"))
+    return cache_path(device, "timings")
 
 
 def load_timings(device: torch.device) -> dict[str, float]:
@@ -137,15 +142,3 @@ def load_timings(device: torch.device) -> dict[str, float]:
         return {str(k): float(seconds) for k, seconds in table.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
-
-
-def save_timings(table: dict[str, float], device: torch.device) -> None:
-    """Write the table in one step, so that a reader never sees half of it."""
-    path = timings_path(device)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(table, file, separators=(",", ":"), sort_keys=True)
-        os.replace(file.name, path)
-    except OSError:
-        return  # a read-only home: the figures are measured again next time

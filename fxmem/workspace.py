@@ -395,8 +395,8 @@ def device_at_hand() -> torch.device:
 # -- The table on disk --------------------------------------------------------------------------------
 
 
-def cache_path(device: torch.device) -> Path:
-    """The calibration file of this device, torch version and thread count.
+def cache_path(device: torch.device, what: str = "workspaces") -> Path:
+    """The file of what was measured on this device, with this torch version and thread count.
 
     The meta device runs nothing, so it goes by the file of the device at hand.
     """
@@ -404,7 +404,7 @@ def cache_path(device: torch.device) -> Path:
     device = device_at_hand() if device.type == "meta" else device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     kind = f"{name}-{torch.__version__}-{torch.get_num_threads()}".replace(" ", "_")
-    return Path(folder) / f"workspaces-{kind}.json"
+    return Path(folder) / f"{what}-{kind}.json"
 
 
 def load_workspaces(device: torch.device) -> Workspaces:
@@ -421,11 +421,14 @@ def load_workspaces(device: torch.device) -> Workspaces:
 
 
 def save_workspaces(workspaces: Workspaces, device: torch.device) -> None:
-    """Write the table in one step, so that a reader never sees half of it."""
     if len(workspaces.table) == workspaces.on_disk:
         return
-    path = cache_path(device)
     table = {k: [e.nbytes, e.operands, e.strides, e.storages] for k, e in workspaces.table.items()}
+    save_table(table, cache_path(device))
+
+
+def save_table(table: dict[str, Any], path: Path) -> None:
+    """Write what was measured in one step, so that a reader never sees half of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
