@@ -14,6 +14,7 @@ from torch import fx
 from fxmem.cost import Cost
 from fxmem.graph import LOSS_OUTSIDE, JointGraph, OutputKind, is_backward, is_held_tangent, is_view
 from fxmem.operators import rng_state_nbytes, second_call_outputs
+from fxmem.overwriting import overwritable
 from fxmem.sizes import evaluate, storages_in
 from fxmem.workspace import Workspaces
 
@@ -44,6 +45,8 @@ class Operator:
 
     remakes: what a second run makes, which may leave out what only the first one returns.
     rng_state: bytes of generator state to keep if the operator is to run again; 0 if not random.
+    writes_over: of these forward values, the first that nobody reads again gives its bytes to the
+    result of a forward operator.
     """
 
     node: fx.Node
@@ -55,6 +58,7 @@ class Operator:
     recomputable: bool = False
     rng_state: int = 0
     remakes: tuple[int, ...] = ()
+    writes_over: tuple[int, ...] = ()
 
 
 @dataclass
@@ -116,6 +120,10 @@ def dataflow(
     for i, op in enumerate(flow.operators):
         for v in op.makes:
             flow.values[v].producer = i
+    written = overwritable(graph, backward=False)
+    for op in flow.operators:
+        operands = written.get(op.node, ())
+        op.writes_over = tuple(dict.fromkeys(v for node in operands for v in values_of(node)))
     for output, kind in zip(graph.outputs(), graph.output_kinds, strict=True):
         for v in values_of(output) if isinstance(output, fx.Node) else ():
             flow.values[v].result |= kind is OutputKind.RESULT

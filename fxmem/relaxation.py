@@ -115,9 +115,7 @@ class Relaxation:
         self.most_kept = np.array([float(v not in must_remake) for v in self.values])
         forward = simulator.forward_with(frozenset())
         self.forward_base = simulator.forward_bytes(forward).astype(np.float64)
-        self.saved_from = np.array(
-            [forward.last.get(v, forward.steps - 1) + 1 for v in self.values], dtype=np.int64
-        )
+        self.saved_from = np.array([forward.saved_from(v) for v in self.values], dtype=np.int64)
         self.slot_base = np.array(numbers.static_at, dtype=np.float64)
 
     @cached_property

@@ -411,9 +411,11 @@ class Schedule:
         simulator = self.simulator
         self._forward: Forward = simulator.forward_with(self._extras)
         live = simulator.forward_bytes(self._forward)
-        for v, spans in self.spans.items():
-            if spans and spans[0][0] == _FORWARD:
-                live[self._saved_from(v) :] += self.step.saved_nbytes[v]
+        saved = {v for v in self.spans if self._is_saved(v)}
+        for v in saved:
+            live[self._saved_from(v) :] += self.step.saved_nbytes[v]
+        for p in self._forward.needs_room(saved):
+            live[p] += self.step.nbytes[self._forward.takes[p][0]]
         self._forward_live = live
 
     def _add_saved(self, v: int, sign: int) -> None:
@@ -423,6 +425,18 @@ class Schedule:
             late = slice(self._saved_from(v), None)
             self._forward_live[late] += nbytes
             self._journal.append((self._forward_live, late, nbytes))
+            self._add_room(v, nbytes)
+
+    def _add_room(self, v: int, nbytes: int) -> None:
+        """The last reader of a saved value cannot write over it, and perhaps over nothing else."""
+        p = self._forward.last.get(v, -1)
+        taken = self._forward.takes.get(p, ())
+        if v in taken and all(self._is_saved(w) for w in taken if w != v):
+            self._set_number(self._forward_live, p, int(self._forward_live[p]) + nbytes)
+
+    def _is_saved(self, v: int) -> bool:
+        spans = self.spans.get(v, ())
+        return bool(spans) and spans[0][0] == _FORWARD
 
     def _saved_from(self, v: int) -> int:
         random = v - len(self.flow.values)

@@ -11,7 +11,7 @@ it goes after an earlier backward operator; then it is made once more for the ne
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -180,7 +180,11 @@ class _Static:
 
 
 class Forward:
-    """The forward phase for one set of operators that run: positions, lives, bytes."""
+    """The forward phase for one set of operators that run: positions, lives, bytes.
+
+    takes: by position, the values that the operator there reads last and may write its result over.
+    live: change of bytes at each step while nothing is saved, so that each such operator does.
+    """
 
     def __init__(self, flow: Dataflow, executed: frozenset[int]) -> None:
         self.order = sorted(executed)
@@ -201,7 +205,23 @@ class Forward:
                     self.results.append(v)
                 self.live[self.position[i]] += value.nbytes
                 self.live[self.last[v] + 1] -= value.nbytes
+        self.takes: dict[int, tuple[int, ...]] = {}
+        for p, i in enumerate(self.order):
+            dying = tuple(v for v in flow.operators[i].writes_over if self.last[v] == p)
+            if dying:
+                self.takes[p] = dying
+                self.live[p] -= flow.values[dying[0]].nbytes
+                self.live[p + 1] += flow.values[dying[0]].nbytes
         self.workspace = [flow.operators[i].workspace for i in self.order] + [flow.loss_outside]
+
+    def saved_from(self, v: int) -> int:
+        """The first step where it costs bytes to save ``v``: where it would be gone otherwise."""
+        last = self.last.get(v, self.steps - 1)
+        return last if self.takes.get(last) == (v,) else last + 1
+
+    def needs_room(self, saved: Container[int]) -> list[int]:
+        """Positions where an operator cannot write over anything, because all of it is saved."""
+        return [p for p, values in self.takes.items() if all(v in saved for v in values)]
 
 
 class _Walk:
@@ -309,6 +329,10 @@ class _Walk:
             elif not values[v].result:
                 live[last[v] + 1] += values[v].nbytes
                 live[end + 1] -= values[v].nbytes
+        for p in self.forward.needs_room(self.kept_last):
+            nbytes = values[self.forward.takes[p][0]].nbytes
+            live[p] += nbytes
+            live[p + 1] -= nbytes
         for v in self.forward.results:
             live[last[v] + 1] += values[v].nbytes  # held by the caller: to the end
 

@@ -19,6 +19,7 @@ def random_flow(seed: int, forward: int | None = None) -> Dataflow:
     ready = list(range(len(values)))
     for i in range(forward):
         operators.append(_operator(rng, i, ready, values))
+        _write_over(operators[-1], values)
     forward_values = [v for op in operators for v in op.remakes]
     values[forward_values[-1]].result = True
     for v in forward_values:
@@ -52,7 +53,7 @@ def _operator(rng: random.Random, i: int, ready: list[int], values: list[Value])
     makes = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         makes.append(len(values))
-        values.append(Value(rng.randint(0, 20), NODE, producer=i))
+        values.append(Value(rng.choice((0, 5, 8, 8, rng.randint(0, 20))), NODE, producer=i))
     remakes = tuple(makes)
     ready += makes
     if rng.random() < 0.1:  # a statistic that only the first run returns
@@ -71,6 +72,14 @@ def _operator(rng: random.Random, i: int, ready: list[int], values: list[Value])
         rng_state=rng.choice((0, 0, 0, 4)),
         remakes=remakes,
     )
+
+
+def _write_over(op: Operator, values: list[Value]) -> None:
+    """Every other operator may write its result over those of its operands that are as large."""
+    made = [v for v in op.reads if values[v].producer >= 0]
+    if made and len(op.makes) == 1 and op.makes[0] % 2:
+        nbytes = values[op.makes[0]].nbytes = values[made[0]].nbytes
+        op.writes_over = tuple(v for v in made if values[v].nbytes == nbytes)
 
 
 def _workspace(rng: random.Random) -> int:

@@ -8,7 +8,7 @@ from test_passes import assert_same_outputs, captured, changed, tensor
 
 from fxmem.graph import is_in_place, operator_name
 from fxmem.measure import cpu_allocations
-from fxmem.passes import in_place
+from fxmem.overwriting import DESTINATIONS
 from fxmem.passes.in_place import InPlacePass
 
 aten = torch.ops.aten
@@ -244,7 +244,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("operator", in_place._DESTINATIONS, ids=str)
+@pytest.mark.parametrize("operator", DESTINATIONS, ids=str)
 def test_an_operator_gives_the_same_bits_without_memory(operator, dtype, layout):
     seeds = iter(range(9))
 
@@ -253,7 +253,7 @@ def test_an_operator_gives_the_same_bits_without_memory(operator, dtype, layout)
 
     arguments = arguments_of(operator, make)
     want = operator(*arguments)
-    variant, keyword = in_place._DESTINATIONS[operator]
+    variant, keyword = DESTINATIONS[operator]
     places = [
         i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and a.dtype == dtype
     ]

@@ -7,7 +7,7 @@ from flows import random_flow
 
 from fxmem.planner import Choice, Planner
 
-SEEDS = range(200)
+SEEDS = range(240)
 MOST = 9
 """Values that may be kept or not: all 2**9 choices are tried."""
 
@@ -42,14 +42,13 @@ def distance(planner: Planner, budget: int, choices: list[Choice]) -> float:
 
 
 def test_plans_are_close_to_the_best_choice_of_kept_values():
-    """Of some 350 searches, 2 end further away today; one of them without a plan."""
+    """Of 973 searches (600 seeds) one ended further away today, without a plan: none of these."""
     distances = []
     for planner in filter(None, map(small_planner, SEEDS)):
         choices = every_choice(planner)
         distances += [distance(planner, budget, choices) for budget in budgets(choices)]
     assert len(distances) > 300
-    assert sum(d > 1.01 for d in distances) <= 2
-    assert sum(d > 1.25 for d in distances) <= 1
+    assert max(distances) <= 1.01
 
 
 @pytest.mark.parametrize("seed", SEEDS[::5])

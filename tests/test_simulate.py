@@ -11,7 +11,7 @@ from hazards import differences, train
 from programs import random_program
 from test_engine import Captured, capture_once
 
-from fxmem.graph import is_in_place, is_view, node_line, operator_name
+from fxmem.graph import is_view, node_line, operator_name
 from fxmem.liveness import MemoryTimeline, Step
 from fxmem.pipeline import Planned, rewrite
 from fxmem.planner import Choice
@@ -51,21 +51,10 @@ def runs(step: Step) -> bool:
     return not looks and bool(storages_in(step.node.meta.get("val")))
 
 
-def written_over(step: Step) -> int:
-    """Bytes that a forward step does not take because it writes over what dies; not simulated."""
-    if step.node is None or step.phase != "forward" or not is_in_place(step.node):
-        return 0
-    return sum(storages_in(step.node.meta["val"]).values())
-
-
 def wrong_steps(choice: Choice, line: MemoryTimeline) -> list[str]:
     """Where the simulated bytes are not those of the rewritten graph, the first few."""
     live = line.live_bytes({})
-    real = [
-        (step, int(n) + written_over(step))
-        for step, n in zip(line.steps, live, strict=True)
-        if runs(step)
-    ]
+    real = [(step, int(n)) for step, n in zip(line.steps, live, strict=True) if runs(step)]
     simulated = [int(n) for n in choice.outcome.live]
     if len(real) != len(simulated):
         return [f"{len(simulated)} steps simulated, {len(real)} run"]
