@@ -9,7 +9,7 @@ every copy go at once.  Deterministic: ties fall to graph order, limits count si
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -72,7 +72,6 @@ class Planner:
     must_keep: frozenset[int] = frozenset()
     must_remake: frozenset[int] = frozenset()
     limit: int = 500
-    _smallest: Choice | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.simulator = Simulator(self.flow)
@@ -99,19 +98,18 @@ class Planner:
         program = self.relaxation.program(budget)
         if not program.feasible:
             return None
-        best = self._fastest(program, budget)
+        found = self._fastest(program, budget)
+        best = None if found is None else self._chosen(found)
+        if len(self.free) <= _FEW and not self._is_close(best, program):
+            smallest = self.smallest()
+            if smallest.outcome.peak <= budget and (best is None or smallest.rank < best.rank):
+                best = smallest
         if best is None:
             return None
-        return replace(self._chosen(best), bound=min(program.bound, best.seconds))
+        return replace(best, bound=min(program.bound, best.outcome.seconds))
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
-        if self._smallest is None:
-            lowest = self._lowest
-            found = self.fit(lowest.peak)
-            if found is None or found.outcome.peak > lowest.peak:
-                found = self._chosen(lowest)
-            self._smallest = found
         return self._smallest
 
     @property
@@ -216,6 +214,21 @@ class Planner:
             if len(self.free) <= _FEW:
                 self._search(best).exchange(budget)
         return best
+
+    def _is_close(self, choice: Choice | None, program: Program) -> bool:
+        """Is the choice so near the bound that no other can be much faster?"""
+        close = program.bound + _CLOSE * self.flow.seconds
+        return choice is not None and choice.outcome.seconds <= close
+
+    @cached_property
+    def _smallest(self) -> Choice:
+        lowest = self._lowest
+        if lowest.peak >= self.keep_all().outcome.peak:
+            return replace(self.keep_all(), bound=0.0)
+        program = self.relaxation.program(lowest.peak)
+        found = self._fastest(program, lowest.peak) if program.feasible else None
+        best = self._chosen(lowest if found is None else found)
+        return replace(best, bound=min(program.bound, best.outcome.seconds))
 
     def _fitting(self, starts: Iterable[Schedule], budget: int) -> Iterator[Schedule]:
         for schedule in starts:
