@@ -219,8 +219,10 @@ def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, Memo
     graph = InPlacePass("forward").apply(graph)
     table = table.calibrated(graph.module.graph, analysis.device)
     halves = split(InPlacePass().apply(graph))
-    expected = split(_expected_to_run(graph, analysis.undefined))
-    run = Split(halves.forward, expected.backward, halves.output_kinds, halves.num_forward_outputs)
+    expected = _expected_to_run(graph, analysis.undefined)
+    table = table.calibrated(expected.module.graph, analysis.device)
+    backward = split(expected).backward
+    run = Split(halves.forward, backward, halves.output_kinds, halves.num_forward_outputs)
     return graph, halves, timeline(run, table)
 
 

@@ -154,6 +154,19 @@ class Relaxation:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """Every plan adds at least so many seconds; slope: what a byte more adds: negative or none."""
+
+    budget: int
+    seconds: float
+    slope: float
+
+    def at(self, budget: int) -> float:
+        """Seconds that every plan adds at another budget: the least is convex in the budget."""
+        return max(0.0, self.seconds + self.slope * (budget - self.budget))
+
+
+@dataclass(frozen=True)
 class _Stretch:
     """Slots in a row, and the columns of what is there before and after, and of what they make."""
 
@@ -167,8 +180,9 @@ class _Stretch:
 class Program:
     """The linear program at one budget: grows where its solution breaks what it does not say yet.
 
-    bound: seconds that every plan at the budget adds.  feasible: False if there is none.  Both speak
-    of the budget as it was asked for; ``tighten`` makes the program stricter, to start from it.
+    bound: seconds that every plan at the budget adds, and at others.  feasible: False if there is
+    no plan.  Both speak of the budget as it was asked for; ``tighten`` makes the program stricter,
+    to start from it.
     """
 
     def __init__(self, problem: Relaxation, budget: int, cuts: int) -> None:
@@ -185,6 +199,7 @@ class Program:
         self.columns = 0
         self.most_cuts = cuts
         self.cuts: dict[int, int] = {}  # slot -> its row of bytes
+        self.byte_rows: list[int] = []
         everything = np.ones(len(problem.values), dtype=bool)
         self.kept = self._add_columns(everything, problem.least_kept, problem.most_kept)
         one = np.ones(1, dtype=bool)
@@ -198,7 +213,8 @@ class Program:
         self.solution = np.zeros(0)
         self.objective = 0.0
         self._solve()
-        self.bound = max(0.0, self._seconds() - _EPSILON * problem.seconds_unchanged)
+        seconds = max(0.0, self._seconds() - _EPSILON * problem.seconds_unchanged)
+        self.bound = Bound(budget, seconds, self._seconds_a_byte())
         self.feasible = bool(self.solution[self.missing] <= _EPSILON)
 
     # -- Growing ---------------------------------------------------------------------------------------
@@ -248,6 +264,7 @@ class Program:
             )
 
     def _add_bytes(self, columns: np.ndarray, nbytes: np.ndarray, room: float) -> None:
+        self.byte_rows.append(self.solver.getNumRow())
         some = (columns != NOWHERE) & (nbytes > 0)
         indices = np.append(columns[some], self.missing).astype(np.int32)
         numbers = np.append(nbytes[some] / self.budget, -1.0)
@@ -381,6 +398,12 @@ class Program:
 
     def _seconds(self) -> float:
         return self.objective / self.price
+
+    def _seconds_a_byte(self) -> float:
+        """What a byte more in every row of bytes adds to the bound: negative, or zero."""
+        prices = np.array(self.solver.getSolution().row_dual)
+        rows = [row for row in self.byte_rows if row < len(prices)]
+        return min(0.0, float(prices[rows].sum())) / self.budget / self.price
 
     def _shares(self, columns: np.ndarray) -> dict[int, float]:
         return dict(zip(self.problem.values, self.solution[columns].tolist(), strict=True))

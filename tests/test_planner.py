@@ -57,7 +57,7 @@ def test_the_smallest_is_no_smaller_than_possible(seed):
     if planner is None:
         pytest.skip("nothing to choose, or too much to try")
     smallest = planner.smallest().outcome.peak
-    assert planner.least_possible <= smallest <= planner.keep_all().outcome.peak
+    assert planner.solver.least_possible <= smallest <= planner.keep_all().outcome.peak
     best = min(c.outcome.peak for c in every_choice(planner))
     assert smallest <= 1.08 * best
 
@@ -65,7 +65,7 @@ def test_the_smallest_is_no_smaller_than_possible(seed):
 @pytest.mark.parametrize("seed", SEEDS[::20])
 def test_the_same_step_gets_the_same_plan(seed):
     planners = [Planner(random_flow(seed, forward=20)) for _ in range(2)]
-    budget = (planners[0].least_possible + planners[0].keep_all().outcome.peak) // 2
+    budget = (planners[0].solver.least_possible + planners[0].keep_all().outcome.peak) // 2
     first, second = (planner.fit(budget) for planner in planners)
     assert (
         first is None
