@@ -25,6 +25,7 @@ from torch._functorch.aot_autograd import (
 )
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._ordered_set import OrderedSet
@@ -56,11 +57,21 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     )
     with (
         static,
+        _unread_draws_kept(),
         _compiling_state_context(),
         get_metrics_context(),
         dynamo_timed("fxmem_capture"),
     ):
         return fullgraph_capture(function, args, {})
+
+
+def _unread_draws_kept() -> contextlib.AbstractContextManager[Any]:
+    """While tracing, torch takes random operators whose result nobody reads for dead code.
+
+    Without them, all later operators would draw other numbers than in eager.
+    """
+    patch: contextlib.AbstractContextManager[Any] = inductor_config.patch(fallback_random=True)
+    return patch
 
 
 def _logging_functions() -> set[Any]:
@@ -118,7 +129,7 @@ def joint_export(output: Any) -> Iterator[Any]:
     backend_input = output.backend_input
     context = TracingContext(backend_input.fake_mode)
     context.tensor_to_context = backend_input.tensor_to_context
-    with tracing(context), contextlib.ExitStack() as stack:
+    with tracing(context), _unread_draws_kept(), contextlib.ExitStack() as stack:
         yield aot_export_joint_with_descriptors(
             stack, backend_input.graph_module, tuple(backend_input.example_inputs)
         )

@@ -157,6 +157,12 @@ def output_values(module: fx.GraphModule) -> list[Any]:
 # -- Questions about one node ---------------------------------------------------------------------
 
 
+def has_effect(node: fx.Node) -> bool:
+    """Must the node stay, even if nobody reads it?  A second run repeats no effect."""
+    second = is_backward(node) and "fxmem_origin" in node.meta
+    return node.op in ("placeholder", "output") or (not second and node.is_impure())
+
+
 def is_backward(node: fx.Node) -> bool:
     """Does the node run in the backward?  Tangents and what autograd traced for them."""
     if node.op == "placeholder":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxmem import _torch
-from fxmem.graph import JointGraph, OutputKind, Role, is_backward, is_symbolic_scalar
+from fxmem.graph import JointGraph, OutputKind, Role, has_effect, is_backward, is_symbolic_scalar
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,17 @@ def split(graph: JointGraph) -> Split:
         graph.num_forward_outputs,
         list(graph.placeholders(Role.PARAMETER, Role.BUFFER)),
     )
+    for module, of_backward in ((forward, False), (backward, True)):
+        _drop_the_others(module, of_backward)
     return Split(forward, backward, graph.output_kinds, graph.num_forward_outputs)
+
+
+def _drop_the_others(module: fx.GraphModule, backward: bool) -> None:
+    """Each half comes with what the other one draws, where it has the operands, read or not."""
+
+    def is_needed(node: fx.Node) -> bool:
+        outside = node.op in ("placeholder", "output")
+        return outside or (is_backward(node) == backward and has_effect(node))
+
+    module.graph.eliminate_dead_code(is_needed)
+    module.recompile()

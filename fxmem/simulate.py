@@ -111,8 +111,8 @@ class Simulator:
 
     def _random_values(self) -> list[int]:
         """Whatever happens to these, their producers run in the forward: they draw there."""
-        operators, values = self.flow.operators, self.flow.values
-        return [v for v in self.readable if operators[values[v].producer].rng_state]
+        forward = self.flow.operators[: self.flow.num_forward]
+        return [v for op in forward if op.rng_state for v in op.makes]
 
     def _reads(self) -> list[tuple[int, ...]]:
         """For each backward operator, the forward values that it reads."""

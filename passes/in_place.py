@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from fxmem.fakes import refresh
-from fxmem.graph import JointGraph, is_view
+from fxmem.graph import JointGraph, has_effect, is_view
 from fxmem.overwriting import DESTINATIONS, overwritable
 from fxmem.sizes import storages_in
 
@@ -36,7 +36,7 @@ class InPlacePass:
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
-        graph.module.graph.eliminate_dead_code()
+        graph.module.graph.eliminate_dead_code(has_effect)
         views = {n for n in graph.nodes if is_view(n)}
         written = _overwritten(graph, backward=self.phase == "backward")
         moved = set(written)

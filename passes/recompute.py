@@ -25,7 +25,7 @@ from torch import fx
 
 from fxmem._torch import run_and_save_rng_state, run_with_rng_state
 from fxmem.fakes import fake_empty_bytes, fake_value
-from fxmem.graph import JointGraph, is_backward, is_symbolic_scalar, is_view
+from fxmem.graph import JointGraph, has_effect, is_backward, is_symbolic_scalar, is_view
 from fxmem.operators import is_random, recomputable_nodes, rng_state_nbytes, second_call
 from fxmem.passes.base import insert_like
 from fxmem.sizes import storages_in
@@ -57,7 +57,7 @@ class RecomputePass:
             return graph
         graph = graph.copy()
         _Rewriter(graph, self).rewrite()
-        graph.module.graph.eliminate_dead_code()
+        graph.module.graph.eliminate_dead_code(has_effect)
         return graph.verified()
 
 

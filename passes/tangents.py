@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from fxmem.fakes import replace_uses, replace_with_other_strides, same_strides
-from fxmem.graph import JointGraph, is_backward, is_view, operator_name
+from fxmem.graph import JointGraph, has_effect, is_backward, is_view, operator_name
 from fxmem.passes.base import insert_like
 from fxmem.sizes import hint
 
@@ -48,7 +48,7 @@ class UndefinedTangentsPass:
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
         _Zeros(graph, self.tangents).spread()
-        graph.module.graph.eliminate_dead_code()
+        graph.module.graph.eliminate_dead_code(has_effect)
         return graph.verified()
 
 
@@ -67,8 +67,17 @@ class _Zeros:
             if node.op == "call_function":
                 self._visit(node)
         output = self.graph.module.graph.output_node()
+        unreached = self.varying - self._reached()
         values = self.graph.outputs()
-        output.args = (tuple(None if o in self.zero else o for o in values),)
+        output.args = (tuple(None if o in unreached else o for o in values),)
+
+    def _reached(self) -> set[fx.Node]:
+        """What a tangent that is defined leads to: autograd leaves all other gradients undefined."""
+        reached = {n for n in self.varying if n.op == "placeholder" and n not in self.zero}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and reached.intersection(node.all_input_nodes):
+                reached.add(node)
+        return reached - self.zero
 
     def _visit(self, node: fx.Node) -> None:
         varying = [i for i in node.all_input_nodes if i in self.varying]
@@ -131,6 +140,8 @@ def _keeps_zero(node: fx.Node, zeros: list[fx.Node]) -> bool:
         return True
     if name == "div":
         return node.args[0] in zeros
+    if node.target in _SUMS:
+        return all(a in zeros for a in node.args[:2])
     if name in ("where", "cat", "stack", "index_put", "masked_fill", "select_scatter", "addmm"):
         return _only_zeros_or_constants(node, zeros)
     return name in _LINEAR

@@ -136,14 +136,19 @@ def buffers(step: nn.Module) -> Seen:
     return {f"buffer {plain(n)}": snapshot(b) for n, b in step.named_buffers()}
 
 
-def train(step: Step, inputs: tuple, kwargs: dict | None = None, seed: int = 7) -> Seen:
-    """One step; the generator is seeded anew before backward, as a shared one would have moved."""
+def train(
+    step: Step, inputs: tuple, kwargs: dict | None = None, seed: int = 7, results: int | None = None
+) -> Seen:
+    """One step; the generator is seeded anew before backward, as a shared one would have moved.
+
+    results: how many of them are sent a gradient, the first ones; all if it is None.
+    """
     inputs, kwargs = fresh((inputs, kwargs or {}))
     torch.manual_seed(seed)
     outputs = step(*inputs, **kwargs)
     seen: Seen = {"rng after forward": torch.get_rng_state(), "outputs": snapshot(outputs)}
     torch.manual_seed(seed + 1)
-    loss = total(outputs)
+    loss = total(list(tensors(outputs))[:results])
     seen["requires_grad"] = [t.requires_grad for t in tensors(outputs)]
     if loss.requires_grad:
         loss.backward()
@@ -248,6 +253,47 @@ def mlp(width: int = 8, depth: int = 3) -> nn.Sequential:
 
 
 # Random numbers.
+
+
+@hazard()
+def draws_that_nobody_reads() -> Case:
+    """They move the generator on for those that come later."""
+
+    def body(m, x):
+        torch.rand(3)
+        h = F.dropout(x @ m.w)
+        torch.rand_like(h)
+        return F.dropout(torch.sin(h) @ m.v)
+
+    return trains(Model(body, w=matrix(8, 4), v=matrix(4, 3)), leaf(6, 8), steps=2)
+
+
+@hazard()
+def draws_behind_one_of_two_results() -> Case:
+    """The backward for that one's gradient is made when it comes; it draws nothing."""
+    x = leaf(6, 8)
+
+    def body(m, x):
+        return F.dropout(x.masked_fill(x < 0, 0.25)) @ m.w, torch.sin(torch.cat([x, x]))
+
+    def run(step):
+        return {"first": train(step, (x,), results=1), "both": train(step, (x,))}
+
+    return Case(Model(body, w=matrix(8, 4)), (x,), run)
+
+
+@hazard()
+def inputs_that_the_gradient_sent_does_not_reach() -> Case:
+    """Their gradients stay None, whatever lies on the way to them."""
+    x, y = leaf(6, 8), leaf(6, 4)
+
+    def body(m, x, y):
+        return torch.sin(x @ m.w), torch.cumsum(torch.sin(y * m.v), 0)
+
+    def run(step):
+        return {"first": train(step, (x, y), results=1), "both": train(step, (x, y))}
+
+    return Case(Model(body, w=matrix(8, 4), v=torch.randn(4)), (x, y), run)
 
 
 @hazard()

@@ -115,11 +115,13 @@ class Trial:
         self.model.zero_grad(set_to_none=True)
 
     def seen(self, step: nn.Module) -> Seen:
-        """All that a training step shows, in which every result is sent a gradient."""
+        """All that two training steps show: all results are sent a gradient, or the first alone."""
         self.reset()
-        seen = train(step, self.inputs)
+        every = train(step, self.inputs)
         self.reset()
-        return seen
+        first = train(step, self.inputs, results=1)
+        self.reset()
+        return {"every result": every, "the first result": first}
 
     def measured(self, budget: str) -> int | None:
         """Bytes at the peak of one step, residents included; None where not all is the step's."""

@@ -97,6 +97,27 @@ def two_uses_in_two_layouts():
 
 
 @program
+def a_gradient_that_a_norm_lays_out_anew():
+    """Without a gradient for the second result, the norm reads other strides than with it."""
+
+    def body(m, x):
+        h = m.norm(m.second(m.first(x).sin()))
+        product = h @ m.w
+        turned = h.transpose(2, 0)
+        return product.sin().sum() + (turned * m.c).sum(), turned
+
+    built = model(
+        body,
+        first=nn.Conv1d(3, 7, 1),
+        second=nn.Conv1d(7, 5, 3, padding=1),
+        norm=nn.GroupNorm(1, 5),
+        w=torch.randn(16, 2),
+        c=torch.randn(16, 5, 8),
+    )
+    return built, torch.randn(8, 3, 16)
+
+
+@program
 def residual_steps():
     def body(m, x):
         h = F.linear(x, m.w)
