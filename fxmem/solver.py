@@ -37,6 +37,9 @@ FEW = 100
 _CUTS_BELOW = 8
 """In linear programs that only say where to start looking for the smallest peak."""
 
+_LAST_STEPS = 8
+"""Searches right below the smallest peak found, as long as they find a smaller one."""
+
 _PATIENCE = 6
 """How much longer a search may take that looks for the smallest peak."""
 
@@ -75,7 +78,7 @@ class Solver:
 
     @cached_property
     def lowest(self) -> Schedule:
-        """Halve the distance to what every choice needs until it is no longer met."""
+        """Halve the distance to what every choice needs, then look right below."""
         best = Schedule(self.simulator, self._all_read)
         low, high = self.least_possible, best.peak
         while high - low > max(high // 200, 1):
@@ -85,6 +88,11 @@ class Solver:
                 low = target
             else:
                 best, high = found, min(found.peak, target)
+        for _ in range(_LAST_STEPS):
+            found = self._below(best.peak - 1, best)
+            if found is None:
+                break
+            best = found
         return best
 
     @cached_property
