@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxmem._torch import run_with_rng_state, storage_key
+from fxmem._torch import storage_key
 from fxmem.sizes import as_expr, can_view, storages_in, tensors_in
 
 
@@ -25,8 +25,6 @@ def fake_value(
 
     new: values to take in place of what these nodes have.
     """
-    if target is run_with_rng_state:  # on fake tensors it would move the real generator
-        target, args = args[1], args[2:]
     example_args, example_kwargs = fx.node.map_arg(
         (args, kwargs), lambda n: new[n] if n in new else n.meta.get("val")
     )
@@ -83,82 +81,6 @@ def replace_uses(node: fx.Node, other: fx.Node) -> None:
         other, delete_user_cb=lambda user: user is not other, propagate_meta=False
     )
     refresh(views)
-
-
-_READ_AS_TRACED = {
-    torch.ops.aten._cdist_backward.default,
-    torch.ops.aten._weight_norm_interface_backward.default,
-    torch.ops.aten.cudnn_batch_norm_backward.default,
-    torch.ops.aten.miopen_batch_norm_backward.default,
-    torch.ops.aten.native_group_norm_backward.default,
-}
-"""Backwards that take the gradient's elements in the order of memory, without a look at its strides.
-
-Autograd hands them ``grad.contiguous()``, of which a graph shows nothing where that was no copy.
-Source: tools/autograd/derivatives.yaml.
-"""
-
-
-def replace_with_other_strides(node: fx.Node, other: fx.Node) -> bool:
-    """``replace_uses`` where the strides differ, and so those of what is computed from them may.
-
-    What cannot do with other strides gets a copy in the old ones.  False, and nothing is changed,
-    where there is none, or where a view below exists for the old strides alone.
-    """
-    new: dict[fx.Node, Any] = {node: other.meta["val"]}
-    copies: list[tuple[fx.Node, fx.Node, torch.memory_format]] = []
-    for user in node.graph.nodes:
-        changed = [i for i in user.all_input_nodes if i in new]
-        if user is other or user.op != "call_function" or not changed:
-            continue
-        if user.target in _READ_AS_TRACED:
-            formats = [_memory_format(i.meta["val"]) for i in changed]
-            if None in formats:
-                return False
-            copies += [(user, i, f) for i, f in zip(changed, formats, strict=True) if f]
-            continue
-        try:
-            value = fake_value(user.target, user.args, dict(user.kwargs), new)
-        except (RuntimeError, ValueError):
-            return False
-        if _shows(user, new) or not same_strides(value, user.meta.get("val")):
-            new[user] = value
-    for user, source, memory_format in copies:
-        _copy_for(user, source, memory_format)
-    for user, value in new.items():
-        if user is not node:
-            user.meta["val"] = value
-    node.replace_all_uses_with(
-        other, delete_user_cb=lambda user: user is not other, propagate_meta=False
-    )
-    return True
-
-
-def _memory_format(value: Any) -> torch.memory_format | None:
-    """The format that a tensor is contiguous in; None if there is none, or if it is no tensor."""
-    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-    if not isinstance(value, torch.Tensor):
-        return None
-    dims = {torch.channels_last: 4, torch.channels_last_3d: 5}
-    fitting = (f for f in formats if dims.get(f, value.ndim) == value.ndim)
-    return next((f for f in fitting if value.is_contiguous(memory_format=f)), None)
-
-
-def _copy_for(user: fx.Node, source: fx.Node, memory_format: torch.memory_format) -> None:
-    """Let ``user`` read a copy of ``source`` that is laid out as the value was traced."""
-    clone, name = torch.ops.aten.clone.default, f"{source.name}_copy"
-    kwargs: dict[str, Any] = {"memory_format": memory_format}
-    with user.graph.inserting_before(user):
-        copy = user.graph.create_node("call_function", clone, (source,), kwargs, name=name)
-    copy.meta = {k: v for k, v in user.meta.items() if k != "val"}
-    copy.meta["val"] = fake_value(clone, (source,), kwargs)
-    user.replace_input_with(source, copy)
-
-
-def _shows(node: fx.Node, new: dict[fx.Node, Any]) -> bool:
-    """Is the node a view of a value that changes?"""
-    mine = set(_storages(node))
-    return any(mine & set(_storages(i)) for i in node.all_input_nodes if i in new)
 
 
 def same_strides(a: Any, b: Any) -> bool:

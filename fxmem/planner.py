@@ -133,8 +133,7 @@ class Planner:
 
     @cached_property
     def _unchanged(self) -> Choice:
-        kept = self.simulator.directly_read() - self.must_remake
-        return replace(self.choice(kept), bound=0.0)
+        return replace(self.choice(self.solver.all_read), bound=0.0)
 
     @cached_property
     def _smallest(self) -> _Answer:
@@ -144,8 +143,7 @@ class Planner:
         answer = self._answer(lowest.peak)
         choice = answer.choice or self._chosen(lowest)
         if answer.bound is not None:
-            least = min(answer.bound.at(lowest.peak), choice.outcome.seconds)
-            choice = replace(choice, bound=least)
+            choice = replace(choice, bound=min(answer.bound.seconds, choice.outcome.seconds))
         return _Answer(choice, answer.bound)
 
     def _chosen(self, schedule: Schedule) -> Choice:

@@ -79,7 +79,7 @@ class Solver:
     @cached_property
     def lowest(self) -> Schedule:
         """Halve the distance to what every choice needs, then look right below."""
-        best = Schedule(self.simulator, self._all_read)
+        best = Schedule(self.simulator, self.all_read)
         low, high = self.least_possible, best.peak
         while high - low > max(high // 200, 1):
             target = (low + high) // 2
@@ -109,7 +109,8 @@ class Solver:
         return Relaxation(self.simulator, self.must_keep, self.must_remake)
 
     @property
-    def _all_read(self) -> frozenset[int]:
+    def all_read(self) -> frozenset[int]:
+        """What is saved when nothing is made again that need not be."""
         return self.simulator.directly_read() - self.must_remake | self.must_keep
 
     # -- Where searches start ----------------------------------------------------------------------
@@ -149,7 +150,7 @@ class Solver:
 
     def _extremes(self) -> Iterator[Schedule]:
         """Everything kept that is read, and nothing; and what peaks lowest."""
-        yield Schedule(self.simulator, self._all_read)
+        yield Schedule(self.simulator, self.all_read)
         yield Schedule(self.simulator, self.must_keep)
         yield Schedule(self.simulator, self.lowest.kept, self.lowest.drops())
 

@@ -17,18 +17,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from fxmem._torch import fake_tensors_off
 from fxmem.cost import CostModel
 from fxmem.graph import is_view
 from fxmem.workspace import (
     Call,
-    TensorSpec,
     cache_path,
     can_measure,
     has_workspace,
-    reads_opaque,
+    on_stand_ins,
     save_table,
 )
 
@@ -80,23 +77,18 @@ def measured_cost(graph: fx.Graph, device: torch.device, otherwise: CostModel) -
 
 def time_call(call: Call, device: torch.device) -> float | None:
     """Median seconds of an operator on throwaway tensors; None where it refuses them."""
-    if reads_opaque(call):
-        return None
-    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with generators, torch.no_grad(), fake_tensors_off():
-        args, kwargs = pytree.tree_map_only(
-            TensorSpec, lambda s: s.stand_in(device), (call.args, call.kwargs)
-        )
-        operator = getattr(call.target, "_op", call.target)
+    return on_stand_ins(_time, call, device)
 
-        def run() -> None:
-            operator(*args, **kwargs)
 
-        try:
-            run()  # the first call makes handles and tunes kernels
-            return (_time_cuda if device.type == "cuda" else _time_cpu)(run)
-        except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
-            return None
+def _time(call: Call, device: torch.device) -> float:
+    args, kwargs = call.stand_ins(device)
+    operator = getattr(call.target, "_op", call.target)
+
+    def run() -> None:
+        operator(*args, **kwargs)
+
+    run()  # the first call makes handles and tunes kernels
+    return (_time_cuda if device.type == "cuda" else _time_cpu)(run)
 
 
 def _time_cpu(run: Callable[[], None]) -> float:

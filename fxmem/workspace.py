@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -36,6 +36,8 @@ from fxmem.device import free_memory
 from fxmem.graph import is_view, operator_name
 from fxmem.measure import cpu_allocations
 from fxmem.sizes import hint, storages_in, tensors_in
+
+T = TypeVar("T")
 
 LAYOUT = "fxmem_strides"
 """Node metadata: the strides really returned, one tuple a tensor, where fake ones differ."""
@@ -111,6 +113,14 @@ class Call:
     def signature(self) -> str:
         """Operator, shapes, strides, types and constants: what its workspace depends on."""
         return f"{self.target}({', '.join(map(str, pytree.tree_leaves((self.args, self.kwargs))))})"
+
+    def stand_ins(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Throwaway arguments; on the meta device they hold nothing."""
+        make = TensorSpec.empty if device.type == "meta" else TensorSpec.stand_in
+        made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+            TensorSpec, lambda s: make(s, device), (self.args, self.kwargs)
+        )
+        return made
 
     def operand_bytes(self) -> int:
         specs = pytree.tree_leaves((self.args, self.kwargs))
@@ -296,9 +306,15 @@ def _derive_strides(node: fx.Node) -> None:
 
 def measure_call(call: Call, device: torch.device) -> Entry | None:
     """Run an operator once on throwaway tensors; None where it refuses them."""
-    if reads_opaque(call):
+    return on_stand_ins(_measure_cuda if device.type == "cuda" else _measure_cpu, call, device)
+
+
+def on_stand_ins(
+    measure: Callable[[Call, torch.device], T], call: Call, device: torch.device
+) -> T | None:
+    """What is measured of a call, generators left as they are; None where the operator refuses."""
+    if _reads_opaque(call):
         return None
-    measure = _measure_cuda if device.type == "cuda" else _measure_cpu
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generators, torch.no_grad(), fake_tensors_off():
         try:
@@ -312,7 +328,7 @@ def can_measure(call: Call, device: torch.device) -> bool:
     return device.type in ("cpu", "cuda") and _fits(call, device)
 
 
-def reads_opaque(call: Call) -> bool:
+def _reads_opaque(call: Call) -> bool:
     """Does the operator read what only its own forward can write, and trust it blindly?
 
     A recurrent layer's backward follows pointers in its workspace: throwaway bytes there crash.
@@ -323,17 +339,12 @@ def reads_opaque(call: Call) -> bool:
 
 
 def _run(call: Call, device: torch.device) -> Any:
-    make = TensorSpec.empty if device.type == "meta" else TensorSpec.stand_in
-    args, kwargs = pytree.tree_map_only(
-        TensorSpec, lambda s: make(s, device), (call.args, call.kwargs)
-    )
+    args, kwargs = call.stand_ins(device)
     return call.target(*args, **kwargs)
 
 
 def _measure_cpu(call: Call, device: torch.device) -> Entry:
-    args, kwargs = pytree.tree_map_only(
-        TensorSpec, lambda s: s.stand_in(device), (call.args, call.kwargs)
-    )
+    args, kwargs = call.stand_ins(device)
     sizes, result = _allocations(lambda: call.target(*args, **kwargs))
     held = highest = 0
     for size in sizes:
@@ -358,9 +369,7 @@ def _allocations(function: Callable[[], Any]) -> tuple[list[int], Any]:
 
 def _measure_cuda(call: Call, device: torch.device) -> Entry:
     _run(call, device)  # the first call makes handles and tunes kernels, which later calls keep
-    args, kwargs = pytree.tree_map_only(
-        TensorSpec, lambda s: s.stand_in(device), (call.args, call.kwargs)
-    )
+    args, kwargs = call.stand_ins(device)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxmem.fakes import replace_uses
-from fxmem.graph import JointGraph, is_backward, is_view
+from fxmem.graph import JointGraph, has_effect, is_backward, is_view
 from fxmem.passes.base import insert_like
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ class CleanupPass:
                 _forget_running_statistics(node)
         for mutated in graph.mutated_inputs():
             _copy_for_backward(graph.module.graph, mutated)
-        graph.module.graph.eliminate_dead_code(_is_impure)
+        graph.module.graph.eliminate_dead_code(has_effect)
         return graph.verified()
 
 
@@ -68,9 +68,3 @@ def _readers_through_views(node: fx.Node) -> list[fx.Node]:
         if is_view(user):
             stack += list(user.users)
     return readers
-
-
-def _is_impure(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output"):
-        return True
-    return node.op == "call_function" and node.is_impure()

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxmem.fakes import look, replace_uses
-from fxmem.graph import JointGraph, is_view
+from fxmem.graph import JointGraph, has_effect, is_view
 from fxmem.sizes import storages_in
 
 
@@ -85,6 +85,5 @@ def _viewed(node: fx.Node) -> fx.Node | None:
 
 
 def _is_needed(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output") or node.is_impure():
-        return True
-    return not is_view(node) and node.target is not torch.ops.aten.clone.default
+    disposable = is_view(node) or node.target is torch.ops.aten.clone.default
+    return has_effect(node) or not disposable

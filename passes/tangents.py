@@ -22,9 +22,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxmem.fakes import replace_uses, replace_with_other_strides, same_strides
+from fxmem.fakes import replace_uses, same_strides
 from fxmem.graph import JointGraph, has_effect, is_backward, is_view, operator_name
 from fxmem.passes.base import insert_like
+from fxmem.passes.strides import replace_with_other_strides
 from fxmem.sizes import hint
 
 aten = torch.ops.aten
@@ -77,7 +78,7 @@ class _Zeros:
         for node in self.graph.nodes:
             if node.op == "call_function" and reached.intersection(node.all_input_nodes):
                 reached.add(node)
-        return reached - self.zero
+        return reached
 
     def _visit(self, node: fx.Node) -> None:
         varying = [i for i in node.all_input_nodes if i in self.varying]
