@@ -28,7 +28,10 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.module_tracker import ModuleTracker
 
 CHECKED_VERSIONS = ("2.13.0",)
 
@@ -239,6 +242,30 @@ def new_fake_mode() -> FakeTensorMode:
 def symbolic_fake_mode() -> FakeTensorMode:
     """A mode whose tensors Dynamo takes as they are, symbolic sizes included."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Without the dispatch modes and global hooks by which counters and profilers follow a step.
+
+    They would see the tracing as if it ran, Dynamo cannot trace the hooks, and its guards compare
+    both.  What was captured without them runs under them.
+    """
+    tables = (_global_forward_pre_hooks, _global_forward_hooks)
+    trackers = [{key: h for key, h in table.items() if _is_tracker(h)} for table in tables]
+    for table, hooks in zip(tables, trackers, strict=True):
+        for key in hooks:
+            del table[key]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for table, hooks in zip(tables, trackers, strict=True):
+            table.update(hooks)
+
+
+def _is_tracker(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
 @contextlib.contextmanager

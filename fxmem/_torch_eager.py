@@ -22,6 +22,8 @@ from torch._library.utils import Kernel
 from torch._prims_common import compute_elementwise_output_strides, suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxmem._torch import COMPILE_LOCK, quiet_fake_tensors, unwatched
+
 aten = torch.ops.aten
 
 _KEYS = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd)
@@ -95,6 +97,13 @@ _COPIES_STORAGE = (
     aten.select_scatter.default,
     aten.slice_scatter.default,
 )
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """One thread at a time, with fake tensors that are laid out as real ones will be."""
+    with COMPILE_LOCK, unwatched(), quiet_fake_tensors(), real_layouts():
+        yield
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from fxmem import _torch
-from fxmem._torch_eager import eager_decompositions, real_layouts
+from fxmem._torch_eager import compiling, eager_decompositions
 from fxmem.emit import boxed
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.fakes import fake_like, refresh, views_below
@@ -94,7 +94,7 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
     names: input -> {dimension: symbol}, for the dimensions that were marked as dynamic.
     Raises ``CaptureError`` with the user's line and a way out.
     """
-    with _torch.COMPILE_LOCK, _torch.quiet_fake_tensors(), real_layouts():
+    with compiling():
         as_called = _torch.dispatch_state()
         try:
             output = _torch.dynamo_capture(training_step, call.values())

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxmem import _torch
+from fxmem._torch_eager import compiling
 from fxmem.capture import StepCall, capture
 from fxmem.dynamic import Names, Sizes, marked, sizes_of
 from fxmem.emit import boxed
@@ -64,7 +65,7 @@ class Backward:
     def __call__(self, args: list[Any]) -> Any:
         undefined = tuple(name for i, name in self.tangents if args[i] is None)
         if undefined not in self.variants:
-            with _torch.COMPILE_LOCK:
+            with compiling():
                 self._prepare(undefined)
         places, run = self.variants[undefined]
         wanted = [args[i] for i in places]
@@ -104,6 +105,10 @@ class Session:
 
     def program_for(self, call: StepCall) -> Program:
         """The program that serves a call; captured and planned if there is none yet."""
+        with _torch.unwatched():
+            return self._program_for(call)
+
+    def _program_for(self, call: StepCall) -> Program:
         sizes = sizes_of(call, self.dynamic)
         for program in self.programs:
             if program.serves(call, sizes):

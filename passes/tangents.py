@@ -64,10 +64,10 @@ class _Zeros:
     def spread(self) -> None:
         if not self.zero:
             return
-        for node in self.graph.nodes:
+        output = node = self.graph.module.graph.output_node()
+        while (node := node.next) is not output:  # what is inserted on the way is visited, too
             if node.op == "call_function":
                 self._visit(node)
-        output = self.graph.module.graph.output_node()
         unreached = self.varying - self._reached()
         values = self.graph.outputs()
         output.args = (tuple(None if o in unreached else o for o in values),)

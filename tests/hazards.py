@@ -168,6 +168,15 @@ def trains(model: nn.Module, *inputs: Any, steps: int = 1, **options: Any) -> Ca
     return Case(model, inputs, run, **options)
 
 
+def first_result_and_all(model: nn.Module, *inputs: Tensor) -> Case:
+    """The first result alone is sent a gradient, then all are."""
+
+    def run(step):
+        return {"first": train(step, inputs, results=1), "all": train(step, inputs)}
+
+    return Case(model, inputs, run)
+
+
 def layout(t: Tensor) -> tuple:
     """Type, shape and strides, where a dimension of size 1 or nothing at all has no stride."""
     strides = [
@@ -271,29 +280,48 @@ def draws_that_nobody_reads() -> Case:
 @hazard()
 def draws_behind_one_of_two_results() -> Case:
     """The backward for that one's gradient is made when it comes; it draws nothing."""
-    x = leaf(6, 8)
 
     def body(m, x):
         return F.dropout(x.masked_fill(x < 0, 0.25)) @ m.w, torch.sin(torch.cat([x, x]))
 
-    def run(step):
-        return {"first": train(step, (x,), results=1), "both": train(step, (x,))}
-
-    return Case(Model(body, w=matrix(8, 4)), (x,), run)
+    return first_result_and_all(Model(body, w=matrix(8, 4)), leaf(6, 8))
 
 
 @hazard()
 def inputs_that_the_gradient_sent_does_not_reach() -> Case:
     """Their gradients stay None, whatever lies on the way to them."""
-    x, y = leaf(6, 8), leaf(6, 4)
 
     def body(m, x, y):
         return torch.sin(x @ m.w), torch.cumsum(torch.sin(y * m.v), 0)
 
-    def run(step):
-        return {"first": train(step, (x, y), results=1), "both": train(step, (x, y))}
+    model = Model(body, w=matrix(8, 4), v=torch.randn(4))
+    return first_result_and_all(model, leaf(6, 8), leaf(6, 4))
 
-    return Case(Model(body, w=matrix(8, 4), v=torch.randn(4)), (x, y), run)
+
+@hazard()
+def a_norm_that_the_gradient_sent_does_not_reach() -> Case:
+    """What is left of the gradients' sum lies in another order, so that the norm reads a copy."""
+
+    def body(m, x, y):
+        h = m.norm(x)
+        turned = torch.where(m.b_mask.transpose(1, 2), h, torch.zeros(())).transpose(1, 2)
+        return torch.sin(y * m.v), h @ m.w, turned
+
+    mask = torch.randn(1, 4, 16) > 0
+    model = Model(body, norm=nn.GroupNorm(4, 16), w=matrix(4, 5), v=torch.randn(4), b_mask=mask)
+    return first_result_and_all(model, leaf(1, 16, 4), leaf(6, 4))
+
+
+@hazard()
+def a_dropout_whose_gradient_comes_transposed_at_times() -> Case:
+    """Alone, the first result's gradient is laid out otherwise than the sum of both."""
+
+    def body(m, x):
+        h = F.dropout(x @ m.w)
+        return torch.sin(h.transpose(0, 1)) @ m.u, h @ m.v
+
+    model = Model(body, w=matrix(3, 6), u=matrix(6, 4), v=matrix(6, 2))
+    return first_result_and_all(model, leaf(5, 4, 3))
 
 
 @hazard()

@@ -13,9 +13,9 @@ FLOORS = {
     # words, numbers, torch's private side
     "fxmem/errors.py": 0,
     "fxmem/_torch.py": 0,
-    "fxmem/_torch_eager.py": 0,
     "fxmem/_torch_profiler.py": 0,
     # one tensor, one device, one number
+    "fxmem/_torch_eager.py": 1,
     "fxmem/sizes.py": 1,
     "fxmem/units.py": 1,
     "fxmem/emit.py": 1,

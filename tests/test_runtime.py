@@ -17,6 +17,7 @@ from test_engine import capture_once
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxmem
 from fxmem import verify
@@ -353,6 +354,23 @@ def test_the_first_call_may_be_profiled(monkeypatch, tmp_path):
     assert any(event.key == "aten::addmm" for event in profile.key_averages())
     assert opt.plan.predicted_peak == want.predicted_peak
     assert (tmp_path / "empty").exists()  # the workspaces were measured nevertheless
+
+
+def counted_flops(step, x) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step(x).backward()
+    return counter.get_total_flops()
+
+
+def test_flops_are_counted_as_they_run():
+    model, x = seeded(Mlp), batch()
+    eager = counted_flops(model, x)
+    opt = fxmem.optimize(model, "1TiB")
+    assert counted_flops(opt, x) == eager  # the capture, at this first call, is not counted
+    opt(x).backward()
+    assert counted_flops(opt, x) == eager
+    assert len(opt._session.programs) == 1
+    assert counted_flops(fxmem.optimize(model, "min", (x,)), x) > eager
 
 
 def test_state_dict_goes_both_ways():
