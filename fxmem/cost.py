@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from fxmem.graph import is_view
+from fxmem.gpus import Gpu, find_gpu
+from fxmem.graph import is_view, operator_name
 from fxmem.sizes import hint, tensors_in
 
 
@@ -28,7 +30,9 @@ class Cost(Protocol):
 class CostModel:
     """seconds = launch + max(operations / rate, bytes / bandwidth).
 
-    flops: multiply-adds count as two, per second.  bandwidth: bytes per second.  launch: seconds.
+    flops: operations per second in float32, multiply-adds counted as two.  tf32, half: the same for
+    matrix products and convolutions that may round to TF32, and for those of 16 bits, where that is
+    faster.  bandwidth: bytes per second.  launch: seconds.
     Source: roofline model, Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
     """
 
@@ -36,6 +40,8 @@ class CostModel:
     flops: float
     bandwidth: float
     launch: float
+    tf32: float | None = None
+    half: float | None = None
 
     def seconds(self, node: fx.Node) -> float:
         """Predicted seconds of one node; a view takes none."""
@@ -44,23 +50,57 @@ class CostModel:
         moved = _nbytes(node.meta.get("val")) + sum(
             _nbytes(i.meta.get("val")) for i in node.all_input_nodes
         )
-        return self.launch + max(flops(node) / self.flops, moved / self.bandwidth)
+        return self.launch + max(flops(node) / self._rate(node), moved / self.bandwidth)
+
+    def _rate(self, node: fx.Node) -> float:
+        if _formula(node) is None:
+            return self.flops
+        dtypes = {t.dtype for i in node.all_input_nodes for t in tensors_in(i.meta.get("val"))}
+        if self.half and dtypes & {torch.float16, torch.bfloat16}:
+            return self.half
+        return self.tf32 if self.tf32 and _may_round(node) else self.flops
 
 
-# Two cores of a server processor, a mid-range and a large accelerator; each the maker's figures for
-# fp32 and bf16 halved, because that is what training reaches.
+def _may_round(node: fx.Node) -> bool:
+    """May the operator's float32 operands be rounded to TF32?  Convolutions may, unless told not to."""
+    convolution = "convolution" in operator_name(node)
+    switch: Any = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
+    return getattr(switch, "conv", switch).fp32_precision == "tf32"
+
+
+# Two cores of a server processor, and some large accelerator.
 CPU = CostModel("cpu", flops=5e10, bandwidth=1e10, launch=3e-6)
 CUDA = CostModel("cuda", flops=3e14, bandwidth=1.5e12, launch=4e-6)
 
+_REACHED = 0.5
+"""What training reaches of a maker's figures; it is the same for all, so plans hardly depend on it."""
+
 
 def default_cost_model(device: torch.device) -> CostModel:
-    return CUDA if device.type == "cuda" else CPU
+    if device.type != "cuda":
+        return CPU
+    try:
+        gpu = find_gpu(torch.cuda.get_device_name(device))
+    except (RuntimeError, AssertionError):  # no driver, or a torch without CUDA
+        gpu = None
+    return CUDA if gpu is None else model_of(gpu)
+
+
+def model_of(gpu: Gpu) -> CostModel:
+    """The roofline of a product in the table, launched operator by operator."""
+    return CostModel(
+        gpu.name,
+        flops=_REACHED * gpu.fp32,
+        bandwidth=_REACHED * gpu.bandwidth,
+        launch=CUDA.launch,
+        tf32=_REACHED * gpu.tf32,
+        half=_REACHED * gpu.half,
+    )
 
 
 def flops(node: fx.Node) -> float:
     """Floating-point operations of one node: torch's formula where it has one, else one an element."""
-    packet = getattr(node.target, "overloadpacket", None)
-    formula = flop_registry.get(packet) if packet is not None else None
+    formula = _formula(node)
     value = node.meta.get("val")
     if formula is None:
         return float(sum(_numel(t) for t in tensors_in(value)))
@@ -68,6 +108,12 @@ def flops(node: fx.Node) -> float:
         fx.Node, lambda n: n.meta.get("val"), (tuple(node.args), dict(node.kwargs))
     )
     return float(hint(formula(*args, **kwargs, out_val=value)))
+
+
+def _formula(node: fx.Node) -> Callable[..., Any] | None:
+    """torch's count of a matrix product's, a convolution's or an attention's operations."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return None if packet is None else flop_registry.get(packet)
 
 
 def _numel(tensor: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     # words, numbers, torch's private side
     "fxmem/errors.py": 0,
+    "fxmem/gpus.py": 0,
     "fxmem/_torch.py": 0,
     "fxmem/_torch_profiler.py": 0,
     # one tensor, one device, one number
