@@ -19,6 +19,7 @@ from torch import fx
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.functional_export import _compiling_state_context
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._functorch.aot_autograd import (
     aot_compile_joint_with_descriptors,
     aot_export_joint_with_descriptors,
@@ -55,12 +56,14 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         specialize_float=True,
         assume_static_by_default=True,
         automatic_dynamic_shapes=False,
+        skip_nnmodule_hook_guards=False,
         # A line in a log is no reason to refuse a model; it is written at the first call alone.
         ignore_logger_methods=_logging_functions(),
     )
     with (
         static,
         _unread_draws_kept(),
+        torch_function_mode_stack_state_mgr,  # notes which modes are on, such as a default device
         _compiling_state_context(),
         get_metrics_context(),
         dynamo_timed("fxmem_capture"),
@@ -102,9 +105,23 @@ def dynamo_guards(
     are active, and while the joint graph is traced others are.
     """
     code = function.__code__
-    with as_called(), get_metrics_context(), dynamo_timed("fxmem_guards"):
+    # A hook that is put on a submodule later must not be passed over: the step is captured anew.
+    hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+    with as_called(), hooks, get_metrics_context(), dynamo_timed("fxmem_guards"):
         manager = output.graph_capture_output.build_guards(code).guard_manager
-    return manager.check
+    chosen = _attention_backends()
+    return lambda local: manager.check(local) and _attention_backends() == chosen
+
+
+def _attention_backends() -> tuple[bool, ...]:
+    """Which kernels attention may take; tracing has chosen one, and Dynamo does not guard the choice."""
+    enabled = torch.backends.cuda
+    return (
+        enabled.flash_sdp_enabled(),
+        enabled.mem_efficient_sdp_enabled(),
+        enabled.math_sdp_enabled(),
+        enabled.cudnn_sdp_enabled(),
+    )
 
 
 def dynamo_callable(

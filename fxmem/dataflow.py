@@ -6,13 +6,22 @@ Views and tuple accesses vanish here; what is left is what the planner may move.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import sympy
 from torch import fx
 
 from fxmem.cost import Cost
-from fxmem.graph import LOSS_OUTSIDE, JointGraph, OutputKind, is_backward, is_held_tangent, is_view
+from fxmem.graph import (
+    LOSS_OUTSIDE,
+    JointGraph,
+    OutputKind,
+    Role,
+    is_backward,
+    is_held_tangent,
+    is_view,
+)
 from fxmem.operators import rng_state_nbytes, second_call_outputs
 from fxmem.overwriting import overwritable
 from fxmem.sizes import evaluate, storages_in
@@ -115,6 +124,8 @@ def dataflow(
                 flow.values[v].resident = not is_backward(node)
         elif node.op == "call_function":
             _add_operator(flow, node, values_of, workspaces, cost, node in recomputable, sizes)
+    if not any(op.backward for op in flow.operators):
+        flow.operators.append(_return(graph, values_of))
     flow.operators.sort(key=lambda op: op.backward)  # stable: keeps the graph's order in each phase
     flow.num_forward = sum(not op.backward for op in flow.operators)
     for i, op in enumerate(flow.operators):
@@ -135,19 +146,19 @@ def dataflow(
 def _add_operator(
     flow: Dataflow,
     node: fx.Node,
-    values_of: object,
+    values_of: Callable[[fx.Node], list[int]],
     workspaces: Workspaces,
     cost: Cost,
     recomputable: bool,
     sizes: dict[sympy.Symbol, int],
 ) -> None:
     known = len(flow.values)
-    touched = values_of(node)  # type: ignore[operator]
+    touched = values_of(node)
     makes = tuple(v for v in touched if v >= known)
     if not makes and (is_view(node) or not touched):
         _name_tuple_element(flow, node, touched)
         return
-    reads = {v for source in node.all_input_nodes for v in values_of(source)}  # type: ignore[operator]
+    reads = {v for source in node.all_input_nodes for v in values_of(source)}
     flow.operators.append(
         Operator(
             node,
@@ -161,6 +172,13 @@ def _add_operator(
             makes[: second_call_outputs(node)],
         )
     )
+
+
+def _return(graph: JointGraph, values_of: Callable[[fx.Node], list[int]]) -> Operator:
+    """The one step of a backward that only hands on what it is given."""
+    output = graph.module.graph.output_node()
+    given = {v for n in graph.placeholders(Role.TANGENT) if n.users for v in values_of(n)}
+    return Operator(output, True, tuple(sorted(given)), (), workspace=0, seconds=0.0)
 
 
 def _name_tuple_element(flow: Dataflow, node: fx.Node, touched: list[int]) -> None:

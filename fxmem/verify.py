@@ -17,6 +17,9 @@ from fxmem.units import format_bytes
 
 TOLERANCE = 0.001
 
+_Copies = list[tuple[torch.Tensor, torch.Tensor]]
+"""Each parameter, and what it was."""
+
 
 def verify_step(optimized: Any, call: StepCall) -> dict[str, Any]:
     """Run one step of each and compare.  What ``Report`` prints of it.
@@ -27,18 +30,20 @@ def verify_step(optimized: Any, call: StepCall) -> dict[str, Any]:
     plan = optimized.plan
     model = optimized.__dict__["_fxmem_model"]
     inputs = (*call.args, *call.loss_inputs)
-    with _untouched(model):
+    # In the host's memory, because a device may have no room for them twice.
+    parameters = [(p, p.detach().to("cpu", copy=True)) for p in model.parameters()]
+    with _untouched(model, parameters):
         _train(lambda: optimized(*inputs, **call.kwargs))  # warm up: handles, caches
-    with _untouched(model):
+    with _untouched(model, parameters):
         measured = measure(lambda: _train(lambda: optimized(*inputs, **call.kwargs)))
         mine = _gradients(model)
         del measured
-    with _untouched(model):
+    with _untouched(model, parameters):
         started = measure(lambda: None).at_start
         again = measure(lambda: _train(lambda: optimized(*inputs, **call.kwargs)))
         peak = again.peak - started + plan.resident
         del again
-    with _untouched(model):
+    with _untouched(model, parameters):
         _train(lambda: training_step(*call.values()))
         equal = _equal(mine, _gradients(model))
     if plan.budget is not None and peak > max(plan.budget, plan.predicted_peak) * (1 + TOLERANCE):
@@ -58,8 +63,9 @@ def _train(step: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Run a step as if it had not been: buffers, gradients and the generator come back."""
+def _untouched(model: nn.Module, parameters: _Copies) -> Iterator[None]:
+    """Run a step as if it had not been: its state, gradients and the generator come back."""
+    versions = [p._version for p, _ in parameters]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -75,6 +81,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+                for (parameter, value), version in zip(parameters, versions, strict=True):
+                    if parameter._version != version:  # few steps write parameters
+                        parameter.copy_(value)
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import inspect
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from hazards import differences
 from test_engine import capture_once
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -339,8 +341,9 @@ def test_guards_compare_tensors_as_the_caller_sees_them():
     _, opt = shared()
     opt(batch())
     (program,) = opt._session.programs
-    assert "TENSOR_MATCH" in str(program.matches.__self__)
-    assert "PythonDispatcher" not in str(program.matches.__self__)  # active while tracing only
+    guards = str(inspect.getclosurevars(program.matches).nonlocals["manager"])
+    assert "TENSOR_MATCH" in guards
+    assert "PythonDispatcher" not in guards  # active while tracing only
 
 
 def test_the_first_call_may_be_profiled(monkeypatch, tmp_path):
@@ -371,6 +374,85 @@ def test_flops_are_counted_as_they_run():
     assert counted_flops(opt, x) == eager
     assert len(opt._session.programs) == 1
     assert counted_flops(fxmem.optimize(model, "min", (x,)), x) > eager
+
+
+def doubled(module, args, output):
+    return output * 2
+
+
+def halved(module, args):
+    return (args[0] / 2,)
+
+
+def test_hooks_that_come_and_go_are_heeded():
+    model, x = seeded(Mlp), batch()
+    opt = fxmem.optimize(model, "1TiB", (x,))
+    plain = trained(model, model, x)
+    assert_same(plain, trained(opt, opt, x))
+    for register, function in (
+        (model.net[1].register_forward_hook, doubled),
+        (model.net[2].register_forward_pre_hook, halved),
+        (model.register_forward_hook, doubled),
+    ):
+        hook = register(function)
+        want = trained(model, model, x)
+        assert not torch.equal(want["loss"], plain["loss"])
+        assert_same(want, trained(opt, opt, x))
+        hook.remove()
+        assert_same(plain, trained(opt, opt, x))
+
+
+def test_a_default_device_may_be_set():
+    model, x = seeded(Mlp), batch()
+    want = trained(model, model, x)
+    before = fxmem.optimize(model, "min", (x,))
+    with torch.device("cpu"):
+        within = fxmem.optimize(model, "min", (x,))
+        assert_same(want, trained(before, before, x))
+        assert_same(want, trained(within, within, x))
+    assert_same(want, trained(within, within, x))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = self.project(x).view(2, 4, 8, 12).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v).sin().sum()
+
+
+def test_attention_takes_the_kernel_that_is_asked_for():
+    model, x = seeded(Attention), batch(16, 16).view(2, 8, 16)
+    opt = fxmem.optimize(model, "min", (x,))
+    free = trained(model, model, x)
+    assert_same(free, trained(opt, opt, x))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_same(trained(model, model, x), trained(opt, opt, x))
+    assert_same(free, trained(opt, opt, x))
+    assert len(opt._session.programs) == 2
+
+
+class Shift(nn.Module):
+    """Its backward has nothing to compute: the parameter's gradient is the one that is sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(8, 16))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@pytest.mark.parametrize("budget", ["1TiB", "min"])
+def test_a_backward_without_operators(budget):
+    model, x = seeded(Shift), torch.randn(8, 16)
+    opt = fxmem.optimize(model, budget, (x,), verify=True)
+    for module in (model, opt):
+        module.zero_grad()
+        module(x).backward(batch(8, 16))
+        assert_same([batch(8, 16)], [model.shift.grad])
 
 
 def test_state_dict_goes_both_ways():
@@ -635,6 +717,13 @@ def test_verify_measures_the_step():
     seen = opt.report().to_dict()
     assert seen["measured_peak"] == opt.plan.predicted_peak
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_verify_leaves_parameters_that_the_step_writes_as_they_were():
+    model = seeded(lambda: nn.Sequential(nn.Embedding(20, 16, max_norm=1.0), nn.Linear(16, 8)))
+    before = [p.detach().clone() for p in model.parameters()]
+    fxmem.optimize(model, "min", (torch.arange(12),), verify=True)
+    assert_same(before, list(model.parameters()))
 
 
 def test_verify_notices_a_wrong_prediction(monkeypatch):
