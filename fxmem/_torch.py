@@ -56,7 +56,6 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         specialize_float=True,
         assume_static_by_default=True,
         automatic_dynamic_shapes=False,
-        skip_nnmodule_hook_guards=False,
         # A line in a log is no reason to refuse a model; it is written at the first call alone.
         ignore_logger_methods=_logging_functions(),
     )
@@ -272,7 +271,7 @@ def unwatched() -> Iterator[None]:
     trackers = [{key: h for key, h in table.items() if _is_tracker(h)} for table in tables]
     for table, hooks in zip(tables, trackers, strict=True):
         for key in hooks:
-            del table[key]
+            table.pop(key, None)  # another thread may have been here
     try:
         with _disable_current_modes():
             yield

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmem import _torch
 from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
-from fxmem._torch_eager import real_layouts
 from fxmem.capture import StepCall, training_step
 from fxmem.graph import LOSS_OUTSIDE
 from fxmem.sizes import hint, is_dense, tensors_in
@@ -41,8 +40,8 @@ class _Moment:
 def eager_peak(call: StepCall, workspaces: Workspaces, device: torch.device) -> int:
     """Bytes at the peak of one eager training step, the parameters and inputs that it reads included.
 
-    Operators that the table does not know yet are measured on ``device``.  Not to be called within
-    a capture, where models believe themselves traced, and by one thread at a time.
+    Operators that the table does not know yet are measured on ``device``.  To be called within
+    ``compiling``, but not within a capture, where models believe themselves traced.
     """
     moments = _watched_step(call, workspaces, device)
     peak = 0
@@ -57,7 +56,7 @@ def _watched_step(call: StepCall, workspaces: Workspaces, device: torch.device) 
     fake = fake_call(call, mode)
     watch = _StorageWatch(workspaces, device)
     watch.hold(tensors_in(list(_state(fake))))
-    with torch.random.fork_rng(devices=[]), real_layouts(), mode, watch:
+    with torch.random.fork_rng(devices=[]), mode, watch:
         outputs = training_step(*fake.values())
         backward(outputs, watch.lose)
     watch.settle()

@@ -63,9 +63,10 @@ class CostModel:
 
 def _may_round(node: fx.Node) -> bool:
     """May the operator's float32 operands be rounded to TF32?  Convolutions may, unless told not to."""
+    backends: Any = torch.backends
     convolution = "convolution" in operator_name(node)
-    switch: Any = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
-    return getattr(switch, "conv", switch).fp32_precision == "tf32"
+    switch = backends.cudnn.conv if convolution else backends.cuda.matmul
+    return bool(switch.fp32_precision == "tf32")
 
 
 # Two cores of a server processor, and some large accelerator.

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from fxmem._torch import COMPILE_LOCK, quiet_fake_tensors
+from fxmem._torch_eager import compiling
 from fxmem.baseline import eager_peak
 from fxmem.budget import Budget
 from fxmem.capture import StepCall, capture
@@ -107,7 +107,7 @@ def unchanged_step(call: StepCall) -> Unchanged:
     device = device_of(call)
     workspaces = load_workspaces(device)
     try:
-        with COMPILE_LOCK, quiet_fake_tensors():
+        with compiling():
             peak = eager_peak(call, workspaces, device)
     except Exception as error:  # whatever a model's own code may raise: capture will say it better
         log.info("the unchanged step could not be run on fake tensors: %s", error)
