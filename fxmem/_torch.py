@@ -148,7 +148,9 @@ def joint_export(output: Any) -> Iterator[Any]:
     backend_input = output.backend_input
     context = TracingContext(backend_input.fake_mode)
     context.tensor_to_context = backend_input.tensor_to_context
-    with tracing(context), _unread_draws_kept(), contextlib.ExitStack() as stack:
+    # Autocast is for the forward: users leave it before they call backward().
+    outside = torch._functorch.config.patch(backward_pass_autocast="off")
+    with tracing(context), _unread_draws_kept(), outside, contextlib.ExitStack() as stack:
         yield aot_export_joint_with_descriptors(
             stack, backend_input.graph_module, tuple(backend_input.example_inputs)
         )
@@ -203,8 +205,11 @@ def mark_boxed(function: BoxedCallable) -> BoxedCallable:
 BACKWARD_NODE = "CompiledFunctionBackward"
 
 
-def leave_tangents_undefined(outputs: Any) -> None:
-    """Ask autograd to pass None, not zeros, for gradients that nobody sends into ``outputs``."""
+def prepare_backward(outputs: Any, check: Callable[[], None]) -> None:
+    """Ask autograd to pass None, not zeros, for gradients that nobody sends into ``outputs``.
+
+    check: called before their backward runs, with the modes in force that its caller set.
+    """
     seen: set[Any] = set()
     stack: list[Any] = [
         t.grad_fn
@@ -218,8 +223,19 @@ def leave_tangents_undefined(outputs: Any) -> None:
         seen.add(node)
         if node.name() == BACKWARD_NODE:
             node.set_materialize_grads(False)
+            node.register_prehook(lambda _: check())
         else:  # an output that is a view of another one hangs below it
             stack += [below for below, _ in node.next_functions]
+
+
+def is_any_autocast_on() -> bool:
+    """Are operators of any kind of device cast, in this thread and now?"""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def autocast_off() -> contextlib.AbstractContextManager[Any]:
+    """Inside, no operator is cast: how a backward runs, whatever is around it."""
+    return torch._C._DisableAutocast()
 
 
 def extract_modules(
@@ -262,10 +278,10 @@ def symbolic_fake_mode() -> FakeTensorMode:
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Without the dispatch modes and global hooks by which counters and profilers follow a step.
+    """Without the dispatch modes and hooks by which counters, profilers and offloading follow a step.
 
-    They would see the tracing as if it ran, Dynamo cannot trace the hooks, and its guards compare
-    both.  What was captured without them runs under them.
+    They would see the tracing as if it ran, Dynamo cannot trace the global hooks, and its guards
+    compare both.  What was captured without them runs under them.
     """
     tables = (_global_forward_pre_hooks, _global_forward_hooks)
     trackers = [{key: h for key, h in table.items() if _is_tracker(h)} for table in tables]
@@ -273,11 +289,26 @@ def unwatched() -> Iterator[None]:
         for key in hooks:
             table.pop(key, None)  # another thread may have been here
     try:
-        with _disable_current_modes():
+        with _disable_current_modes(), _saved_tensors_hooks_off():
             yield
     finally:
         for table, hooks in zip(tables, trackers, strict=True):
             table.update(hooks)
+
+
+@contextlib.contextmanager
+def _saved_tensors_hooks_off() -> Iterator[None]:
+    """``checkpoint`` around a step counts what is packed, ``save_on_cpu`` moves it."""
+    autograd = torch._C._autograd
+    hooks: list[Any] = []
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        autograd._pop_saved_tensors_default_hooks()
+        hooks.append(top)
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def _is_tracker(hook: Any) -> bool:

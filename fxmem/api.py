@@ -268,6 +268,7 @@ def example_call(
         raise FxmemError("loss_inputs are for loss_fn, which is missing\n  try: loss_fn=...")
     call = StepCall(model, tuple(inputs or ()), dict(kwargs or {}), loss_fn, loss_inputs)
     _check_arguments(call)
+    _check_loss_inputs(call)
     _check_devices(call)
     return call
 
@@ -284,6 +285,23 @@ def _check_arguments(call: StepCall) -> None:
         raise FxmemError(
             f"{type(call.model).__name__}.forward{signature} cannot be called with the example: "
             f"{error}\n  try: example_inputs and example_kwargs as in model(*inputs, **kwargs)"
+        ) from None
+
+
+def _check_loss_inputs(call: StepCall) -> None:
+    """Does ``loss_fn`` take the model's outputs and what else is given for it?"""
+    loss: Any = call.loss_fn
+    try:
+        signature = inspect.signature(getattr(loss, "forward", loss))
+    except (TypeError, ValueError):
+        return  # none to check, or a callable that does not say what it takes
+    try:
+        signature.bind(None, *call.loss_inputs)
+    except TypeError as error:
+        raise FxmemError(
+            f"loss_fn{signature} cannot be called with the model's outputs and "
+            f"{len(call.loss_inputs)} loss_inputs: {error}\n"
+            "  try: loss_inputs=(targets,), so that loss_fn(outputs, *loss_inputs) is the loss"
         ) from None
 
 

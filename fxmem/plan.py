@@ -136,6 +136,11 @@ class Plan:
 
         Raises ``PlanMismatchError`` when the plans are for different graphs.
         """
+        if not isinstance(other, Plan):
+            raise PlanMismatchError(
+                f"diff compares with another plan, got {type(other).__name__}\n"
+                "  try: plan.diff(fxmem.Plan.load(path))"
+            )
         if self.fingerprint != other.fingerprint:
             raise PlanMismatchError(
                 f"these plans are for different graphs: {self.model} ({self.fingerprint}) and "
@@ -165,15 +170,14 @@ class Plan:
 
         Raises ``FxmemError`` where that cannot be written.
         """
-        path = Path(path)
-        draft = path.with_name(path.name + ".part")
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         try:
+            draft = Path(path).with_name(Path(path).name + ".part")
             draft.write_text(text)
             os.replace(draft, path)
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:
             raise FxmemError(
-                f"cannot write the plan to {path}: {error.strerror}\n"
+                f"cannot write the plan to {path!s}: {getattr(error, 'strerror', error)}\n"
                 "  try: a file in a folder that exists and may be written to"
             ) from error
 

@@ -151,6 +151,16 @@ def _run_eagerly(
     return outputs if loss_fn is None else loss_fn(outputs, *loss_inputs)
 
 
+def _refuse_autocast() -> None:
+    """Eager's backward would be cast inside autocast; the captured one is as it is outside."""
+    if _torch.is_any_autocast_on():
+        raise FxmemError(
+            "backward() ran inside autocast; the step was captured for a backward outside it.\n"
+            "  try: leave the autocast context after the loss is computed, and call backward() "
+            "then, as PyTorch's manual advises"
+        )
+
+
 class OptimizedModule(fx.GraphModule):
     """A model under a plan.
 
@@ -195,7 +205,7 @@ class OptimizedModule(fx.GraphModule):
             return _run_eagerly(*call.values())
         program = self._session.program_for(call)
         outputs = program.run(*call.values())
-        _torch.leave_tangents_undefined(outputs)
+        _torch.prepare_backward(outputs, _refuse_autocast)
         return outputs
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall:

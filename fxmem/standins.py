@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxmem._torch import is_fake, symbolic_fake_mode
+from fxmem._torch import autocast_off, is_fake, symbolic_fake_mode
 from fxmem.capture import StepCall
 from fxmem.sizes import hint, tensors_in
 from fxmem.workspace import device_at_hand
@@ -56,10 +56,11 @@ def backward(outputs: Any, meanwhile: Callable[[int], None] = lambda _: None) ->
     """
     tensors = [t for t in tensors_in(outputs) if t.requires_grad]
     losses = [t for t in tensors if t.numel() == 1]
-    if len(losses) == 1:
-        losses[0].backward()
-    elif tensors:
-        _Loss.apply(meanwhile, *tensors).backward()
+    with autocast_off():
+        if len(losses) == 1:
+            losses[0].backward()
+        elif tensors:
+            _Loss.apply(meanwhile, *tensors).backward()
 
 
 class _Loss(torch.autograd.Function):

@@ -753,6 +753,27 @@ def autocast_around_capture() -> Case:
     return Case(mlp(), (x,), run, context=lambda: torch.autocast("cpu", torch.bfloat16))
 
 
+@hazard()
+def attention_under_autocast() -> Case:
+    """With dropout, attention is put together of products that autocast would cast in the backward."""
+    x = leaf(2, 8, 16)
+
+    def body(m, x):
+        q, k, v = (x @ m.w).view(2, 8, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+    def run(step):
+        given = fresh(x)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = step(given)
+        y.float().square().mean().backward()
+        return {"y": snapshot(y), "dx": snapshot(given.grad), **gradients(step)}
+
+    model = Model(body, w=matrix(16, 48))
+    return Case(model, (x,), run, context=lambda: torch.autocast("cpu", torch.bfloat16))
+
+
 class ScaledExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):

@@ -276,3 +276,22 @@ def test_a_plan_that_forgets_a_value_is_refused(tmp_path):
 def test_numpy_numbers_are_budgets():
     model, x = small()
     assert fxmem.plan(model, np.int64(1 << 30), (x,)).budget == 1 << 30
+
+
+def test_a_loss_without_its_inputs_says_what_is_missing():
+    net, x = nn.Linear(4, 2), torch.randn(3, 4)
+    with pytest.raises(fxmem.FxmemError, match=r"0 loss_inputs.*'target'.*\n.*loss_inputs=\("):
+        fxmem.optimize(net, "1TiB", (x,), loss_fn=nn.functional.mse_loss)
+
+
+@pytest.mark.parametrize("path", ["", ".", 5])
+def test_a_plan_is_saved_only_to_a_file(path):
+    plan = fxmem.plan(nn.Linear(4, 2), "1TiB", (torch.randn(3, 4),))
+    with pytest.raises(fxmem.FxmemError, match="cannot write the plan"):
+        plan.save(path)
+
+
+def test_a_plan_is_compared_with_a_plan():
+    plan = fxmem.plan(nn.Linear(4, 2), "1TiB", (torch.randn(3, 4),))
+    with pytest.raises(fxmem.PlanMismatchError, match=r"got str\n.*Plan.load"):
+        plan.diff("plan.json")

@@ -764,3 +764,41 @@ def test_names_of_keyword_inputs():
     opt = fxmem.optimize(seeded(Two), "min", (batch(),), example_kwargs={"scale": batch(seed=3)})
     placeholders = [n.name for n in opt.forward_graph.graph.find_nodes(op="placeholder")]
     assert {"args_0", "scale", "net_0_weight"} <= set(placeholders)
+
+
+def test_a_backward_inside_autocast_is_refused():
+    net, x = nn.Linear(8, 4), torch.randn(2, 8)
+    step = fxmem.optimize(net, "1TiB", (x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(x).float().sum()
+        with pytest.raises(fxmem.FxmemError, match="leave the autocast context"):
+            loss.backward()
+    step(x).sum().backward()
+    assert net.weight.grad is not None
+
+
+def test_saved_tensors_hooks_see_the_step_and_not_its_capture():
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)), torch.randn(2, 8)
+    step = fxmem.optimize(net, "1TiB")
+    packed = []
+    for _ in range(2):
+        packed.append(0)
+
+        def pack(tensor):
+            packed[-1] += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step(x).sum().backward()
+    assert packed[0] == packed[1] > 0
+
+
+def test_the_first_call_may_be_inside_a_checkpoint():
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(2, 8, requires_grad=True)
+    net(x).sum().backward()
+    want = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    step = fxmem.optimize(net, "1TiB")
+    torch.utils.checkpoint.checkpoint(step, x, use_reentrant=False).sum().backward()
+    assert all(torch.equal(p.grad, w) for p, w in zip(net.parameters(), want, strict=True))
