@@ -275,34 +275,39 @@ def example_call(
 
 def _check_arguments(call: StepCall) -> None:
     """Does ``forward`` take what the example gives?"""
-    try:
-        signature = inspect.signature(call.model.forward)
-    except (TypeError, ValueError):
-        return  # a forward that does not say what it takes
-    try:
-        signature.bind(*call.args, **call.kwargs)
-    except TypeError as error:
+    if misfit := _misfit(call.model.forward, call.args, call.kwargs):
         raise FxmemError(
-            f"{type(call.model).__name__}.forward{signature} cannot be called with the example: "
-            f"{error}\n  try: example_inputs and example_kwargs as in model(*inputs, **kwargs)"
-        ) from None
+            f"{type(call.model).__name__}.forward{misfit[0]} cannot be called with the example: "
+            f"{misfit[1]}\n  try: example_inputs and example_kwargs as in model(*inputs, **kwargs)"
+        )
 
 
 def _check_loss_inputs(call: StepCall) -> None:
     """Does ``loss_fn`` take the model's outputs and what else is given for it?"""
-    loss: Any = call.loss_fn
-    try:
-        signature = inspect.signature(getattr(loss, "forward", loss))
-    except (TypeError, ValueError):
-        return  # none to check, or a callable that does not say what it takes
-    try:
-        signature.bind(None, *call.loss_inputs)
-    except TypeError as error:
+    if call.loss_fn is None:
+        return
+    loss = getattr(call.loss_fn, "forward", call.loss_fn)
+    if misfit := _misfit(loss, (None, *call.loss_inputs), {}):
         raise FxmemError(
-            f"loss_fn{signature} cannot be called with the model's outputs and "
-            f"{len(call.loss_inputs)} loss_inputs: {error}\n"
+            f"loss_fn{misfit[0]} cannot be called with the model's outputs and "
+            f"{len(call.loss_inputs)} loss_inputs: {misfit[1]}\n"
             "  try: loss_inputs=(targets,), so that loss_fn(outputs, *loss_inputs) is the loss"
-        ) from None
+        )
+
+
+def _misfit(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[inspect.Signature, TypeError] | None:
+    """The signature, and why it does not take the arguments; None if it does, or cannot be known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None  # a callable that does not say what it takes
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return signature, error
+    return None
 
 
 def _check_devices(call: StepCall) -> None:

@@ -177,7 +177,7 @@ class Plan:
             os.replace(draft, path)
         except (OSError, TypeError, ValueError) as error:
             raise FxmemError(
-                f"cannot write the plan to {path!s}: {getattr(error, 'strerror', error)}\n"
+                f"cannot write the plan to {path}: {getattr(error, 'strerror', error)}\n"
                 "  try: a file in a folder that exists and may be written to"
             ) from error
 
