@@ -1,8 +1,8 @@
 """The planner: which forward values to keep so that the simulated peak fits and little is made again.
 
-A search is not perfect: a smaller budget's may find the faster plan.  So whatever was found for a
-budget competes with plans for fixed smaller budgets, the rungs of a ladder, as far down as the bound
-says that one of them might be faster.  Rungs are few: this catches what went far astray.
+Where the linear program at the very budget leads to a plan close to its bound, that is it.  Else
+plans of the descent compete, from the rung above the budget down, as far as the bound says that one
+of them might be faster; and where there are few values, searches from everywhere.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fxmem.dataflow import Dataflow
-from fxmem.relaxation import Bound
+from fxmem.descent import Descent, Found
+from fxmem.relaxation import Program
 from fxmem.schedule import Schedule
 from fxmem.simulate import Drop, Outcome, Simulator
-from fxmem.solver import CLOSE, Solver
-
-_RUNGS = 16
-"""From the peak of saving everything down to what every plan needs."""
+from fxmem.solver import CLOSE, FEW, Solver
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,6 @@ class Choice:
     def rank(self) -> tuple[float, int]:
         """Among choices that fit: less time first, then less peak."""
         return (self.outcome.seconds, self.outcome.peak)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What was found at one budget, and a bound there; no bound where no plan can be."""
-
-    choice: Choice | None
-    bound: Bound | None
 
 
 class Planner:
@@ -67,7 +57,6 @@ class Planner:
         fixed = must_keep | must_remake
         self.free = [v for v in self.simulator.candidates() if v not in fixed]
         self.solver = Solver(self.simulator, tuple(self.free), must_keep, must_remake, limit)
-        self._answers: dict[int, _Answer] = {}
 
     # -- What is asked of a planner ----------------------------------------------------------------
 
@@ -85,66 +74,79 @@ class Planner:
         """The fastest choice found that peaks at or below ``budget`` bytes; None if none was."""
         if self._unchanged.outcome.peak <= budget:
             return self._unchanged
-        answers = list(self._descend(budget))
-        choices = [a.choice for a in answers if a.choice and a.choice.outcome.peak <= budget]
+        program = self.solver.program(budget)
+        if not program.feasible:
+            return None
+        choices = [c for c in self._candidates(program) if c.outcome.peak <= budget]
         if not choices:
             return None
         best = min(choices, key=lambda choice: choice.rank)
-        least = max((a.bound.at(budget) for a in answers if a.bound), default=0.0)
-        return replace(best, bound=min(least, best.outcome.seconds))
+        return replace(best, bound=min(program.bound.seconds, best.outcome.seconds))
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
-        choice = self._smallest.choice
-        assert choice is not None
-        return choice
+        return self._smallest
 
-    # -- The ladder ----------------------------------------------------------------------------------
+    # -- Where choices come from ---------------------------------------------------------------------
 
-    def _descend(self, budget: int) -> Iterator[_Answer]:
-        """From the budget down the ladder, until no lower plan can be faster; else to its end."""
-        fastest, bound = float("inf"), None
-        for rung in (budget, *self._rungs_below(budget)):
-            if bound is not None and bound.at(rung) >= fastest:
+    def _candidates(self, program: Program) -> Iterator[Choice]:
+        """More and more of them, until one is close to its bound."""
+        solver, budget = self.solver, int(program.budget)
+        quick = solver.quick(program)
+        if quick is not None:
+            yield self._chosen(quick)
+            if quick.seconds <= solver.near(program.bound, CLOSE):
                 return
-            answer = self._answer(rung)
-            yield answer
-            if answer.choice is None or answer.bound is None:
-                break
-            fastest = min(fastest, answer.choice.outcome.seconds)
-            bound = answer.bound
-        if bound is None or fastest > bound.seconds + CLOSE * self.flow.seconds:
+        plan = self._fastest_below(budget, quick)
+        if plan is not None:
+            yield self._chosen(self._faster(plan, budget))
+        if len(self.free) <= FEW and (thorough := solver.thorough(program)) is not None:
+            yield self._chosen(thorough)
+        if quick is None and plan is None:
             yield self._smallest
 
-    def _rungs_below(self, budget: int) -> list[int]:
-        top, least = self._unchanged.outcome.peak, self.solver.least_possible
-        rungs = (top - (top - least) * i // _RUNGS for i in range(1, _RUNGS + 1))
-        return [rung for rung in rungs if rung < budget]
+    def _fastest_below(self, budget: int, known: Schedule | None) -> Found | None:
+        """The fastest plan on the way down that fits, if it is faster than what is known."""
+        best: Found | None = None
+        seconds = float("inf") if known is None else known.seconds
+        for stage in self._descent.stages(budget):
+            if stage.bound.at(stage.rung) >= seconds:
+                break
+            for plan in stage.plans:
+                if plan.peak <= budget and plan.seconds < seconds:
+                    best, seconds = plan, plan.seconds
+        return best
 
-    def _answer(self, budget: int) -> _Answer:
-        if budget not in self._answers:
-            program = self.solver.program(budget)
-            answer = _Answer(None, None)
-            if program.feasible:
-                found = self.solver.fastest(program)
-                answer = _Answer(None if found is None else self._chosen(found), program.bound)
-            self._answers[budget] = answer
-        return self._answers[budget]
+    def _faster(self, plan: Found, budget: int) -> Schedule:
+        """A plan with what more it can keep at a budget."""
+        schedule = Schedule(self.simulator, plan.kept, plan.drops)
+        search = self.solver.search(schedule)
+        search.improve(budget)
+        search.swap(budget)
+        return schedule
+
+    @cached_property
+    def _descent(self) -> Descent:
+        return Descent(self.solver)
 
     @cached_property
     def _unchanged(self) -> Choice:
         return replace(self.choice(self.solver.all_read), bound=0.0)
 
     @cached_property
-    def _smallest(self) -> _Answer:
-        lowest = self.solver.lowest
+    def _smallest(self) -> Choice:
+        found = self._descent.lowest
+        lowest = self.solver.lowest(Schedule(self.simulator, found.kept, found.drops))
         if lowest.peak >= self._unchanged.outcome.peak:
-            return _Answer(self._unchanged, None)
-        answer = self._answer(lowest.peak)
-        choice = answer.choice or self._chosen(lowest)
-        if answer.bound is not None:
-            choice = replace(choice, bound=min(answer.bound.seconds, choice.outcome.seconds))
-        return _Answer(choice, answer.bound)
+            return self._unchanged
+        program = self.solver.program(lowest.peak)
+        kept, drops = frozenset(lowest.kept), lowest.drops()
+        choices = [self._chosen(self._faster(Found(kept, drops, 0, 0.0), lowest.peak))]
+        for schedule in (self.solver.quick(program),):
+            if schedule is not None:
+                choices.append(self._chosen(schedule))
+        best = min(choices, key=lambda choice: choice.rank)
+        return replace(best, bound=min(program.bound.seconds, best.outcome.seconds))
 
     def _chosen(self, schedule: Schedule) -> Choice:
         """A schedule as a choice, judged by the exact simulator."""

@@ -21,6 +21,12 @@ copy go after a slot, or not.  Or ``clear`` a slot of the copies that it does no
 _FEW = 20
 """Values of which any two may be changed at once to get into a budget."""
 
+_ROUNDS = 4
+"""Of swaps, as long as they save something."""
+
+_TRIED = 12
+"""Values in whose favour one may be given up."""
+
 _EPSILON = 1e-12
 """Seconds that count as none."""
 
@@ -40,8 +46,11 @@ class Search:
 
     # -- Into the budget ---------------------------------------------------------------------------
 
-    def repair(self, budget: int) -> bool:
-        """Make the moves that take most off the overflow a second, until none is left."""
+    def repair(self, budget: int, moved: Callable[[], None] = lambda: None) -> bool:
+        """Make the moves that take most off the overflow a second, until none is left.
+
+        moved: called after each.
+        """
         schedule = self.schedule
         ranking = Ranking()
         while (overflow := schedule.overflow(budget)) > 0:
@@ -62,6 +71,7 @@ class Search:
                 self.make(move)
             elif not self._reduce_by_two(budget):
                 return False
+            moved()
         return True
 
     def _reduce_by_two(self, budget: int) -> bool:
@@ -123,21 +133,57 @@ class Search:
             yield ("retain", v, j)
 
     def swap(self, budget: int) -> None:
-        """Give one kept value up for others, where that saves time."""
+        """Give one kept value up for others, where that saves time.
+
+        What each move changes on its own is looked at once a round; only values that are cheap for
+        their bytes are given up, and only what is dear for its bytes and may fit is tried instead.
+        """
+        schedule, nbytes = self.schedule, self.schedule.step.nbytes
+        for _ in range(_ROUNDS):
+            before = schedule.seconds
+            gains = self._by_density(self._increases(), -1.0)
+            losses = self._by_density(
+                (("remake", v, -1) for v in self.free if v in schedule.kept), 1.0
+            )
+            slack = budget - schedule.peak
+            for loss, (_, v, _) in reversed(losses):
+                room = nbytes[v] + slack
+                fitting = (g for g in gains if nbytes[g[1][1]] <= room and g[1][1] != v)
+                wanted = list(itertools.islice(fitting, _TRIED))
+                if v in schedule.kept and wanted and wanted[0][0] * room > loss * nbytes[v] / 2:
+                    self._give_up(v, [move for _, move in wanted], budget)
+            if self.exhausted or schedule.seconds >= before - _EPSILON:
+                return
+
+    def _by_density(self, moves: Iterable[Move], sign: float) -> list[tuple[float, Move]]:
+        """Moves that change the seconds in this direction, the most for a byte first."""
+        schedule, nbytes = self.schedule, self.schedule.step.nbytes
+        found = []
+        for move in moves:
+            mark, before = schedule.mark(), schedule.seconds
+            if self.exhausted or not self.make(move):
+                continue
+            schedule.work += 1
+            change = sign * (schedule.seconds - before)
+            schedule.undo(mark)
+            if change > _EPSILON or sign > 0:
+                found.append((change / max(nbytes[move[1]], 1), move))
+        return sorted(found, key=lambda one: -one[0])
+
+    def _give_up(self, v: int, moves: Iterable[Move], budget: int) -> None:
+        """Make ``v`` again and as many of the moves as fit, if that saves time."""
         schedule = self.schedule
-        improved = True
-        while improved and not self.exhausted:
-            improved = False
-            for v in [v for v in self.free if v in schedule.kept]:
-                if self.exhausted:
-                    break
-                mark, seconds = schedule.mark(), schedule.seconds
-                schedule.remake(v)
-                self.improve(budget)
-                if schedule.peak <= budget and schedule.seconds < seconds - _EPSILON:
-                    improved = True
-                else:
-                    schedule.undo(mark)
+        mark, before = schedule.mark(), schedule.seconds
+        schedule.remake(v)
+        for move in moves:
+            tried, seconds = schedule.mark(), schedule.seconds
+            if self.exhausted or not self.make(move):
+                continue
+            schedule.work += 1
+            if schedule.peak > budget or schedule.seconds >= seconds - _EPSILON:
+                schedule.undo(tried)
+        if schedule.peak > budget or schedule.seconds >= before - _EPSILON:
+            schedule.undo(mark)
 
     def exchange(self, budget: int) -> None:
         """Change two values at once, as long as that saves time."""

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fxmem.relaxation import Program, Relaxation, Relaxed
+from fxmem.relaxation import Bound, Program, Relaxation, Relaxed
 from fxmem.schedule import Schedule
 from fxmem.search import Search
 from fxmem.simulate import Drop, Simulator
@@ -36,6 +36,13 @@ FEW = 100
 
 _CUTS_BELOW = 8
 """In linear programs that only say where to start looking for the smallest peak."""
+
+_CUTS_AT_RUNGS = (5, 3)
+"""In programs whose plans search will change anyway."""
+
+_COLUMNS_TO_CORRECT = 2_000
+
+_FEW_TO_SWAP = 500
 
 _LAST_STEPS = 8
 """Searches right below the smallest peak found, as long as they find a smaller one."""
@@ -60,36 +67,42 @@ class Solver:
     def program(self, budget: int) -> Program:
         return self._relaxation.program(budget)
 
-    def fastest(self, program: Program) -> Schedule | None:
-        """The fastest schedule found; the search ends early when none can be much faster."""
-        budget = int(program.budget)
-        best: Schedule | None = None
-        close = program.bound.seconds + CLOSE * self.simulator.flow.seconds
-        for schedule in self._fitting(self._starts(program), budget):
-            if best is None or (schedule.seconds, schedule.peak) < (best.seconds, best.peak):
-                best = schedule
-            if best.seconds <= close:
-                return best
+    def quick(self, program: Program) -> Schedule | None:
+        """The fastest schedule that the program's solutions lead to."""
+        return self._fastest(self._from_programs(program), program)
+
+    def thorough(self, program: Program) -> Schedule | None:
+        """The fastest schedule found from everywhere, where there are few values to choose."""
+        best = self._fastest(self._starts(program), program)
         if best is not None:
-            self._search(best).swap(budget)
-            if len(self.free) <= FEW:
-                self._search(best).exchange(budget)
+            self.search(best).exchange(int(program.budget))
         return best
 
-    @cached_property
-    def lowest(self) -> Schedule:
-        """Halve the distance to what every choice needs, then look right below."""
-        best = Schedule(self.simulator, self.all_read)
+    def _fastest(self, starts: Iterable[Schedule], program: Program) -> Schedule | None:
+        """The search ends early when none can be much faster."""
+        budget = int(program.budget)
+        best: Schedule | None = None
+        for schedule in self._fitting(self._unseen(starts, set()), budget):
+            if best is None or (schedule.seconds, schedule.peak) < (best.seconds, best.peak):
+                best = schedule
+            if best.seconds <= self.near(program.bound, CLOSE):
+                return best
+        if best is not None:
+            self.search(best).swap(budget)
+        return best
+
+    def lowest(self, best: Schedule) -> Schedule:
+        """From a schedule, halve the distance to what every choice needs, then look right below."""
         low, high = self.least_possible, best.peak
         while high - low > max(high // 200, 1):
             target = (low + high) // 2
-            found = self._below(target, best)
+            found = self.below(target, best)
             if found is None:
                 low = target
             else:
                 best, high = found, min(found.peak, target)
         for _ in range(_LAST_STEPS):
-            found = self._below(best.peak - 1, best)
+            found = self.below(best.peak - 1, best)
             if found is None:
                 break
             best = found
@@ -113,22 +126,65 @@ class Solver:
         """What is saved when nothing is made again that need not be."""
         return self.simulator.directly_read() - self.must_remake | self.must_keep
 
+    def rung(self, budget: int, share: float) -> tuple[list[Schedule], Bound] | None:
+        """The schedules that small programs lead to, and a bound; None if there is no plan.
+
+        Ends early when a schedule is so near its bound.
+        """
+        found: list[Schedule] = []
+        bound: Bound | None = None
+        seen: set[tuple[frozenset[int], frozenset[Drop]]] = set()
+        for cuts in _CUTS_AT_RUNGS:
+            program = self._relaxation.program(budget, cuts)
+            if not program.feasible:
+                return None
+            if bound is None or program.bound.seconds > bound.seconds:
+                bound = program.bound
+            for schedule in self._fitting(self._unseen(self._rounded(program), seen), budget):
+                found.append(schedule)
+                if schedule.seconds <= self.near(bound, share):
+                    return found, bound
+        assert bound is not None
+        return found, bound
+
+    def _unseen(
+        self, schedules: Iterable[Schedule], seen: set[tuple[frozenset[int], frozenset[Drop]]]
+    ) -> Iterator[Schedule]:
+        for schedule in schedules:
+            key = frozenset(schedule.kept), schedule.useful_drops()
+            if key not in seen:
+                seen.add(key)
+                yield schedule
+
+    def near(self, bound: Bound, share: float) -> float:
+        """Seconds above a bound by such a share of the unchanged step's time."""
+        return bound.seconds + share * self.simulator.flow.seconds
+
     # -- Where searches start ----------------------------------------------------------------------
 
     def _starts(self, program: Program) -> Iterator[Schedule]:
         """Where to search from, the most promising first."""
         relaxed = program.relaxed()
-        yield from (self._whole(relaxed, share) for share in _SHARES)
-        yield from self._corrected(program)
-        if len(self.free) <= FEW:
-            yield from self._extremes()
+        yield from self._from_programs(program)
+        yield from self._extremes()
         yield from self._tight(relaxed, int(program.budget))
 
-    def _corrected(self, program: Program) -> Iterator[Schedule]:
+    def _from_programs(self, program: Program) -> Iterator[Schedule]:
+        relaxed = program.relaxed()
+        yield from (self._whole(relaxed, share) for share in _SHARES)
+        yield from self._corrected(program)
+
+    def _rounded(self, program: Program) -> Iterator[Schedule]:
+        relaxed = program.relaxed()
+        yield from (self._whole(relaxed, share) for share in _SHARES)
+        if program.columns <= _COLUMNS_TO_CORRECT and len(self.free) <= _FEW_TO_SWAP:
+            yield from self._corrected(program, 1)
+
+    def _corrected(self, program: Program, most: int = _CORRECTIONS) -> Iterator[Schedule]:
         """Solutions in whole numbers; each program knows where the one before it did not fit."""
         schedule = self._whole(program.relaxed())
         extra = np.zeros(len(self.simulator.read_by_backward), dtype=np.int64)
-        for _ in range(_CORRECTIONS):
+        for _ in range(most):
             peaks = schedule.slot_peaks()
             extra = np.maximum(extra, schedule.transients())
             fullest = np.argsort(-peaks, kind="stable")[:3]
@@ -149,10 +205,9 @@ class Solver:
         return schedule
 
     def _extremes(self) -> Iterator[Schedule]:
-        """Everything kept that is read, and nothing; and what peaks lowest."""
+        """Everything kept that is read, and nothing."""
         yield Schedule(self.simulator, self.all_read)
         yield Schedule(self.simulator, self.must_keep)
-        yield Schedule(self.simulator, self.lowest.kept, self.lowest.drops())
 
     def _tight(self, relaxed: Relaxed, budget: int) -> Iterator[Schedule]:
         """Choices whose copies are let go at once; last of all one that keeps nothing."""
@@ -162,7 +217,7 @@ class Solver:
         drops = self._all_drops(self.must_keep)
         if len(drops) <= _SHORT:
             schedule = Schedule(self.simulator, self.must_keep, drops)
-            self._search(schedule).fill(budget, sorted(kept))
+            self.search(schedule).fill(budget, sorted(kept))
             yield schedule
 
     def _all_drops(self, kept: Set[int]) -> list[Drop]:
@@ -190,12 +245,12 @@ class Solver:
 
     def _fitting(self, starts: Iterable[Schedule], budget: int) -> Iterator[Schedule]:
         for schedule in starts:
-            search = self._search(schedule)
+            search = self.search(schedule)
             if search.repair(budget):
                 search.improve(budget)
                 yield schedule
 
-    def _below(self, budget: int, best: Schedule) -> Schedule | None:
+    def below(self, budget: int, best: Schedule) -> Schedule | None:
         """A schedule that fits, from what was found last or from a new start."""
         program = self._relaxation.program(budget, _CUTS_BELOW)
         if not program.feasible:
@@ -211,9 +266,9 @@ class Solver:
             starts.append((self.must_keep, drops))
         for start in starts:
             schedule = Schedule(self.simulator, *start)
-            if self._search(schedule, patience=_PATIENCE).repair(budget):
+            if self.search(schedule, patience=_PATIENCE).repair(budget):
                 return schedule
         return None
 
-    def _search(self, schedule: Schedule, patience: int = 1) -> Search:
+    def search(self, schedule: Schedule, patience: int = 1) -> Search:
         return Search(schedule, self.free, patience * self.limit * (len(self.free) + 50))
