@@ -131,7 +131,15 @@ class Descent:
         above = self._stage(n - 1)
         arrived = above.last if above is not None else ()
         plans = [self._faster(plan, self.rungs[n]) for plan in (*plans, *arrived)]
+        if not plans:
+            plans = self._rescued(self.rungs[n])
         return self._walked(n, bound, False, plans) if plans else None
+
+    def _rescued(self, rung: int) -> list[Found]:
+        """Where no walk arrives and small programs give nothing: what a large program leads to."""
+        program = self.solver.program(rung)
+        schedule = self.solver.quick(program) if program.feasible else None
+        return [] if schedule is None else [_found(schedule)]
 
     def _faster(self, plan: Found, budget: int) -> Found:
         schedule = Schedule(self.solver.simulator, plan.kept, plan.drops)
