@@ -66,7 +66,7 @@ class Schedule:
         self._local = np.zeros(slots, dtype=np.int64)
         self._extras = frozenset(filter(simulator.is_extra, self.kept))
         self._forward_live = np.zeros(0, dtype=np.int64)
-        self._update(range(slots), ())
+        self._update({j: set() for j in range(slots)}, ())
         self._start_forward()
         self.commit()
 
@@ -205,34 +205,35 @@ class Schedule:
             self._set_attribute("_extras", self._extras ^ {v})
             self._set_attribute("_forward", self._forward)
             self._set_attribute("_forward_live", np.zeros(0, dtype=np.int64))
-        self._update(self.read_in.get(v, ()), (v,))
+        self._update({j: {v} for j in self.read_in.get(v, ())}, (v,))
         if extra:
             self._start_forward()
 
     def _drops_changed(self, v: int, j: int, slots: tuple[int, ...]) -> None:
         self._set(self.dropped, v, slots)
-        self._update(self._next_reader(v, j), ())
+        self._update({k: {v} for k in self._next_reader(v, j)}, ())
 
-    def _update(self, slots: Iterable[int], values: Iterable[int]) -> None:
-        """Plan ``slots`` again, and whatever that changes; then count ``values``' bytes again."""
-        changed, moved = self._replan(slots)
+    def _update(self, doubtful: dict[int, set[int]], values: Iterable[int]) -> None:
+        """Plan slots again, and whatever that changes; then count ``values``' bytes again."""
+        changed, moved = self._replan(doubtful)
         moved.update(values)
         for v in moved:
             changed |= self._respan(v)
         for j in changed:
             self._set_number(self._local, j, self._local_peak(j))
 
-    def _replan(self, slots: Iterable[int]) -> tuple[set[int], set[int]]:
-        """Find out again what is made in each of ``slots``: changed slots, changed values."""
-        queue = sorted(set(slots))
-        queued = set(queue)
+    def _replan(self, doubtful: dict[int, set[int]]) -> tuple[set[int], set[int]]:
+        """Find out again what is made in each slot: changed slots, changed values.
+
+        doubtful: by slot, the values of which a copy may arrive there now, or arrive no more.
+        """
+        queue = sorted(doubtful)
         changed: set[int] = set()
         values: set[int] = set()
         while queue:
             j = heapq.heappop(queue)
-            queued.discard(j)
-            before = self.arrives[j]
-            differ = [v for v, was in before.items() if self._arrives(v, j) != was]
+            before, doubts = self.arrives[j], doubtful.pop(j)
+            differ = {v for v in doubts if v in before and self._arrives(v, j) != before[v]}
             if before and not differ:
                 continue
             remade, arrives = self._needed(j)
@@ -240,15 +241,15 @@ class Schedule:
             values |= self._record_reads(j, before, arrives)
             made = self._record_makes(j, self.remade[j], remade)
             values |= made
-            later = made.union(differ)
             changed.add(j)
             self._set(self.arrives, j, arrives)
             self._set(self.remade, j, remade)
-            for v in later:
+            for v in made | differ:
                 for k in self._next_reader(v, j):
-                    if k not in queued:
-                        queued.add(k)
+                    if k not in doubtful:
+                        doubtful[k] = set()
                         heapq.heappush(queue, k)
+                    doubtful[k].add(v)
         return changed, values
 
     def _next_reader(self, v: int, j: int) -> tuple[int, ...]:
