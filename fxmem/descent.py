@@ -1,10 +1,12 @@
-"""Plans on the way down: a fixed ladder of budgets, and between its rungs plans move by move.
+"""Plans on the way down: a fixed ladder of budgets, and between its rungs plans of three kinds.
 
-The rungs lie at fixed shares of the room above what every choice needs.  At a rung the linear
-program gives a plan; where that is far from its bound, so that programs say little about what is
-possible, the plan that the walk from the rung above arrived with competes with it.  From each rung
-local search walks to the next, a little at a time: one that starts far above its target takes what
-is cheap at first sight and is left with what is dear.
+The rungs lie at fixed shares of the room above what every choice needs.
+
+* Where linear programs at two rungs lead to plans close to their bounds, programs in between do, too.
+* Where they do not, so that programs say little about what is possible, local search walks from rung
+  to rung, a little at a time: one that starts far above its target takes what is cheap at first
+  sight and is left with what is dear.  What walks arrive with and what programs give compete.
+* Where there are few values to choose, each plan is looked for right below the one before.
 
 Nothing here depends on the budget that somebody asks for.  So the fastest plan on the ladder that
 fits is never slower for a larger budget.
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from fxmem.relaxation import Bound
 from fxmem.schedule import Schedule
 from fxmem.simulate import Drop
-from fxmem.solver import Solver
+from fxmem.solver import FEW, Solver
 
 _RUNG = 0.9
 """Of a rung's room above what every choice needs: what the next rung has."""
@@ -41,6 +43,9 @@ _STEPS = 4
 _NEAR = 0.005
 """Of the unchanged step's time: how near its bound a rung's plan needs no other to compete with."""
 
+_BETWEEN = 8
+"""Programs from one rung to the next where they lead to plans near their bounds."""
+
 _RESOLUTION = 400
 """Plans that a walk remembers differ by so many parts of the room, or more."""
 
@@ -57,17 +62,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Stage:
-    """The plans from one rung to the next.
+    """Some plans on the way down.
 
-    rung: bytes; every plan peaks at or below.  bound: on plans at the rung, and below.  near: the
-    first plan is.  last: the plans that the walks ended with which reached the next rung.
+    rung: bytes; every plan peaks at or below.  bound: on plans at the rung, and below.  last: the
+    plans that walks ended with which reached the next rung.
     """
 
     rung: int
     bound: Bound
     plans: tuple[Found, ...]
-    near: bool
-    last: tuple[Found, ...]
+    last: tuple[Found, ...] = ()
 
 
 class Descent:
@@ -82,58 +86,132 @@ class Descent:
         rungs = [least + int(room * _RUNG**k) for k in range(_RUNGS)]
         self.rungs = tuple(dict.fromkeys((*rungs, least)))
         self._apart = room / _RESOLUTION
-        self._stages: dict[int, Stage | None] = {}
+        self._posts: dict[int, Stage | None] = {}
+        self._walks: dict[int, Stage | None] = {}
+        self._links: dict[int, Stage | None] = {}
 
     @property
     def lowest(self) -> Found:
-        """The plan with the smallest peak on the whole way down."""
-        plans = [plan for stage in self.stages(0) for plan in stage.plans]
-        for known in self._stages.values():
-            plans += known.plans if known is not None else ()
-        return min((self.top, *plans), key=lambda plan: (plan.peak, plan.seconds))
+        """The plan with the smallest peak at any rung, or on a walk from one to the next."""
+        plans = [self.top]
+        for n in range(len(self.rungs)):
+            stage = self._post(n) if self._smooth(n) else self._walk(n)
+            if stage is None:
+                break
+            plans += stage.plans
+        return min(plans, key=lambda plan: (plan.peak, plan.seconds))
 
     def stages(self, budget: int) -> Iterator[Stage]:
-        """From the one around the budget down, as far as there are plans."""
+        """From around the budget down, as far as there are plans."""
         first = max((n for n, rung in enumerate(self.rungs) if rung >= budget), default=0)
         for n in range(first, len(self.rungs)):
-            stage = self._stage(n)
-            if stage is None:
+            if len(self.solver.free) <= FEW:
+                yield from self._chained(n, budget)
+            elif self._smooth(n):
+                yield from self._between(n, budget)
+            elif (stage := self._walk(n)) is not None:
+                yield stage
+            else:
                 return
-            yield stage
 
-    def _stage(self, n: int) -> Stage | None:
-        """None where no plan was found that fits the rung."""
-        if n not in self._stages:
-            self._stages[n] = self._made(n)
-        return self._stages[n]
+    # -- Where programs lead to good plans -----------------------------------------------------------
 
-    def _made(self, n: int) -> Stage | None:
-        rung, solver = self.rungs[n], self.solver
+    def _smooth(self, n: int) -> bool:
+        return self._near(n) and n + 1 < len(self.rungs) and self._near(n + 1)
+
+    def _between(self, n: int, budget: int) -> Iterator[Stage]:
+        apart = self.rungs[n] - self.rungs[n + 1]
+        for part in range(_BETWEEN):
+            rung = self.rungs[n] - apart * part // _BETWEEN
+            if rung <= budget and (stage := self._link(rung)) is not None:
+                yield stage
+
+    def _link(self, budget: int) -> Stage | None:
+        """What the program at a budget leads to; None if that is nothing."""
+        if budget not in self._links:
+            program = self.solver.program(budget)
+            schedule = self.solver.best(program) if program.feasible else None
+            found = None if schedule is None else Stage(budget, program.bound, (_found(schedule),))
+            self._links[budget] = found
+        return self._links[budget]
+
+    def _near(self, n: int) -> bool:
+        """Do small programs at a rung lead to a plan near its bound?"""
+        post = self._post(n)
+        return post is not None and self._is_near(post)
+
+    def _is_near(self, stage: Stage) -> bool:
+        limit = self.solver.near(stage.bound, _NEAR)
+        return any(plan.seconds <= limit for plan in stage.plans)
+
+    def _post(self, n: int) -> Stage | None:
+        """What small programs at a rung lead to; None if there is no plan."""
+        if n not in self._posts:
+            self._posts[n] = self._posted(n)
+        return self._posts[n]
+
+    def _posted(self, n: int) -> Stage | None:
+        rung = self.rungs[n]
         if n == 0:
-            return self._walked(n, Bound(rung, 0.0, 0.0), True, [self.top])
-        every = 1 if len(solver.free) <= _FEW else _POST
-        post = self._stage(n - n % every) if n % every else None
-        if n % every and post is None:
-            return None
-        if post is not None and not post.near:  # programs say little here: no more than posts ask
-            return self._arrived(n, post.bound, [])
-        answer = solver.rung(rung, _NEAR)
+            return Stage(rung, Bound(rung, 0.0, 0.0), (self.top,))
+        every = 1 if len(self.solver.free) <= _FEW else _POST
+        if n % every:  # programs say little here: no more than every so many rungs ask
+            post = self._post(n - n % every)
+            if post is None:
+                return None
+            if not self._is_near(post):
+                return Stage(rung, post.bound, ())
+        answer = self.solver.rung(rung, _NEAR)
         if answer is None:
             return None
         schedules, bound = answer
-        plans = [_found(schedule) for schedule in schedules]
-        if plans and min(p.seconds for p in plans) <= solver.near(bound, _NEAR):
-            return self._walked(n, bound, True, plans)
-        return self._arrived(n, bound, plans)
+        return Stage(rung, bound, tuple(_found(schedule) for schedule in schedules))
 
-    def _arrived(self, n: int, bound: Bound, plans: list[Found]) -> Stage | None:
-        """A rung where the walks from above compete."""
-        above = self._stage(n - 1)
+    # -- Where there are few values ------------------------------------------------------------------
+
+    def _chained(self, n: int, budget: int) -> Iterator[Stage]:
+        """Each plan right below the one before, from a rung to the next."""
+        end = self.rungs[n + 1] if n + 1 < len(self.rungs) else -1
+        rung = self.rungs[n]
+        while rung > end and (stage := self._link(rung)) is not None:
+            (plan,) = stage.plans
+            if plan.peak <= budget:
+                yield stage
+            rung = plan.peak - 1
+
+    # -- Where walks compete -------------------------------------------------------------------------
+
+    def _walk(self, n: int) -> Stage | None:
+        """None where no plan was found that fits the rung."""
+        if n not in self._walks:
+            self._walks[n] = self._walked(n)
+        return self._walks[n]
+
+    def _walked(self, n: int) -> Stage | None:
+        post = self._post(n)
+        if post is None:
+            return None
+        if self._is_near(post):
+            starts = [min(post.plans, key=_rank)]
+        else:
+            starts = self._competing(n, post)
+        plans: list[Found] = []
+        last: list[Found] = []
+        for start in starts:
+            found, arrived = self._descended(n, start)
+            plans += found
+            if arrived:
+                last.append(found[-1])
+        return Stage(self.rungs[n], post.bound, tuple(plans), tuple(last)) if plans else None
+
+    def _competing(self, n: int, post: Stage) -> list[Found]:
+        """The best of what programs give and what walks from above arrive with."""
+        above = self._walk(n - 1)
         arrived = above.last if above is not None else ()
-        plans = [self._faster(plan, self.rungs[n]) for plan in (*plans, *arrived)]
+        plans = [self._faster(plan, self.rungs[n]) for plan in (*post.plans, *arrived)]
         if not plans:
             plans = self._rescued(self.rungs[n])
-        return self._walked(n, bound, False, plans) if plans else None
+        return sorted(dict.fromkeys(plans), key=_rank)[:_WALKERS]
 
     def _rescued(self, rung: int) -> list[Found]:
         """Where no walk arrives and small programs give nothing: what a large program leads to."""
@@ -146,19 +224,7 @@ class Descent:
         self.solver.search(schedule).swap(budget)
         return _found(schedule)
 
-    def _walked(self, n: int, bound: Bound, near: bool, starts: list[Found]) -> Stage:
-        """Walk from a rung's best plans to the next rung."""
-        starts = sorted(dict.fromkeys(starts), key=lambda plan: (plan.seconds, plan.peak))
-        plans: list[Found] = []
-        last: list[Found] = []
-        for start in starts[: 1 if near else _WALKERS]:
-            found, arrived = self._walk(n, start)
-            plans += found
-            if arrived:
-                last.append(found[-1])
-        return Stage(self.rungs[n], bound, tuple(plans), near, tuple(last))
-
-    def _walk(self, n: int, start: Found) -> tuple[list[Found], bool]:
+    def _descended(self, n: int, start: Found) -> tuple[list[Found], bool]:
         """The plans from ``start`` to the next rung; False if they end before it."""
         plans = [start]
         schedule = Schedule(self.solver.simulator, start.kept, start.drops)
@@ -183,3 +249,7 @@ class Descent:
 
 def _found(schedule: Schedule) -> Found:
     return Found(frozenset(schedule.kept), schedule.useful_drops(), schedule.peak, schedule.seconds)
+
+
+def _rank(plan: Found) -> tuple[float, int]:
+    return (plan.seconds, plan.peak)

@@ -7,16 +7,15 @@ of them might be faster; and where there are few values, searches from everywher
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fxmem.dataflow import Dataflow
 from fxmem.descent import Descent, Found
-from fxmem.relaxation import Program
 from fxmem.schedule import Schedule
 from fxmem.simulate import Drop, Outcome, Simulator
-from fxmem.solver import CLOSE, FEW, Solver
+from fxmem.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -71,51 +70,35 @@ class Planner:
         return self._unchanged
 
     def fit(self, budget: int) -> Choice | None:
-        """The fastest choice found that peaks at or below ``budget`` bytes; None if none was."""
+        """The fastest choice found that peaks at or below ``budget`` bytes; None if none was.
+
+        Never slower for a larger budget: a plan is passed over only where a bound says that it is
+        no faster.
+        """
         if self._unchanged.outcome.peak <= budget:
             return self._unchanged
-        program = self.solver.program(budget)
-        if not program.feasible:
+        if budget < self.solver.least_possible:
             return None
-        choices = [c for c in self._candidates(program) if c.outcome.peak <= budget]
-        if not choices:
-            return None
-        best = min(choices, key=lambda choice: choice.rank)
-        return replace(best, bound=min(program.bound.seconds, best.outcome.seconds))
+        best: Found | None = None
+        bound = 0.0
+        for stage in self._descent.stages(budget):
+            bound = max(bound, stage.bound.at(budget))
+            if best is not None and stage.bound.at(stage.rung) >= best.seconds:
+                break
+            for plan in stage.plans:
+                if plan.peak <= budget and (best is None or _rank(plan) < _rank(best)):
+                    best = plan
+        if best is not None:
+            choice = self.choice(best.kept - self.simulator.always_kept, best.drops)
+            return replace(choice, bound=min(bound, best.seconds))
+        smallest = self._smallest
+        return smallest if smallest.outcome.peak <= budget else None
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
         return self._smallest
 
     # -- Where choices come from ---------------------------------------------------------------------
-
-    def _candidates(self, program: Program) -> Iterator[Choice]:
-        """More and more of them, until one is close to its bound."""
-        solver, budget = self.solver, int(program.budget)
-        quick = solver.quick(program)
-        if quick is not None:
-            yield self._chosen(quick)
-            if quick.seconds <= solver.near(program.bound, CLOSE):
-                return
-        plan = self._fastest_below(budget, quick)
-        if plan is not None:
-            yield self._chosen(self._faster(plan, budget))
-        if len(self.free) <= FEW and (thorough := solver.thorough(program)) is not None:
-            yield self._chosen(thorough)
-        if quick is None and plan is None:
-            yield self._smallest
-
-    def _fastest_below(self, budget: int, known: Schedule | None) -> Found | None:
-        """The fastest plan on the way down that fits, if it is faster than what is known."""
-        best: Found | None = None
-        seconds = float("inf") if known is None else known.seconds
-        for stage in self._descent.stages(budget):
-            if stage.bound.at(stage.rung) >= seconds:
-                break
-            for plan in stage.plans:
-                if plan.peak <= budget and plan.seconds < seconds:
-                    best, seconds = plan, plan.seconds
-        return best
 
     def _faster(self, plan: Found, budget: int) -> Schedule:
         """A plan with what more it can keep at a budget."""
@@ -151,3 +134,7 @@ class Planner:
     def _chosen(self, schedule: Schedule) -> Choice:
         """A schedule as a choice, judged by the exact simulator."""
         return self.choice(schedule.kept - self.simulator.always_kept, schedule.useful_drops())
+
+
+def _rank(plan: Found) -> tuple[float, int]:
+    return (plan.seconds, plan.peak)

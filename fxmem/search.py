@@ -27,6 +27,9 @@ _ROUNDS = 4
 _TRIED = 12
 """Values in whose favour one may be given up."""
 
+_NEARLY = 0.95
+"""A move that gains so much of what the best of the others may gain is as good as the best."""
+
 _EPSILON = 1e-12
 """Seconds that count as none."""
 
@@ -282,17 +285,20 @@ class Ranking:
                 heapq.heappush(self._heap, (-float("inf"), self._offers, move))
 
     def take(self, gain: Callable[[Move], float]) -> Move | None:
-        """Remove and return the move with the largest positive gain; None when there is none."""
+        """Remove and return a move with the largest positive gain, or nearly; None if there is none."""
         fresh: set[int] = set()
+        best: tuple[float, int, Move] | None = None
         while self._heap:
-            stale, number, move = self._heap[0]
-            if number not in fresh:
-                heapq.heapreplace(self._heap, (-gain(move), number, move))
-                fresh.add(number)
-            elif stale >= 0:
-                return None
-            else:
-                heapq.heappop(self._heap)
-                self._known.discard(move)
-                return move
-        return None
+            leader = self._heap[0]
+            if leader[1] in fresh or (best is not None and best[0] <= leader[0] * _NEARLY):
+                break
+            again = (-gain(leader[2]), *leader[1:])
+            heapq.heapreplace(self._heap, again)
+            fresh.add(leader[1])
+            best = again if best is None else min(best, again)
+        if best is None or best[0] >= 0:
+            return None
+        self._heap.remove(best)
+        heapq.heapify(self._heap)
+        self._known.discard(best[2])
+        return best[2]

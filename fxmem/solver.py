@@ -71,8 +71,14 @@ class Solver:
         """The fastest schedule that the program's solutions lead to."""
         return self._fastest(self._from_programs(program), program)
 
-    def thorough(self, program: Program) -> Schedule | None:
-        """The fastest schedule found from everywhere, where there are few values to choose."""
+    def best(self, program: Program) -> Schedule | None:
+        """The fastest schedule found; where there are few values to choose, from everywhere."""
+        quick = self.quick(program)
+        if len(self.free) > FEW or (quick is not None and quick.seconds <= program.bound.seconds):
+            return quick
+        return self._thorough(program)
+
+    def _thorough(self, program: Program) -> Schedule | None:
         best = self._fastest(self._starts(program), program)
         if best is not None:
             self.search(best).exchange(int(program.budget))
