@@ -2,7 +2,7 @@
 
 The rungs lie at fixed shares of the room above what every choice needs.
 
-* Where linear programs at two rungs lead to plans close to their bounds, programs in between do, too.
+* Where the linear program at a rung leads to a plan close to its bound, programs above do, too.
 * Where they do not, so that programs say little about what is possible, local search walks from rung
   to rung, a little at a time: one that starts far above its target takes what is cheap at first
   sight and is left with what is dear.  What walks arrive with and what programs give compete.
@@ -45,6 +45,11 @@ _NEAR = 0.005
 
 _BETWEEN = 8
 """Programs from one rung to the next where they lead to plans near their bounds."""
+
+_MANY = 1_000
+"""Values among which walks take so long that programs may lead to plans less near their bounds."""
+
+_NEAR_IN_LARGE = 0.015
 
 _RESOLUTION = 400
 """Plans that a walk remembers differ by so many parts of the room, or more."""
@@ -95,7 +100,7 @@ class Descent:
         """The plan with the smallest peak at any rung, or on a walk from one to the next."""
         plans = [self.top]
         for n in range(len(self.rungs)):
-            stage = self._post(n) if self._smooth(n) else self._walk(n)
+            stage = self._link(self.rungs[n]) if self._smooth(n) else self._walk(n)
             if stage is None:
                 break
             plans += stage.plans
@@ -117,7 +122,11 @@ class Descent:
     # -- Where programs lead to good plans -----------------------------------------------------------
 
     def _smooth(self, n: int) -> bool:
-        return self._near(n) and n + 1 < len(self.rungs) and self._near(n + 1)
+        """Does the program below this rung, some rungs down, lead to a plan near its bound?"""
+        below = min(n - n % _POST + _POST, len(self.rungs) - 1)
+        stage = self._link(self.rungs[below])
+        large = len(self.solver.free) > _MANY
+        return stage is not None and self._is_near(stage, _NEAR_IN_LARGE if large else _NEAR)
 
     def _between(self, n: int, budget: int) -> Iterator[Stage]:
         apart = self.rungs[n] - self.rungs[n + 1]
@@ -135,13 +144,8 @@ class Descent:
             self._links[budget] = found
         return self._links[budget]
 
-    def _near(self, n: int) -> bool:
-        """Do small programs at a rung lead to a plan near its bound?"""
-        post = self._post(n)
-        return post is not None and self._is_near(post)
-
-    def _is_near(self, stage: Stage) -> bool:
-        limit = self.solver.near(stage.bound, _NEAR)
+    def _is_near(self, stage: Stage, share: float = _NEAR) -> bool:
+        limit = self.solver.near(stage.bound, share)
         return any(plan.seconds <= limit for plan in stage.plans)
 
     def _post(self, n: int) -> Stage | None:
@@ -191,10 +195,8 @@ class Descent:
         post = self._post(n)
         if post is None:
             return None
-        if self._is_near(post):
-            starts = [min(post.plans, key=_rank)]
-        else:
-            starts = self._competing(n, post)
+        near = self._is_near(post)
+        starts = [min(post.plans, key=_rank)] if near else self._competing(n, post)
         plans: list[Found] = []
         last: list[Found] = []
         for start in starts:
@@ -208,7 +210,9 @@ class Descent:
         """The best of what programs give and what walks from above arrive with."""
         above = self._walk(n - 1)
         arrived = above.last if above is not None else ()
-        plans = [self._faster(plan, self.rungs[n]) for plan in (*post.plans, *arrived)]
+        link = self._link(self.rungs[n]) if n % _POST == 0 else None
+        linked = link.plans if link is not None else ()
+        plans = [self._faster(plan, self.rungs[n]) for plan in (*post.plans, *linked, *arrived)]
         if not plans:
             plans = self._rescued(self.rungs[n])
         return sorted(dict.fromkeys(plans), key=_rank)[:_WALKERS]
