@@ -46,10 +46,11 @@ _NEAR = 0.005
 _BETWEEN = 8
 """Programs from one rung to the next where they lead to plans near their bounds."""
 
-_MANY = 1_000
-"""Values among which walks take so long that programs may lead to plans less near their bounds."""
+_MANY = 600
+"""Values among which walks take minutes: they are left for where programs lead to nothing."""
 
-_NEAR_IN_LARGE = 0.015
+_SMOOTH = 0.01
+"""And how near it a program's plan needs no walk beside it."""
 
 _RESOLUTION = 400
 """Plans that a walk remembers differ by so many parts of the room, or more."""
@@ -110,30 +111,37 @@ class Descent:
         """From around the budget down, as far as there are plans."""
         first = max((n for n, rung in enumerate(self.rungs) if rung >= budget), default=0)
         for n in range(first, len(self.rungs)):
+            walks = not self._smooth(n)
             if len(self.solver.free) <= FEW:
                 yield from self._chained(n, budget)
-            elif self._smooth(n):
-                yield from self._between(n, budget)
-            elif (stage := self._walk(n)) is not None:
+                continue
+            for rung in () if walks else self._between(n, budget):
+                stage = self._link(rung)
+                walks |= stage is None
+                if stage is not None:
+                    yield stage
+            if walks and (stage := self._walk(n)) is not None:
                 yield stage
-            else:
+            elif walks:
                 return
 
     # -- Where programs lead to good plans -----------------------------------------------------------
 
     def _smooth(self, n: int) -> bool:
-        """Does the program below this rung, some rungs down, lead to a plan near its bound?"""
-        below = min(n - n % _POST + _POST, len(self.rungs) - 1)
+        """Does the program at the next rung lead to a plan near its bound?"""
+        if len(self.solver.free) > _MANY:
+            return True
+        below = min(n + 1, len(self.rungs) - 1)
         stage = self._link(self.rungs[below])
-        large = len(self.solver.free) > _MANY
-        return stage is not None and self._is_near(stage, _NEAR_IN_LARGE if large else _NEAR)
+        return stage is not None and self._is_near(stage, _SMOOTH)
 
-    def _between(self, n: int, budget: int) -> Iterator[Stage]:
-        apart = self.rungs[n] - self.rungs[n + 1]
-        for part in range(_BETWEEN):
-            rung = self.rungs[n] - apart * part // _BETWEEN
-            if rung <= budget and (stage := self._link(rung)) is not None:
-                yield stage
+    def _between(self, n: int, budget: int) -> Iterator[int]:
+        """Rungs between this one and the next, not above the budget."""
+        end = self.rungs[n + 1] if n + 1 < len(self.rungs) else self.rungs[n] - 1
+        rungs = (
+            self.rungs[n] - (self.rungs[n] - end) * part // _BETWEEN for part in range(_BETWEEN)
+        )
+        return (rung for rung in dict.fromkeys(rungs) if rung <= budget)
 
     def _link(self, budget: int) -> Stage | None:
         """What the program at a budget leads to; None if that is nothing."""

@@ -48,7 +48,7 @@ _TOLERANCE = 1e-3
 _COLUMNS = 12_000
 """No more cuts in programs that are larger: solving them takes long and they hardly change."""
 
-_SMALL = 1_500
+_SMALL = 300
 """Columns up to which a program is solved in whole numbers with nothing fixed."""
 
 _MIDDLE = 6_000

@@ -22,16 +22,19 @@ from fxmem.simulate import Drop, Simulator
 _SHARES = (0.5, 0.3, 0.7)
 """What a share in the linear program's solution must exceed to count as all."""
 
-_CORRECTIONS = 3
+_CORRECTIONS = 1
 """Programs tried for one budget; each knows the bytes that the one before left out."""
 
-CLOSE = 0.002
+_CLOSE = 0.002
 """Of the unchanged step's time: how near its bound a plan is good enough."""
+
+_FAIR = 0.005
+"""And where there are so many values that every search takes seconds."""
 
 _SHORT = 20_000
 """Operators made again in all slots: up to here a search may start from nothing kept."""
 
-FEW = 100
+FEW = 20
 """Values among which there is time for all ways to start."""
 
 _CUTS_BELOW = 8
@@ -73,14 +76,10 @@ class Solver:
 
     def best(self, program: Program) -> Schedule | None:
         """The fastest schedule found; where there are few values to choose, from everywhere."""
-        quick = self.quick(program)
-        if len(self.free) > FEW or (quick is not None and quick.seconds <= program.bound.seconds):
-            return quick
-        return self._thorough(program)
-
-    def _thorough(self, program: Program) -> Schedule | None:
+        if len(self.free) > FEW:
+            return self.quick(program)
         best = self._fastest(self._starts(program), program)
-        if best is not None:
+        if best is not None and best.seconds > program.bound.seconds:
             self.search(best).exchange(int(program.budget))
         return best
 
@@ -91,7 +90,7 @@ class Solver:
         for schedule in self._fitting(self._unseen(starts, set()), budget):
             if best is None or (schedule.seconds, schedule.peak) < (best.seconds, best.peak):
                 best = schedule
-            if best.seconds <= self.near(program.bound, CLOSE):
+            if best.seconds <= self.near(program.bound, _CLOSE if self._few_to_swap else _FAIR):
                 return best
         if best is not None:
             self.search(best).swap(budget)
@@ -162,6 +161,10 @@ class Solver:
                 seen.add(key)
                 yield schedule
 
+    @property
+    def _few_to_swap(self) -> bool:
+        return len(self.free) <= _FEW_TO_SWAP
+
     def near(self, bound: Bound, share: float) -> float:
         """Seconds above a bound by such a share of the unchanged step's time."""
         return bound.seconds + share * self.simulator.flow.seconds
@@ -183,7 +186,7 @@ class Solver:
     def _rounded(self, program: Program) -> Iterator[Schedule]:
         relaxed = program.relaxed()
         yield from (self._whole(relaxed, share) for share in _SHARES)
-        if program.columns <= _COLUMNS_TO_CORRECT and len(self.free) <= _FEW_TO_SWAP:
+        if program.columns <= _COLUMNS_TO_CORRECT and self._few_to_swap:
             yield from self._corrected(program, 1)
 
     def _corrected(self, program: Program, most: int = _CORRECTIONS) -> Iterator[Schedule]:
