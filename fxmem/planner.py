@@ -1,8 +1,7 @@
 """The planner: which forward values to keep so that the simulated peak fits and little is made again.
 
-Where the linear program at the very budget leads to a plan close to its bound, that is it.  Else
-plans of the descent compete, from the rung above the budget down, as far as the bound says that one
-of them might be faster; and where there are few values, searches from everywhere.
+Plans of the descent compete, from the rung below the budget down, as far as the bound says that one
+of them might be faster.
 """
 
 from __future__ import annotations
@@ -12,10 +11,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fxmem.dataflow import Dataflow
-from fxmem.descent import Descent, Found
+from fxmem.descent import Climb, Descent, Found, as_found, targets
 from fxmem.schedule import Schedule
 from fxmem.simulate import Drop, Outcome, Simulator
 from fxmem.solver import Solver
+
+_PATIENCE = 100
+"""How much longer the search may take that makes the plan with the smallest peak faster."""
+
+_STEPS = 8
+"""From that plan up to the lowest plan of the ladder."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,12 @@ class Planner:
         bound = 0.0
         for stage in self._descent.stages(budget):
             bound = max(bound, stage.bound.at(budget))
-            if best is not None and stage.bound.at(stage.rung) >= best.seconds:
-                break
-            for plan in stage.plans:
-                if plan.peak <= budget and (best is None or _rank(plan) < _rank(best)):
-                    best = plan
-        if best is not None:
-            choice = self.choice(best.kept - self.simulator.always_kept, best.drops)
-            return replace(choice, bound=min(bound, best.seconds))
-        smallest = self._smallest
-        return smallest if smallest.outcome.peak <= budget else None
+            best = min(filter(None, (*stage.plans, best)), key=_rank, default=None)
+            if best is not None and best.seconds <= stage.bound.seconds:
+                return self._answer(best, bound)  # no plan of a lower rung is faster
+        last = [plan for plan in self._near_smallest.up_to(budget) if plan.peak <= budget]
+        best = min(filter(None, (*last, best)), key=_rank, default=None)
+        return None if best is None else self._answer(best, bound)
 
     def smallest(self) -> Choice:
         """The choice with the smallest peak found, made as fast as it gets at that peak."""
@@ -100,13 +101,9 @@ class Planner:
 
     # -- Where choices come from ---------------------------------------------------------------------
 
-    def _faster(self, plan: Found, budget: int) -> Schedule:
-        """A plan with what more it can keep at a budget."""
-        schedule = Schedule(self.simulator, plan.kept, plan.drops)
-        search = self.solver.search(schedule)
-        search.improve(budget)
-        search.swap(budget)
-        return schedule
+    def _answer(self, plan: Found, bound: float) -> Choice:
+        choice = self.choice(plan.kept - self.simulator.always_kept, plan.drops)
+        return replace(choice, bound=min(bound, choice.outcome.seconds))
 
     @cached_property
     def _descent(self) -> Descent:
@@ -117,24 +114,33 @@ class Planner:
         return replace(self.choice(self.solver.all_read), bound=0.0)
 
     @cached_property
-    def _smallest(self) -> Choice:
-        found = self._descent.lowest
-        lowest = self.solver.lowest(Schedule(self.simulator, found.kept, found.drops))
-        if lowest.peak >= self._unchanged.outcome.peak:
-            return self._unchanged
-        program = self.solver.program(lowest.peak)
-        kept, drops = frozenset(lowest.kept), lowest.drops()
-        choices = [self._chosen(self._faster(Found(kept, drops, 0, 0.0), lowest.peak))]
-        for schedule in (self.solver.quick(program),):
-            if schedule is not None:
-                choices.append(self._chosen(schedule))
-        best = min(choices, key=lambda choice: choice.rank)
-        return replace(best, bound=min(program.bound.seconds, best.outcome.seconds))
+    def _near_smallest(self) -> Climb:
+        """What the smallest becomes with more room, up to the lowest plan of the ladder."""
+        smallest = as_found(self._fastest_smallest[0])
+        above = max(self._descent.lowest.peak, smallest.peak)
+        return Climb(self.solver, smallest, targets(smallest.peak, above, _STEPS), _PATIENCE)
 
-    def _chosen(self, schedule: Schedule) -> Choice:
-        """A schedule as a choice, judged by the exact simulator."""
-        return self.choice(schedule.kept - self.simulator.always_kept, schedule.useful_drops())
+    @cached_property
+    def _smallest(self) -> Choice:
+        schedule, bound = self._fastest_smallest
+        if schedule.peak >= self._unchanged.outcome.peak:
+            return self._unchanged
+        return self._answer(as_found(schedule), bound)
+
+    @cached_property
+    def _fastest_smallest(self) -> tuple[Schedule, float]:
+        """The fastest schedule found with the smallest peak found, and the seconds that each adds."""
+        lowest = self._descent.lowest
+        smallest = self.solver.lowest(Schedule(self.simulator, lowest.kept, lowest.drops))
+        peak = smallest.peak
+        search = self.solver.search(smallest, _PATIENCE)
+        search.improve(peak)
+        search.swap(peak)
+        answer = self.solver.answer(peak)
+        found = [smallest, *(answer.schedules if answer is not None else ())]
+        best = min(found, key=lambda schedule: (schedule.seconds, schedule.peak))
+        return best, 0.0 if answer is None else answer.bound.seconds
 
 
 def _rank(plan: Found) -> tuple[float, int]:
-    return (plan.seconds, plan.peak)
+    return plan.rank

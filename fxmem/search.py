@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
+
+import numpy as np
 
 from fxmem.schedule import Schedule
 
@@ -32,6 +35,9 @@ _NEARLY = 0.95
 
 _EPSILON = 1e-12
 """Seconds that count as none."""
+
+_LEAST_SECONDS = 1e-9
+"""What a move is taken to add where it adds less."""
 
 
 class Search:
@@ -63,13 +69,13 @@ class Search:
                 removed = overflow - schedule.overflow(budget)
                 if removed <= 0:
                     return removed
-                return removed / max(schedule.seconds - seconds, 1e-9)
+                return removed / max(schedule.seconds - seconds, _LEAST_SECONDS)
 
             fullest = int(schedule.slot_peaks().argmax())
-            ranking.offer(self._reductions(fullest))
+            ranking.offer(self._reductions(budget, fullest))
             move = self._take(ranking, gain)
             if move is None:
-                move = self._take(Ranking(self._last_resorts(fullest)), gain)
+                move = self._take(Ranking(_unknown(self._last_resorts(fullest))), gain)
             if move is not None:
                 self.make(move)
             elif not self._reduce_by_two(budget):
@@ -84,12 +90,25 @@ class Search:
         overflow = self.schedule.overflow(budget)
         return self._change_two(lambda: self.schedule.overflow(budget) < overflow)
 
-    def _reductions(self, fullest: int) -> Iterator[Move]:
-        """Keep something or not; let a copy go that is there in the fullest slot, but not read."""
-        schedule = self.schedule
+    def _reductions(self, budget: int, fullest: int) -> Iterator[tuple[Move, float]]:
+        """Keep something or not; let a copy go that is there in the fullest slot, but not read.
+
+        With each, what it gains at most: making again what is kept takes no more than its bytes off
+        each slot above the budget that it is there in, and takes no less than its operator's time.
+        """
+        schedule, step = self.schedule, self.schedule.step
+        full = np.concatenate([[0], np.cumsum(schedule.slot_peaks() > budget)])
+        forward = int((schedule.forward_peaks() > budget).sum())
         for v in self.free:
-            yield ("remake" if v in schedule.kept else "keep", v, -1)
-        yield from (("drop", v, j) for v, j in schedule.passing(fullest, self.copies))
+            if v not in schedule.kept:
+                yield ("keep", v, -1), math.inf
+                continue
+            spans = schedule.spans.get(v, ())
+            slots = forward + sum(int(full[end + 1] - full[max(start, 0)]) for start, end in spans)
+            seconds = max(step.seconds[step.producer[v]], _LEAST_SECONDS)
+            yield ("remake", v, -1), slots * step.nbytes[v] / seconds
+        for v, j in schedule.passing(fullest, self.copies):
+            yield ("drop", v, j), math.inf
 
     def _last_resorts(self, fullest: int) -> Iterator[Move]:
         """Let all copies go that pass the fullest slot, or forget a value that is kept for later."""
@@ -112,7 +131,7 @@ class Search:
         """Keep more and let go less, most seconds saved a byte first, as long as that fits."""
         schedule = self.schedule
         nbytes = schedule.step.nbytes
-        ranking = Ranking(self._increases())
+        ranking = Ranking(_unknown(self._increases()))
         while True:
             seconds = schedule.seconds
 
@@ -270,19 +289,19 @@ class Ranking:
     Source: Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions".
     """
 
-    def __init__(self, moves: Iterable[Move] = ()) -> None:
+    def __init__(self, moves: Iterable[tuple[Move, float]] = ()) -> None:
         self._heap: list[tuple[float, int, Move]] = []  # by gain, then first offered
         self._known: set[Move] = set()
         self._offers = 0
         self.offer(moves)
 
-    def offer(self, moves: Iterable[Move]) -> None:
-        """Add moves that are not there yet."""
-        for move in moves:
-            if move not in self._known:
+    def offer(self, moves: Iterable[tuple[Move, float]]) -> None:
+        """Add moves that are not there yet, with what each gains at most."""
+        for move, most in moves:
+            if move not in self._known and most > 0:
                 self._known.add(move)
                 self._offers += 1
-                heapq.heappush(self._heap, (-float("inf"), self._offers, move))
+                heapq.heappush(self._heap, (-most, self._offers, move))
 
     def take(self, gain: Callable[[Move], float]) -> Move | None:
         """Remove and return a move with the largest positive gain, or nearly; None if there is none."""
@@ -302,3 +321,8 @@ class Ranking:
         heapq.heapify(self._heap)
         self._known.discard(best[2])
         return best[2]
+
+
+def _unknown(moves: Iterable[Move]) -> Iterator[tuple[Move, float]]:
+    """Moves of which nobody knows what they gain."""
+    return ((move, math.inf) for move in moves)

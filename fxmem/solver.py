@@ -1,9 +1,11 @@
-"""The solver: the fastest schedule found at one budget, and the lowest peak found at any.
+"""The solver: fast schedules at one budget, and the lowest peak found at any.
 
-A linear program bounds the time that any plan adds; its solution, made whole, is a first choice.
-Local search over the incremental simulator takes it into the budget and then makes it as fast as it
-gets there.  Where bytes are so tight that this fails, the search starts again from choices that let
-every copy go at once.  Deterministic: ties fall to graph order, limits count simulated work.
+A linear program bounds the time that any plan adds, and its solution, rounded, is a first choice.
+The program does not see what a slot holds while it makes values again; so where the rounded choice
+does not fit, the program is told and solved again.  Local search over the incremental simulator
+takes each choice into the budget and then makes it as fast as it gets there.  Where there are few
+values, searches start from everywhere.  Deterministic: ties fall to graph order, limits count
+simulated work.
 """
 
 from __future__ import annotations
@@ -14,22 +16,25 @@ from functools import cached_property
 
 import numpy as np
 
-from fxmem.relaxation import Bound, Program, Relaxation, Relaxed
+from fxmem.relaxation import CUTS, Bound, Program, Relaxation, Relaxed, worst
 from fxmem.schedule import Schedule
 from fxmem.search import Search
 from fxmem.simulate import Drop, Simulator
 
-_SHARES = (0.5, 0.3, 0.7)
-"""What a share in the linear program's solution must exceed to count as all."""
+_SHARES = (0.5, 0.3)
+"""What a share in the linear program's first solution must exceed to count as all."""
 
-_CORRECTIONS = 1
-"""Programs tried for one budget; each knows the bytes that the one before left out."""
+_CORRECTIONS = 3
+"""Programs solved again for one budget; each knows the bytes that the ones before left out."""
 
-_CLOSE = 0.002
-"""Of the unchanged step's time: how near its bound a plan is good enough."""
+_CUTS_A_CORRECTION = 2
 
-_FAIR = 0.005
-"""And where there are so many values that every search takes seconds."""
+_CLOSE = (0.002, 0.005, 0.01)
+"""Of the unchanged step's time: how near its bound a plan is good enough; the more work was done in
+vain, the less is asked."""
+
+_MANY = 500
+"""Values among which searches take seconds, so that the second of these is asked at first."""
 
 _SHORT = 20_000
 """Operators made again in all slots: up to here a search may start from nothing kept."""
@@ -40,18 +45,21 @@ FEW = 20
 _CUTS_BELOW = 8
 """In linear programs that only say where to start looking for the smallest peak."""
 
-_CUTS_AT_RUNGS = (5, 3)
-"""In programs whose plans search will change anyway."""
-
-_COLUMNS_TO_CORRECT = 2_000
-
-_FEW_TO_SWAP = 500
+_CUTS_OF_FEW = 12
 
 _LAST_STEPS = 8
 """Searches right below the smallest peak found, as long as they find a smaller one."""
 
 _PATIENCE = 6
 """How much longer a search may take that looks for the smallest peak."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is found at one budget: schedules that fit, and a bound on every schedule's time."""
+
+    schedules: tuple[Schedule, ...]
+    bound: Bound
 
 
 @dataclass(frozen=True)
@@ -67,140 +75,107 @@ class Solver:
     must_remake: frozenset[int]
     limit: int
 
+    # -- At one budget -------------------------------------------------------------------------------
+
+    def answer(self, budget: int) -> Answer | None:
+        """Schedules until one is close to the bound; None where the program says there are none."""
+        program = self.program(budget)
+        if not program.feasible:
+            return None
+        found: list[Schedule] = []
+        seen: set[tuple[frozenset[int], frozenset[Drop]]] = set()
+        for tried, starts in enumerate(self._starts(program)):
+            new = list(self._fitting(starts, budget, seen))
+            if new:
+                best = min(new, key=_rank)
+                if not self.is_close(best.seconds, program.bound, tried):
+                    self.search(best).swap(budget)
+                found += new
+            if found and self.is_close(min(found, key=_rank).seconds, program.bound, tried):
+                return Answer(tuple(found), program.bound)
+        if found and self.are_few:
+            self.search(min(found, key=_rank)).exchange(budget)
+        return Answer(tuple(found), program.bound)
+
     def program(self, budget: int) -> Program:
-        return self._relaxation.program(budget)
+        return self._relaxation.program(budget, _CUTS_OF_FEW if self.are_few else CUTS)
 
-    def quick(self, program: Program) -> Schedule | None:
-        """The fastest schedule that the program's solutions lead to."""
-        return self._fastest(self._from_programs(program), program)
+    def is_close(self, seconds: float, bound: Bound, tried: int = 0) -> bool:
+        """Is a plan that adds so many seconds as good as one need look for, after so many tries?"""
+        tried += self.are_many
+        share = _CLOSE[min(tried, len(_CLOSE) - 1)]
+        return seconds <= bound.seconds + share * self.simulator.flow.seconds
 
-    def best(self, program: Program) -> Schedule | None:
-        """The fastest schedule found; where there are few values to choose, from everywhere."""
-        if len(self.free) > FEW:
-            return self.quick(program)
-        best = self._fastest(self._starts(program), program)
-        if best is not None and best.seconds > program.bound.seconds:
-            self.search(best).exchange(int(program.budget))
-        return best
+    @property
+    def are_many(self) -> bool:
+        return len(self.free) > _MANY
 
-    def _fastest(self, starts: Iterable[Schedule], program: Program) -> Schedule | None:
-        """The search ends early when none can be much faster."""
-        budget = int(program.budget)
-        best: Schedule | None = None
-        for schedule in self._fitting(self._unseen(starts, set()), budget):
-            if best is None or (schedule.seconds, schedule.peak) < (best.seconds, best.peak):
-                best = schedule
-            if best.seconds <= self.near(program.bound, _CLOSE if self._few_to_swap else _FAIR):
-                return best
-        if best is not None:
-            self.search(best).swap(budget)
-        return best
+    @property
+    def are_few(self) -> bool:
+        return len(self.free) <= FEW
 
-    def lowest(self, best: Schedule) -> Schedule:
-        """From a schedule, halve the distance to what every choice needs, then look right below."""
-        low, high = self.least_possible, best.peak
-        while high - low > max(high // 200, 1):
-            target = (low + high) // 2
-            found = self.below(target, best)
-            if found is None:
-                low = target
-            else:
-                best, high = found, min(found.peak, target)
-        for _ in range(_LAST_STEPS):
-            found = self.below(best.peak - 1, best)
-            if found is None:
-                break
-            best = found
-        return best
-
-    @cached_property
-    def least_possible(self) -> int:
-        """Bytes that every choice needs: in each slot what its operator reads, makes and works in."""
-        numbers = self.simulator.numbers
-        reads = [sum(numbers.saved_nbytes[v] for v in slot) for slot in numbers.reads]
-        backward = np.array(numbers.static_at, dtype=np.int64) + np.array(reads, dtype=np.int64)
-        forward = self._relaxation.forward_base
-        return int(max(forward.max(initial=0), backward.max(initial=0)))
-
-    @cached_property
-    def _relaxation(self) -> Relaxation:
-        return Relaxation(self.simulator, self.must_keep, self.must_remake)
+    def search(self, schedule: Schedule, patience: int = 1) -> Search:
+        return Search(schedule, self.free, patience * self.limit * (len(self.free) + 50))
 
     @property
     def all_read(self) -> frozenset[int]:
         """What is saved when nothing is made again that need not be."""
         return self.simulator.directly_read() - self.must_remake | self.must_keep
 
-    def rung(self, budget: int, share: float) -> tuple[list[Schedule], Bound] | None:
-        """The schedules that small programs lead to, and a bound; None if there is no plan.
-
-        Ends early when a schedule is so near its bound.
-        """
-        found: list[Schedule] = []
-        bound: Bound | None = None
-        seen: set[tuple[frozenset[int], frozenset[Drop]]] = set()
-        for cuts in _CUTS_AT_RUNGS:
-            program = self._relaxation.program(budget, cuts)
-            if not program.feasible:
-                return None
-            if bound is None or program.bound.seconds > bound.seconds:
-                bound = program.bound
-            for schedule in self._fitting(self._unseen(self._rounded(program), seen), budget):
-                found.append(schedule)
-                if schedule.seconds <= self.near(bound, share):
-                    return found, bound
-        assert bound is not None
-        return found, bound
-
-    def _unseen(
-        self, schedules: Iterable[Schedule], seen: set[tuple[frozenset[int], frozenset[Drop]]]
-    ) -> Iterator[Schedule]:
-        for schedule in schedules:
-            key = frozenset(schedule.kept), schedule.useful_drops()
-            if key not in seen:
-                seen.add(key)
-                yield schedule
-
     @property
-    def _few_to_swap(self) -> bool:
-        return len(self.free) <= _FEW_TO_SWAP
+    def least_possible(self) -> int:
+        """Bytes that every choice needs."""
+        return self._relaxation.least_possible
 
-    def near(self, bound: Bound, share: float) -> float:
-        """Seconds above a bound by such a share of the unchanged step's time."""
-        return bound.seconds + share * self.simulator.flow.seconds
+    @cached_property
+    def _relaxation(self) -> Relaxation:
+        return Relaxation(self.simulator, self.must_keep, self.must_remake)
 
-    # -- Where searches start ----------------------------------------------------------------------
+    def _fitting(
+        self,
+        starts: Iterable[Schedule],
+        budget: int,
+        seen: set[tuple[frozenset[int], frozenset[Drop]]],
+    ) -> Iterator[Schedule]:
+        """Those of the schedules that a search takes into the budget, each once."""
+        for schedule in starts:
+            key = frozenset(schedule.kept), schedule.useful_drops()
+            if key in seen:
+                continue
+            seen.add(key)
+            search = self.search(schedule)
+            if search.repair(budget):
+                search.improve(budget)
+                yield schedule
+            elif key[1]:  # what the drops make again stands in the way
+                yield from self._fitting([Schedule(self.simulator, key[0])], budget, seen)
 
-    def _starts(self, program: Program) -> Iterator[Schedule]:
-        """Where to search from, the most promising first."""
+    # -- Where searches start ------------------------------------------------------------------------
+
+    def _starts(self, program: Program) -> Iterator[Iterable[Schedule]]:
+        """Where to search from, the most promising first; the bound gets better on the way."""
+        first = program.relaxed()
+        yield from self._rounded(program)
+        if self.are_few:
+            yield self._extremes()
+            yield self._tight(first, int(program.budget))
+
+    def _rounded(self, program: Program) -> Iterator[Iterable[Schedule]]:
+        """Solutions, rounded; each program knows where the ones before it did not fit."""
         relaxed = program.relaxed()
-        yield from self._from_programs(program)
-        yield from self._extremes()
-        yield from self._tight(relaxed, int(program.budget))
-
-    def _from_programs(self, program: Program) -> Iterator[Schedule]:
-        relaxed = program.relaxed()
-        yield from (self._whole(relaxed, share) for share in _SHARES)
-        yield from self._corrected(program)
-
-    def _rounded(self, program: Program) -> Iterator[Schedule]:
-        relaxed = program.relaxed()
-        yield from (self._whole(relaxed, share) for share in _SHARES)
-        if program.columns <= _COLUMNS_TO_CORRECT and self._few_to_swap:
-            yield from self._corrected(program, 1)
-
-    def _corrected(self, program: Program, most: int = _CORRECTIONS) -> Iterator[Schedule]:
-        """Solutions in whole numbers; each program knows where the one before it did not fit."""
-        schedule = self._whole(program.relaxed())
         extra = np.zeros(len(self.simulator.read_by_backward), dtype=np.int64)
-        for _ in range(most):
-            peaks = schedule.slot_peaks()
-            extra = np.maximum(extra, schedule.transients())
-            fullest = np.argsort(-peaks, kind="stable")[:3]
-            if not program.tighten(extra, [int(j) for j in fullest if peaks[j] > program.budget]):
+        for correction in range(_CORRECTIONS + 1):
+            all_shares = self.are_few or not (correction or self.are_many)
+            shares = _SHARES if all_shares else _SHARES[:1]
+            schedules = [self._whole(relaxed, share) for share in shares]
+            peaks, transients = schedules[0].slot_peaks(), schedules[0].transients()
+            yield schedules  # which a search changes
+            full = worst(peaks - program.budget)[:_CUTS_A_CORRECTION]
+            extra = np.maximum(extra, transients)
+            if correction == _CORRECTIONS or not program.tighten(extra, full):
                 return
-            schedule = self._whole(program.whole())
-            yield Schedule(self.simulator, schedule.kept, schedule.drops())  # a search changes it
+            relaxed = program.whole() if self.are_few else program.relaxed()
+            program.relax()
 
     def _whole(self, relaxed: Relaxed, share: float = 0.5) -> Schedule:
         """Keep what has more than ``share``; let copies go that are not there at a cut."""
@@ -250,14 +225,24 @@ class Solver:
             drops += [(v, j) for v in sorted(made)]
         return drops
 
-    # -- Searches ------------------------------------------------------------------------------------
+    # -- The lowest peak -----------------------------------------------------------------------------
 
-    def _fitting(self, starts: Iterable[Schedule], budget: int) -> Iterator[Schedule]:
-        for schedule in starts:
-            search = self.search(schedule)
-            if search.repair(budget):
-                search.improve(budget)
-                yield schedule
+    def lowest(self, best: Schedule) -> Schedule:
+        """From a schedule, halve the distance to what every choice needs, then look right below."""
+        low, high = self.least_possible, best.peak
+        while high - low > max(high // 200, 1):
+            target = (low + high) // 2
+            found = self.below(target, best)
+            if found is None:
+                low = target
+            else:
+                best, high = found, min(found.peak, target)
+        for _ in range(_LAST_STEPS):
+            found = self.below(best.peak - 1, best)
+            if found is None:
+                break
+            best = found
+        return best
 
     def below(self, budget: int, best: Schedule) -> Schedule | None:
         """A schedule that fits, from what was found last or from a new start."""
@@ -279,5 +264,6 @@ class Solver:
                 return schedule
         return None
 
-    def search(self, schedule: Schedule, patience: int = 1) -> Search:
-        return Search(schedule, self.free, patience * self.limit * (len(self.free) + 50))
+
+def _rank(schedule: Schedule) -> tuple[float, int]:
+    return (schedule.seconds, schedule.peak)
