@@ -114,7 +114,22 @@ def flops(node: fx.Node) -> float:
 def _formula(node: fx.Node) -> Callable[..., Any] | None:
     """torch's count of a matrix product's, a convolution's or an attention's operations."""
     packet = getattr(node.target, "overloadpacket", None)
-    return None if packet is None else flop_registry.get(packet)
+    return None if packet is None else flop_formula(packet)
+
+
+def flop_formula(packet: Any) -> Callable[..., Any] | None:
+    """torch's count of an operator's operations; attention on the CPU has that of attention elsewhere."""
+    return flop_registry.get(_COUNTED_AS.get(packet, packet))
+
+
+_ATEN: Any = torch.ops.aten
+_COUNTED_AS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ),
+}
+"""Operators that torch's table lacks, and those with the same leading arguments that it has."""
 
 
 def _numel(tensor: torch.Tensor) -> int:
