@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from peers import EVERY, SHARES, blocks_of, with_checkpoints, with_ratio
-from steps import FAMILIES, HERE, SIZES, Step, same, side_by_side
+from steps import FAMILIES, HERE, SIZES, Step, keep_freed_memory, same, side_by_side
 from tabulate import tabulate
 
 import fxmem
@@ -36,7 +36,7 @@ Module = Callable[..., Any]
 LADDER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 """Budgets, as shares of eager's activations and gradients."""
 
-RUNS, SECONDS = 7, 2.0
+RUNS, SECONDS = 7, 1.0
 """Timed rounds of steps a point, at least, and until so many seconds have passed."""
 
 NOISE = 0.02
@@ -396,6 +396,7 @@ def read_options_given() -> argparse.Namespace:
 def main() -> None:
     """One family after the other; saved after each, in case the run is cut short."""
     options = read_options_given()
+    keep_freed_memory()
     points: list[Point] = []
     for family in options.families:
         began = time.perf_counter()

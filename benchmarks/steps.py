@@ -1,6 +1,8 @@
 """One training step, unchanged or as a peer or fxmem runs it: its bits, its peak, its time, its FLOPs."""
 
+import contextlib
 import copy
+import ctypes
 import statistics
 import sys
 import time
@@ -22,7 +24,30 @@ from families import FAMILIES, SIZES, loss_of  # noqa: E402
 from fxmem.cost import flop_formula  # noqa: E402
 from fxmem.measure import cpu_allocations, measure  # noqa: E402
 
-__all__ = ["FAMILIES", "HERE", "SIZES", "Step", "alternating_seconds", "same", "side_by_side"]
+__all__ = [
+    "FAMILIES",
+    "HERE",
+    "SIZES",
+    "Step",
+    "alternating_seconds",
+    "keep_freed_memory",
+    "same",
+    "side_by_side",
+]
+
+
+def keep_freed_memory() -> None:
+    """Let freed blocks stay with the process (glibc), as they do on a GPU.
+
+    Else steps pay the kernel for pages or not, by what the heap's end looks like when they begin.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_MAX, 0)
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 class Step:

@@ -18,12 +18,18 @@ from fxmem.sizes import hint, tensors_in
 
 
 class Cost(Protocol):
-    """Whatever says how long an operator takes; ``name`` goes into plans and reports."""
+    """Whatever says how long an operator takes; ``name`` goes into plans and reports.
+
+    seconds: of a node, where its operands and its code are at hand.  waiting: seconds more that it
+    takes in the unchanged step, where they are not; what is made again is read right afterwards.
+    """
 
     @property
     def name(self) -> str: ...
 
     def seconds(self, node: fx.Node) -> float: ...
+
+    def waiting(self, node: fx.Node) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,9 @@ class CostModel:
             _nbytes(i.meta.get("val")) for i in node.all_input_nodes
         )
         return self.launch + max(flops(node) / self._rate(node), moved / self.bandwidth)
+
+    def waiting(self, node: fx.Node) -> float:
+        return 0.0
 
     def _rate(self, node: fx.Node) -> float:
         if _formula(node) is None:
