@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import EVERY, SHARES, blocks_of, with_checkpoints, with_ratio
+from peers import EVERY, blocks_of, with_checkpoints, with_ratio
 from steps import FAMILIES, HERE, SIZES, Step, keep_freed_memory, same, side_by_side
 from tabulate import tabulate
 
@@ -35,6 +35,9 @@ Module = Callable[..., Any]
 
 LADDER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 """Budgets, as shares of eager's activations and gradients."""
+
+RATIOS = (0.8, 0.4, 0.2, 0.1, 0.0)
+"""Values of ``activation_memory_budget``."""
 
 RUNS, SECONDS = 7, 1.0
 """Timed rounds of steps a point, at least, and until so many seconds have passed."""
@@ -133,7 +136,7 @@ def ways(step: Step) -> Iterator[tuple[Point, Way]]:
     for share in (1.0, 0.5):
         point = Point(step.family, "selective", f"save {share:g} of products")
         yield point, lambda step, share=share: with_checkpoints(step, 1, share)
-    for share in SHARES:
+    for share in RATIOS:
         point = Point(step.family, "ratio", f"{share:g}")
         yield point, lambda step, share=share: with_ratio(step, share)
 
@@ -289,7 +292,11 @@ def floors(points: list[Point]) -> list[tuple[str, float, float]]:
     found = []
     for family in dict.fromkeys(p.family for p in points):
         mine = [p.share for p in points if p.family == family and p.way == "fxmem" and p.share]
-        theirs = [p.share for p in points if p.family == family and p.way != "fxmem" and p.share]
+        theirs = [
+            p.share
+            for p in points
+            if p.family == family and p.way not in ("fxmem", "eager") and p.share
+        ]
         if mine and theirs:
             found.append((family, min(mine), min(theirs)))
     return found
@@ -349,9 +356,14 @@ def picture(points: list[Point], path: Path) -> None:
         axis.set_xlabel("peak / eager's (activations, gradients)")
         axis.set_ylabel("time / eager's")
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize="small")
+    named = {way: line for axis in axes.flat for line, way in _legend(axis)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(marks))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _legend(axis: Any) -> Iterator[tuple[Any, str]]:
+    return zip(*axis.get_legend_handles_labels(), strict=True)
 
 
 def save(options: argparse.Namespace, points: list[Point]) -> None:
