@@ -5,31 +5,42 @@
 For each family: eager, ``torch.utils.checkpoint`` around every first to fourth block, the same with
 a policy that saves products, torch's ``activation_memory_budget`` over its range; and fxmem, at a
 ladder of budgets and at the very peak that each peer's point was measured at.  Peaks are shares of
-eager's activations and gradients; FLOPs and time are of eager's, too.  Writes JSON and a picture.
+eager's activations and gradients; FLOPs and time are of eager's, too.  A peer and fxmem's answer to
+it are timed in turns, and eager with them.  Writes JSON and a picture.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
-import warnings
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers import EVERY, SHARES, blocks_of, with_checkpoints, with_ratio
-from steps import FAMILIES, HERE, SIZES, Step, alternating_seconds, same
+from peers import EVERY, blocks_of, with_checkpoints, with_ratio
+from steps import FAMILIES, HERE, SIZES, Step, keep_freed_memory, same, side_by_side
 from tabulate import tabulate
 
 import fxmem
+from fxmem.api import read_options
+from fxmem.capture import StepCall, capture
+from fxmem.pipeline import Options, analyze, decide, unchanged_step
 
-LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
+Module = Callable[..., Any]
+
+LADDER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 """Budgets, as shares of eager's activations and gradients."""
 
-RUNS, SECONDS = 5, 1.5
-"""Timed pairs of steps a point, at least, and until so many seconds have passed."""
+RATIOS = (0.8, 0.4, 0.2, 0.1, 0.0)
+"""Values of ``activation_memory_budget``."""
+
+RUNS, SECONDS = 7, 1.0
+"""Timed rounds of steps a point, at least, and until so many seconds have passed."""
 
 NOISE = 0.02
 """What times and FLOPs of the same peak may differ by."""
@@ -41,7 +52,8 @@ class Point:
 
     peak: measured bytes, residents included.  share: of eager's activations and gradients.
     flops, time: of eager's.  exact: loss, gradients and buffers bitwise eager's.
-    predicted_time: fxmem's.  answers: the peer's point whose measured peak was the budget.
+    predicted_time, gap: the plan's.  answers: the peer's point whose measured peak was the budget.
+    beside: median of fxmem's seconds over the peer's in the same round.
     """
 
     family: str
@@ -56,13 +68,19 @@ class Point:
     predicted_time: float | None = None
     gap: float | None = None
     answers: str | None = None
+    beside: float | None = None
     error: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.way} {self.setting}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Eager:
-    """What everything is measured against."""
+    """What everything is measured against: a step that nobody patches."""
 
+    step: Step
     resident: int
     peak: int
     flops: int
@@ -74,93 +92,154 @@ class Eager:
     def budget(self, share: float) -> int:
         return self.resident + int(share * (self.peak - self.resident))
 
+    def seconds(self) -> float:
+        return self.step.seconds(self.step.model)
+
 
 def eager_of(step: Step) -> Eager:
     resident = fxmem.plan(step.model, "1TiB", step.args, example_kwargs=step.kwargs).resident
     seen = step.seen(step.model)
-    return Eager(resident, step.added_peak(step.model) + resident, step.flops(step.model), seen)
-
-
-# -- One point ---------------------------------------------------------------------------------------
+    return Eager(
+        step, resident, step.added_peak(step.model) + resident, step.flops(step.model), seen
+    )
 
 
 def measured(point: Point, step: Step, eager: Eager, module: Any) -> None:
-    """What the allocator, the counter and the clock say, inside the peer's context."""
+    """What the allocator and the counter say, inside the peer's context."""
     point.exact = same(eager.seen, step.seen(module))
     point.peak = step.added_peak(module) + eager.resident
     point.share = eager.share(point.peak)
     point.flops = step.flops(module) / eager.flops
 
 
-def timed(point: Point, step: Step, baseline: Step, module: Any) -> None:
-    """Beside an unchanged twin, since peers patch their model."""
-    _, point.time = alternating_seconds(step, module, RUNS, SECONDS, baseline)
+@contextlib.contextmanager
+def failing(point: Point) -> Iterator[None]:
+    """What fails has no figures; that is worth a line, too."""
+    try:
+        yield
+    except Exception as error:
+        point.error = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def ways(step: Step) -> Iterator[tuple[str, str, contextlib.AbstractContextManager[Any]]]:
-    """Every peer at every setting."""
+# -- Peers -------------------------------------------------------------------------------------------
+
+Way = Callable[[Step], contextlib.AbstractContextManager[Any]]
+
+
+def ways(step: Step) -> Iterator[tuple[Point, Way]]:
+    """Every peer at every setting: its point, with nothing measured, and how to run it."""
     blocks = len(blocks_of(step))
     for every in EVERY:
         if every == 1 or every < blocks:
-            yield "checkpoint", f"every {every}", with_checkpoints(step, every)
+            point = Point(step.family, "checkpoint", f"every {every}")
+            yield point, lambda step, every=every: with_checkpoints(step, every)
     for share in (1.0, 0.5):
-        yield "selective", f"save {share:g} of products", with_checkpoints(step, 1, share)
-    for share in SHARES:
-        yield "ratio", f"{share:g}", with_ratio(step, share)
+        point = Point(step.family, "selective", f"save {share:g} of products")
+        yield point, lambda step, share=share: with_checkpoints(step, 1, share)
+    for share in RATIOS:
+        point = Point(step.family, "ratio", f"{share:g}")
+        yield point, lambda step, share=share: with_ratio(step, share)
 
 
-def peer_points(step: Step, twin: Step, eager: Eager) -> Iterator[Point]:
-    for way, setting, context in ways(step):
-        point = Point(step.family, way, setting)
-        try:
-            with context as module:
-                measured(point, step, eager, module)
-                timed(point, step, twin, module)
-        except Exception as error:  # a peer that fails has no point; that is worth a line, too
-            point.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        yield point
+# -- fxmem -------------------------------------------------------------------------------------------
 
 
-def our_point(
-    step: Step, twin: Step, eager: Eager, budget: int | str, setting: str, cost: str
-) -> Point:
-    point = Point(step.family, "fxmem", setting)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fxmem: no plan fits")
-            module = fxmem.optimize(
-                step.model,
-                budget,
-                step.args,
-                example_kwargs=step.kwargs,
-                on_infeasible="best",
-                cost=cost,
-            )
-        plan = module.plan
-        point.budget, point.gap = plan.budget, plan.gap
-        point.predicted_time = 1 + plan.predicted_overhead
-        measured(point, step, eager, module)
-        timed(point, step, twin, module)
-    except Exception as error:
-        point.error = f"{type(error).__name__}: {error}".splitlines()[0]
-    return point
+def plans(step: Step, cost: str, budgets: Iterable[int]) -> Iterator[fxmem.Plan]:
+    """The smallest plan, and one for each budget above it; as ``plan`` gives, captured once for all."""
+    call = StepCall(step.model, step.args, step.kwargs)
+
+    def options(budget: int | str) -> Options:
+        return read_options(
+            step.model, budget, allow=("recompute", "lossless"), noise=0.01, reserve=0,
+            on_infeasible="best", compiler="eager", cost=cost, plan=None,
+        )  # fmt: skip
+
+    unchanged = unchanged_step(call)
+    with torch.enable_grad(), capture(call) as captured:
+        analysis = analyze(captured.graph, call, unchanged, options("min").cost)
+        smallest = decide(analysis, options("min")).plan
+        yield smallest
+        for budget in budgets:
+            large = budget > smallest.predicted_peak
+            yield decide(analysis, options(budget)).plan if large else smallest
 
 
 def our_points(
-    step: Step, twin: Step, eager: Eager, peers: list[Point], cost: str
-) -> Iterator[Point]:
-    """The ladder down to the smallest peak, then an answer to each peer's point."""
-    smallest = our_point(step, twin, eager, "min", "min", cost)
-    yield smallest
-    for share in LADDER:
-        if smallest.share is None or share > smallest.share:
-            yield our_point(step, twin, eager, eager.budget(share), f"{share:g}", cost)
-    for peer in peers:
-        if peer.peak is not None and peer.share is not None and peer.share <= 1:
-            name = f"{peer.way} {peer.setting}"
-            point = our_point(step, twin, eager, peer.peak, name, cost)
-            point.answers = name
-            yield point
+    step: Step, eager: Eager, peers: list[Point], cost: str
+) -> list[tuple[Point, Module | None]]:
+    """The smallest peak, the ladder down to it, and an answer to each peer's point."""
+    asked = [("min", None, 0)]
+    asked += [(f"{share:g}", None, eager.budget(share)) for share in LADDER]
+    asked += [(p.name, p.name, p.peak) for p in peers if p.peak and p.peak <= eager.peak]
+    found: list[tuple[Point, Module | None]] = []
+    modules: dict[Any, Module | None] = {}
+    made = list(plans(step, cost, (budget for _, _, budget in asked[1:])))
+    for (setting, answers, budget), plan in zip(asked, made, strict=True):
+        if plan.smallest and setting != "min" and answers is None:
+            continue  # the ladder ends above the smallest peak
+        point = Point(step.family, "fxmem", setting, answers=answers, budget=budget, gap=plan.gap)
+        point.predicted_time = 1 + plan.predicted_overhead
+        module = modules.get(plan.decisions)
+        with failing(point):
+            module = module or replayed(step, plan)
+            measured(point, step, eager, module)
+        modules[plan.decisions] = module
+        found.append((point, module))
+    return found
+
+
+def replayed(step: Step, plan: fxmem.Plan) -> Module:
+    """The optimized module with this plan."""
+    return fxmem.optimize(
+        step.model, plan.predicted_peak, step.args, example_kwargs=step.kwargs, plan=plan
+    )
+
+
+# -- One family --------------------------------------------------------------------------------------
+
+
+def family_points(family: str, options: argparse.Namespace) -> list[Point]:
+    """Peers' peaks first, since they are our budgets; then all the times."""
+    base, theirs, mine = (Step(family, options.size, options.device) for _ in range(3))
+    eager = eager_of(base)
+    peers = list(ways(theirs))
+    for point, way in peers:
+        with failing(point), way(theirs) as module:
+            measured(point, theirs, eager, module)
+    ours = our_points(mine, eager, [point for point, _ in peers], options.cost)
+    answers = {point.answers: (point, module) for point, module in ours if point.answers}
+    for point, way in peers:
+        if point.error is None:
+            with way(theirs) as module:
+                timed(point, theirs, module, eager, mine, *answers.get(point.name, ()))
+    for point, module in ours:
+        if not point.answers and point.error is None:
+            clocks = [eager.seconds, functools.partial(mine.seconds, module)]
+            rounds = side_by_side(clocks, RUNS, SECONDS)
+            point.time = statistics.median(seconds / base for base, seconds in rounds)
+    unchanged = Point(family, "eager", "", eager.peak, 1.0, 1.0, 1.0, True)
+    return [unchanged, *(p for p, _ in peers), *(p for p, _ in ours)]
+
+
+def timed(
+    peer: Point,
+    theirs: Step,
+    module: Any,
+    eager: Eager,
+    mine: Step,
+    answer: Point | None = None,
+    answer_module: Any = None,
+) -> None:
+    """The peer, and fxmem's answer if there is one, in turns with eager."""
+    clocks = [eager.seconds, lambda: theirs.seconds(module)]
+    if answer is not None:
+        clocks.append(lambda: mine.seconds(answer_module))
+    theirs.seconds(module)  # compiled again: its context was left meanwhile
+    rounds = side_by_side(clocks, RUNS, SECONDS)
+    peer.time = statistics.median(r[1] / r[0] for r in rounds)
+    if answer is not None:
+        answer.time = statistics.median(r[2] / r[0] for r in rounds)
+        answer.beside = statistics.median(r[2] / r[1] for r in rounds)
 
 
 # -- Results -----------------------------------------------------------------------------------------
@@ -171,20 +250,41 @@ def behind(points: list[Point]) -> list[str]:
     found = []
     answers = {(p.family, p.answers): p for p in points if p.answers}
     for peer in points:
-        mine = answers.get((peer.family, f"{peer.way} {peer.setting}"))
-        if mine is None or peer.way == "fxmem":
+        mine = answers.get((peer.family, peer.name))
+        if mine is None:
             continue
-        where = f"{peer.family}, {peer.way} {peer.setting}"
+        where = f"{peer.family}, {peer.name}"
         if mine.error or mine.peak is None or peer.peak is None:
             found.append(f"{where}: {mine.error}")
             continue
         if mine.peak > peer.peak:
             found.append(f"{where}: peak {mine.share:.3f} > {peer.share:.3f}")
-        for what in ("flops", "time"):
-            ours, theirs = getattr(mine, what), getattr(peer, what)
-            if ours > theirs * (1 + NOISE):
-                found.append(f"{where}: {what} {ours:.3f} > {theirs:.3f}")
+        if mine.flops > peer.flops * (1 + NOISE):
+            found.append(f"{where}: flops {mine.flops:.3f} > {peer.flops:.3f}")
+        if mine.beside > 1 + NOISE:
+            found.append(
+                f"{where}: time {mine.time:.3f} > {peer.time:.3f}, {mine.beside:.3f} of it"
+            )
     return found
+
+
+def prediction(points: list[Point]) -> dict[str, Any]:
+    """How far predicted times are off the measured ones: error relative to the measured time."""
+    errors = {
+        f"{p.family}, {p.setting}": p.predicted_time / p.time - 1
+        for p in points
+        if p.predicted_time and p.time
+    }
+    if not errors:
+        return {}
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    return {
+        "points": len(errors),
+        "median": statistics.median(map(abs, errors.values())),
+        "bias": statistics.median(errors.values()),
+        "worst": errors[worst],
+        "worst_at": worst,
+    }
 
 
 def floors(points: list[Point]) -> list[tuple[str, float, float]]:
@@ -192,7 +292,11 @@ def floors(points: list[Point]) -> list[tuple[str, float, float]]:
     found = []
     for family in dict.fromkeys(p.family for p in points):
         mine = [p.share for p in points if p.family == family and p.way == "fxmem" and p.share]
-        theirs = [p.share for p in points if p.family == family and p.way != "fxmem" and p.share]
+        theirs = [
+            p.share
+            for p in points
+            if p.family == family and p.way not in ("fxmem", "eager") and p.share
+        ]
         if mine and theirs:
             found.append((family, min(mine), min(theirs)))
     return found
@@ -208,12 +312,14 @@ def table(points: list[Point]) -> str:
             _number(p.flops),
             _number(p.time),
             _number(p.predicted_time),
+            _number(p.beside),
             {True: "yes", False: "no", None: ""}[p.exact],
             p.error or "",
         ]
         for p in points
     ]
-    headers = ["family", "way", "setting", "share", "FLOPs", "time", "predicted", "exact", "error"]
+    headers = ["family", "way", "setting", "share", "FLOPs", "time"]
+    headers += ["predicted", "beside", "exact", "error"]
     return tabulate(lines, headers, disable_numparse=True)
 
 
@@ -250,9 +356,14 @@ def picture(points: list[Point], path: Path) -> None:
         axis.set_xlabel("peak / eager's (activations, gradients)")
         axis.set_ylabel("time / eager's")
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize="small")
+    named = {way: line for axis in axes.flat for line, way in _legend(axis)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(marks))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _legend(axis: Any) -> Iterator[tuple[Any, str]]:
+    return zip(*axis.get_legend_handles_labels(), strict=True)
 
 
 def save(options: argparse.Namespace, points: list[Point]) -> None:
@@ -267,6 +378,7 @@ def save(options: argparse.Namespace, points: list[Point]) -> None:
         "points": [dataclasses.asdict(p) for p in points],
         "behind": behind(points),
         "floors": floors(points),
+        "prediction": prediction(points),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(document, indent=1) + "\n")
@@ -277,13 +389,13 @@ def save(options: argparse.Namespace, points: list[Point]) -> None:
 # -- Command line ------------------------------------------------------------------------------------
 
 
-def read_options() -> argparse.Namespace:
+def read_options_given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     plain = [name for name, family in FAMILIES.items() if not family.has_dropout]
     parser.add_argument("--families", default=",".join(plain), help="names, by commas")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cost", default="auto", help="how fxmem predicts time (default auto)")
+    parser.add_argument("--cost", default="measure", help="how fxmem predicts time")
     parser.add_argument("--out", type=Path, help="JSON (default benchmarks/results/pareto-*.json)")
     options = parser.parse_args()
     options.families = [name for name in options.families.split(",") if name]
@@ -295,19 +407,18 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     """One family after the other; saved after each, in case the run is cut short."""
-    options = read_options()
+    options = read_options_given()
+    keep_freed_memory()
     points: list[Point] = []
     for family in options.families:
-        step, twin = (Step(family, options.size, options.device) for _ in range(2))
-        eager = eager_of(step)
-        mine = [Point(family, "eager", "", eager.peak, 1.0, 1.0, 1.0, True)]
-        mine += peer_points(step, twin, eager)
-        mine += list(our_points(step, twin, eager, mine[1:], options.cost))
+        began = time.perf_counter()
+        mine = family_points(family, options)
         points += mine
         save(options, points)
-        print(f"\n{table(mine)}", flush=True)
+        print(f"\n{table(mine)}\n{time.perf_counter() - began:.0f} s", flush=True)
     print("\nsmallest share: fxmem, peers")
     print(tabulate(floors(points), floatfmt=".3f"))
+    print("\nprediction of time:", json.dumps(prediction(points)))
     print("\n" + ("\n".join(behind(points)) or "no peer is ahead anywhere"))
 
 

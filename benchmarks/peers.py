@@ -5,7 +5,7 @@ Each peer is a context: inside, the step's model (or the module that is given) r
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,13 +62,18 @@ def with_checkpoints(step: Step, every: int, share: float = 0.0) -> Iterator[nn.
     chosen = blocks_of(step)[::every]
     contexts = {"context_fn": functools.partial(_policy_contexts, share)} if share else {}
     for block in chosen:
-        forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
-        block.forward = forward  # type: ignore[method-assign]
+        run = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+        block.forward = functools.partial(_with_own_lists, run)  # type: ignore[method-assign]
     try:
         yield step.model
     finally:
         for block in chosen:
             del block.forward
+
+
+def _with_own_lists(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A model that appends to the list it gave would run its block again on more than it did."""
+    return run(*(list(a) if type(a) is list else a for a in args), **kwargs)
 
 
 def _policy_contexts(share: float) -> Any:

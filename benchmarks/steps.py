@@ -1,6 +1,8 @@
 """One training step, unchanged or as a peer or fxmem runs it: its bits, its peak, its time, its FLOPs."""
 
+import contextlib
 import copy
+import ctypes
 import statistics
 import sys
 import time
@@ -12,16 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 from families import FAMILIES, SIZES, loss_of  # noqa: E402
 
+from fxmem.cost import flop_formula  # noqa: E402
 from fxmem.measure import cpu_allocations, measure  # noqa: E402
 
-__all__ = ["FAMILIES", "HERE", "SIZES", "Step", "alternating_seconds", "same"]
+__all__ = [
+    "FAMILIES",
+    "HERE",
+    "SIZES",
+    "Step",
+    "alternating_seconds",
+    "keep_freed_memory",
+    "same",
+    "side_by_side",
+]
+
+
+def keep_freed_memory() -> None:
+    """Let freed blocks stay with the process (glibc), as they do on a GPU.
+
+    Else steps pay the kernel for pages or not, by what the heap's end looks like when they begin.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_MAX, 0)
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 class Step:
@@ -73,10 +99,10 @@ class Step:
     def flops(self, module: Callable[..., Any]) -> int:
         """Floating-point operations of matrix products, convolutions and attention in one step."""
         self.reset()
-        with FlopCounterMode(display=False) as counter:
+        with _Counter() as counter:
             self.run(module)
         self.reset()
-        return counter.get_total_flops()
+        return counter.total
 
     def seconds(self, module: Callable[..., Any]) -> float:
         """Wall time of one step."""
@@ -92,6 +118,32 @@ class Step:
             torch.cuda.synchronize()
 
 
+class _Counter(TorchDispatchMode):
+    """Adds up what runs.
+
+    Under torch's own counter, and ever after, a compiled module runs as if it were not compiled.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        formula = flop_formula(getattr(function, "overloadpacket", None))
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
     """Bitwise equality, tensor by tensor; None equals None."""
     return all(
@@ -100,27 +152,29 @@ def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
     )
 
 
-def alternating_seconds(
-    step: Step,
-    module: Callable[..., Any],
-    runs: int,
-    seconds: float = 0.0,
-    unchanged: Step | None = None,
-) -> tuple[float, float]:
-    """Eager's median seconds, and the median ratio of the module's seconds to eager's beside them.
+def side_by_side(
+    clocks: list[Callable[[], float]], runs: int, seconds: float = 0.0
+) -> list[tuple[float, ...]]:
+    """Rounds of what each clock says, at least ``runs`` and until so many seconds have passed.
 
-    At least ``runs`` pairs, and more until ``seconds`` have passed.  Each goes first in every other
-    pair, because the second one finds other caches.  ``unchanged``: where to run eager, if not here.
+    Each round begins with another one, because what runs next finds other caches.
     """
-    eager_step = unchanged or step
-    pairs: list[tuple[float, float]] = []
+    rounds: list[tuple[float, ...]] = []
     began = time.perf_counter()
-    while len(pairs) < runs or time.perf_counter() - began < seconds:
-        if len(pairs) % 2:
-            planned, eager = step.seconds(module), eager_step.seconds(eager_step.model)
-        else:
-            eager, planned = eager_step.seconds(eager_step.model), step.seconds(module)
-        pairs.append((eager, planned))
+    while len(rounds) < runs or time.perf_counter() - began < seconds:
+        first = len(rounds) % len(clocks)
+        order = [*range(first, len(clocks)), *range(first)]
+        took = {i: clocks[i]() for i in order}
+        rounds.append(tuple(took[i] for i in range(len(clocks))))
+    return rounds
+
+
+def alternating_seconds(
+    step: Step, module: Callable[..., Any], runs: int, seconds: float = 0.0
+) -> tuple[float, float]:
+    """Eager's median seconds, and the median ratio of the module's seconds to eager's beside them."""
+    clocks = [lambda: step.seconds(step.model), lambda: step.seconds(module)]
+    pairs = side_by_side(clocks, runs, seconds)
     return (
         statistics.median(eager for eager, _ in pairs),
         statistics.median(planned / eager for eager, planned in pairs),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.functional_export import _compiling_state_context
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
@@ -194,6 +195,16 @@ def _on_flat_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def autograd_off() -> contextlib.AbstractContextManager[Any]:
     """Inside, no operator looks whether autograd records; views still share version counters."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+@contextlib.contextmanager
+def as_in_a_step() -> Iterator[None]:
+    """Inside, operators are called as in a captured step, also while one is captured around.
+
+    Tracing sends every call through Python's dispatcher, which takes longer than a small operator.
+    """
+    with no_python_dispatcher(), autograd_off():
+        yield
 
 
 def mark_boxed(function: BoxedCallable) -> BoxedCallable:

@@ -18,12 +18,18 @@ from fxmem.sizes import hint, tensors_in
 
 
 class Cost(Protocol):
-    """Whatever says how long an operator takes; ``name`` goes into plans and reports."""
+    """Whatever says how long an operator takes; ``name`` goes into plans and reports.
+
+    seconds: of a node, where its operands and its code are at hand.  waiting: seconds more that it
+    takes in the unchanged step, where they are not; what is made again is read right afterwards.
+    """
 
     @property
     def name(self) -> str: ...
 
     def seconds(self, node: fx.Node) -> float: ...
+
+    def waiting(self, node: fx.Node) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,9 @@ class CostModel:
             _nbytes(i.meta.get("val")) for i in node.all_input_nodes
         )
         return self.launch + max(flops(node) / self._rate(node), moved / self.bandwidth)
+
+    def waiting(self, node: fx.Node) -> float:
+        return 0.0
 
     def _rate(self, node: fx.Node) -> float:
         if _formula(node) is None:
@@ -114,7 +123,22 @@ def flops(node: fx.Node) -> float:
 def _formula(node: fx.Node) -> Callable[..., Any] | None:
     """torch's count of a matrix product's, a convolution's or an attention's operations."""
     packet = getattr(node.target, "overloadpacket", None)
-    return None if packet is None else flop_registry.get(packet)
+    return None if packet is None else flop_formula(packet)
+
+
+def flop_formula(packet: Any) -> Callable[..., Any] | None:
+    """torch's count of an operator's operations; attention on the CPU has that of attention elsewhere."""
+    return flop_registry.get(_COUNTED_AS.get(packet, packet))
+
+
+_ATEN: Any = torch.ops.aten
+_COUNTED_AS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ),
+}
+"""Operators that torch's table lacks, and those with the same leading arguments that it has."""
 
 
 def _numel(tensor: torch.Tensor) -> int:

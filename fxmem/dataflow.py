@@ -72,11 +72,15 @@ class Operator:
 
 @dataclass
 class Dataflow:
-    """Operators in graph order, forward ones first, and the values between them."""
+    """Operators in graph order, forward ones first, and the values between them.
+
+    waiting: seconds of the unchanged step beside what its operators take.
+    """
 
     operators: list[Operator] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     num_forward: int = 0
+    waiting: float = 0.0
 
     @property
     def resident(self) -> int:
@@ -90,7 +94,7 @@ class Dataflow:
     @property
     def seconds(self) -> float:
         """Seconds of the unchanged step."""
-        return sum(op.seconds for op in self.operators)
+        return sum(op.seconds for op in self.operators) + self.waiting
 
 
 def dataflow(
@@ -124,6 +128,7 @@ def dataflow(
                 flow.values[v].resident = not is_backward(node)
         elif node.op == "call_function":
             _add_operator(flow, node, values_of, workspaces, cost, node in recomputable, sizes)
+            flow.waiting += cost.waiting(node)
     if not any(op.backward for op in flow.operators):
         flow.operators.append(_return(graph, values_of))
     flow.operators.sort(key=lambda op: op.backward)  # stable: keeps the graph's order in each phase

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxmem.cost import CPU, CUDA, CostModel, default_cost_model, model_of
+from fxmem.cost import CPU, CUDA, CostModel, default_cost_model, flops, model_of
 from fxmem.gpus import GPUS, find_gpu
 
 MODEL = CostModel("model", flops=1e9, bandwidth=1e15, launch=0.0, tf32=1e10, half=1e11)
@@ -58,6 +58,20 @@ def test_elementwise_operators_and_plain_models_know_one_rate():
     assert MODEL.seconds(last_node(torch.sin, half)) == pytest.approx(100 / 1e9)
     plain = CostModel("plain", flops=1e9, bandwidth=1e15, launch=0.0)
     assert plain.seconds(product(torch.float16)) == pytest.approx(2 * 8 * 16 * 4 / 1e9)
+
+
+def test_attention_costs_its_products_on_the_cpu_too():
+    q = torch.ones(2, 3, 8, 4, requires_grad=True)
+
+    def step(q):
+        out = F.scaled_dot_product_attention(q, q, q)
+        return torch.autograd.grad(out.sum(), q)[0]
+
+    nodes = make_fx(step)(q).graph.nodes
+    forward, backward = (n for n in nodes if "flash_attention_for_cpu" in str(n.target))
+    product = 2 * (2 * 3 * 8 * 8 * 4)
+    assert flops(forward) == 2 * product
+    assert flops(backward) == 5 * product  # the forward's first one again, and two for each factor
 
 
 @pytest.mark.parametrize(
