@@ -218,6 +218,9 @@ def _readers(tasks: list[_Task]) -> dict[int, list[int]]:
 
 # -- The search --------------------------------------------------------------------------------------
 
+_REACH = 500
+"""Tasks that one may pass in one move, so that time grows with the graph and not with its square."""
+
 
 class _Search:
     """An order of tasks, its bytes, and better ones.
@@ -293,6 +296,7 @@ class _Search:
         here = int(self.position[t])
         first = max([int(self.position[a]) + 1 for a in self.tasks[t].after], default=here)
         end = min([int(self.position[u]) for u in self.users[t]], default=len(self.tasks)) - 1
+        first, end = max(first, here - _REACH), min(end, here + _REACH)
         if first == end:
             return False
         places = _Places(self, t, first, end)
@@ -417,9 +421,7 @@ def _write(graph: JointGraph, order: list[fx.Node]) -> None:
                     written.add(found)
 
 
-def _views_for(
-    node: fx.Node, rank: dict[fx.Node, int], written: set[fx.Node]
-) -> list[fx.Node]:
+def _views_for(node: fx.Node, rank: dict[fx.Node, int], written: set[fx.Node]) -> list[fx.Node]:
     """What is still to be written before a node."""
     found: set[fx.Node] = set()
     stack = [node]
