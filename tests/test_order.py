@@ -11,12 +11,14 @@ from hazards import differences
 from test_passes import assert_same_outputs, batch_norm, captured, changed, run, tensor
 from torch import nn
 
+from fxmem import pipeline
 from fxmem.capture import StepCall, capture
 from fxmem.graph import is_backward, node_line, operator_name
 from fxmem.liveness import timeline
 from fxmem.operators import is_random
 from fxmem.partition import split
 from fxmem.passes import order
+from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.order import OrderPass
@@ -262,6 +264,23 @@ def test_a_tuple_is_taken_apart_at_once():
 
 
 # -- Whole steps -------------------------------------------------------------------------------------
+
+
+def test_an_order_in_which_the_step_peaks_higher_is_not_taken(monkeypatch):
+    """The copy of one number for each of the many weights had better come last."""
+
+    def planned(graph):
+        return pipeline._cleaned_up(graph, Workspaces(), torch.device("cpu"))[0]
+
+    def body(m, x):
+        return (x @ m.a).sin().sum() + m.w.sum()
+
+    graph = captured(body, tensor(64, 4), a=tensor(4, 4), w=tensor(100, 100))
+    worse = GradientLayoutsPass().apply(graph)
+    better = planned(graph)
+    assert live_bytes(better).max() < live_bytes(worse).max()
+    monkeypatch.setattr(OrderPass, "apply", lambda *_: worse)
+    assert str(planned(better)) == str(better)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
