@@ -5,9 +5,9 @@ before                              after
   gw = mm(t(gy), a)                   gx = mm(gy, w)         # a is gone when gx is made
   return gx, gw                       return gx, gw
 
-Autograd makes the gradient of a layer's input first, beside all that only the weight's gradient
-reads.  The other way round, a gradient that is larger than what making it lets go of had better be
-made late, since it is held to the end: that of a large weight and a small batch.
+Autograd often makes the gradient of a layer's input first, beside all that only the weight's reads.
+The other way round, a gradient that is larger than what making it lets go of had better come late,
+since it is held to the end: that of a large weight and a small batch.
 
 One operator at a time is put where bytes are lowest while it and those that it passes run: first
 the most of them counts, then their sum.  So no peak grows, neither the step's nor those between.
