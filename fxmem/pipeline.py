@@ -27,6 +27,7 @@ from fxmem.passes.deduplicate import DeduplicatePass
 from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
+from fxmem.passes.order import OrderPass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.plan import Plan
@@ -123,12 +124,8 @@ def analyze(
 ) -> Analysis:
     """Clean the joint graph up and measure what the planner needs to know about it."""
     device = unchanged.device
-    for a_pass in BEFORE_PLANNING:
-        graph = a_pass.apply(graph)
+    graph, expected, workspaces = _cleaned_up(graph, unchanged.workspaces, device)
     undefined = undefined_tangents(graph)
-    workspaces = unchanged.workspaces.calibrated(graph.module.graph, device)
-    expected = _expected_to_run(graph, undefined)
-    workspaces = workspaces.calibrated(expected.module.graph, device)
     save_workspaces(workspaces, device)
     times = _times(expected, device, cost)
     flow = dataflow(expected, workspaces, times, recomputable_nodes(expected))
@@ -140,6 +137,29 @@ def analyze(
     return Analysis(
         graph, expected, undefined, flow, planner, workspaces, times, device, baseline, call
     )
+
+
+def _cleaned_up(
+    graph: JointGraph, workspaces: Workspaces, device: torch.device
+) -> tuple[JointGraph, JointGraph, Workspaces]:
+    """The graph that is planned, what is expected to run of it, and what its operators hold."""
+    for a_pass in BEFORE_PLANNING:
+        graph = a_pass.apply(graph)
+    undefined = undefined_tangents(graph)
+    expected = _expected_to_run(graph, undefined)
+    for one in (graph, expected):
+        workspaces = workspaces.calibrated(one.module.graph, device)
+    ordered = OrderPass(workspaces).apply(graph)
+    runs = _expected_to_run(ordered, undefined)
+    workspaces = workspaces.calibrated(runs.module.graph, device)
+    # What the pass moves by may differ from this: gradients that nobody sends.
+    if _peak(runs, workspaces) <= _peak(expected, workspaces):
+        return ordered, runs, workspaces
+    return graph, expected, workspaces
+
+
+def _peak(graph: JointGraph, workspaces: Workspaces) -> int:
+    return timeline(split(graph), workspaces).peak(graph.bindings()).nbytes
 
 
 def _times(
@@ -158,12 +178,7 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
     what was measured.
     """
     with capture(without_meta(call)) as captured:
-        graph = captured.graph
-        for a_pass in BEFORE_PLANNING:
-            graph = a_pass.apply(graph)
-        measured = Workspaces().calibrated(graph.module.graph, device)
-        expected = _expected_to_run(graph, undefined_tangents(graph))
-        measured = measured.calibrated(expected.module.graph, device)
+        _, _, measured = _cleaned_up(captured.graph, Workspaces(), device)
     known = load_workspaces(device)
     save_workspaces(Workspaces({**known.table, **measured.table}), device)
     return measured

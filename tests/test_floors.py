@@ -52,6 +52,7 @@ FLOORS = {
     "passes/gradient_layouts.py": 5,
     "passes/identities.py": 5,
     "passes/in_place.py": 5,
+    "passes/order.py": 5,
     "passes/recompute.py": 5,
     "passes/strides.py": 5,
     "passes/tangents.py": 6,
