@@ -113,14 +113,10 @@ class Solver:
             best = found
         return best
 
-    @cached_property
+    @property
     def least_possible(self) -> int:
         """Bytes that every choice needs: in each slot what its operator reads, makes and works in."""
-        numbers = self.simulator.numbers
-        reads = [sum(numbers.saved_nbytes[v] for v in slot) for slot in numbers.reads]
-        backward = np.array(numbers.static_at, dtype=np.int64) + np.array(reads, dtype=np.int64)
-        forward = self._relaxation.forward_base
-        return int(max(forward.max(initial=0), backward.max(initial=0)))
+        return self.simulator.least.nbytes
 
     @cached_property
     def _relaxation(self) -> Relaxation:
