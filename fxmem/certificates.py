@@ -181,7 +181,7 @@ class Judge:
         room = self.outcome.peak - self.simulator.least.nbytes
         what = (
             f"{format_bytes(saved)} of saved f32 activations would take {format_bytes(saved // 2)} "
-            f"in bf16, {format_bytes(saved // 4)} in 8 bits"
+            f"in bf16, {format_bytes(saved // 4)} in 8 bits (fxmem stores them as they are)"
         )
         yield Remedy("encodings", "up to", what, min(saved - saved // 4, max(room, 0)))
 

@@ -28,7 +28,7 @@ from fxmem.plan import (
     keys,
 )
 from fxmem.planner import Choice
-from fxmem.report import WIDTH, clean, cut, least_text, remedy_lines
+from fxmem.report import WIDTH, clean, cut, least_text, line_of, remedy_lines
 from fxmem.simulate import Drop
 from fxmem.sizes import evaluate, storage_nbytes, tensors_in
 from fxmem.units import format_bytes
@@ -291,7 +291,7 @@ def _entry(label: str, lines: Sequence[str]) -> list[str]:
 def _tensor_lines(known: Certificate) -> list[str]:
     """``512.0 KiB  mm_28 f32[512,256], outputs, model.py:471``: the largest; then the rest."""
     rows = [
-        (t.nbytes, [f"{t.name} {t.type.replace(', ', ',')}".strip(), t.category, t.source])
+        (t.nbytes, [f"{t.name} {t.type.replace(', ', ',')}".strip(), t.category, line_of(t)])
         for t in known.tensors
     ]
     if known.others:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 Shape = tuple[int, ...]
 Ratios = dict[int, tuple[int, int]]
-"""Storage -> elements of the largest tensor in it: at the example's batch, at the other one."""
+"""Storage -> elements of the tensor that it was made for: at the example's batch, at the other one."""
 
 
 def batch_of(graph: JointGraph) -> int | None:
@@ -54,7 +54,7 @@ def at_batch(graph: JointGraph, flow: Dataflow, batch: int, smaller: int) -> Dat
     except Exception as error:
         log.info("the step's sizes at a batch of %s are not known: %s", smaller, error)
         return None
-    return resized(flow, sizes)
+    return resized(flow, _with_elements(flow, sizes))
 
 
 def resized(flow: Dataflow, sizes: Sequence[int]) -> Dataflow:
@@ -62,6 +62,19 @@ def resized(flow: Dataflow, sizes: Sequence[int]) -> Dataflow:
     values = [replace(v, nbytes=n) for v, n in zip(flow.values, sizes, strict=True)]
     operators = [replace(op, workspace=_workspace(flow, op, sizes)) for op in flow.operators]
     return Dataflow(operators, values, flow.num_forward)
+
+
+def _with_elements(flow: Dataflow, sizes: list[int]) -> list[int]:
+    """A mean that stays in the storage of its elements: they are as many as the operand's."""
+    sizes = list(sizes)
+    for op in flow.operators:
+        for v in op.makes:
+            value = flow.values[v]
+            leaves = [t for t in tensors_in(value.node.meta["val"]) if t.ndim == 0]
+            if leaves and op.reads and value.nbytes > leaves[0].nbytes:
+                source = max(op.reads, key=lambda r: flow.values[r].nbytes)
+                sizes[v] = value.nbytes * sizes[source] // flow.values[source].nbytes
+    return sizes
 
 
 def _workspace(flow: Dataflow, op: Operator, sizes: Sequence[int]) -> int:
@@ -156,8 +169,8 @@ class _Resizing:
                 for m, n in zip(old.shape, new.shape, strict=True)
             ):
                 raise ValueError(f"{node.name}: {tuple(old.shape)} became {tuple(new.shape)}")
-            known = self.ratios.get(storage_key(old), (-1, 0))
-            self.ratios[storage_key(old)] = max(known, (old.numel(), new.numel()))
+            # Later looks at a storage may be expanded, or see a part of it.
+            self.ratios.setdefault(storage_key(old), (old.numel(), new.numel()))
 
     def _source(self, node: fx.Node) -> Any:
         value = node.meta.get("val")

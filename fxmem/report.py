@@ -365,7 +365,10 @@ def _tight(plan: Plan) -> list[str]:
     if known is None or (plan.floor is None and plan.predicted_peak <= plan.budget):
         return []
     remedies = [f"  {line}" for line in remedy_lines(known, WIDTH - 2)]
-    return [*_live_tensors(known), *(["What would lower it:", *remedies] if remedies else [])]
+    return [
+        *_live_tensors(known),
+        *(["What would lower it, each alone:", *remedies] if remedies else []),
+    ]
 
 
 def _live_tensors(known: Certificate) -> list[str]:
@@ -383,7 +386,12 @@ def _live_tensors(known: Certificate) -> list[str]:
 
 
 def _place_of(tensor: LiveTensor) -> str:
-    return " ".join(filter(None, (tensor.source.split(" in ")[0], tensor.module)))
+    return " ".join(filter(None, (line_of(tensor), tensor.module)))
+
+
+def line_of(tensor: LiveTensor) -> str:
+    """``model.py:12``"""
+    return tensor.source.split(" in ")[0]
 
 
 def remedy_lines(known: Certificate, width: int = WIDTH) -> list[str]:
