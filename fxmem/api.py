@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxmem.budget import Budget, reserve_bytes
+from fxmem.budget import Budget, read_reserve
 from fxmem.capture import StepCall, capture
 from fxmem.cost import CostModel
 from fxmem.dynamic import dynamic_names, marked
@@ -168,9 +168,11 @@ def read_options(
         )
     if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < 1:
         raise FxmemError(f"noise should be a number from 0 to below 1, not {noise!r}")
+    outside = read_reserve(reserve)
     return Options(
         budget=Budget.parse(budget),
-        reserve=reserve_bytes(reserve),
+        reserve=outside.nbytes,
+        reserve_in_8_bits=outside.in_8_bits,
         allow=_read_allow(allow),
         on_infeasible=on_infeasible,
         cost=_read_cost(cost),

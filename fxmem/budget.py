@@ -94,8 +94,24 @@ class Budget:
         )
 
 
-def reserve_bytes(reserve: int | str | torch.optim.Optimizer) -> int:
+@dataclass(frozen=True)
+class Reserve:
     """Bytes to keep free for what lies outside the step.
+
+    in_8_bits: of them, what an optimizer would free that stores its moments in 8 bits.
+    """
+
+    nbytes: int
+    in_8_bits: int = 0
+
+
+def reserve_bytes(reserve: int | str | torch.optim.Optimizer) -> int:
+    """The bytes of what ``read_reserve`` reads."""
+    return read_reserve(reserve).nbytes
+
+
+def read_reserve(reserve: int | str | torch.optim.Optimizer) -> Reserve:
+    """What to keep free for what lies outside the step.
 
     reserve: bytes as an int (zero too) or as "2GiB"; or an optimizer, for the bytes of its state
     on its parameters' devices: counted if the state exists, else what one ``step()`` would
@@ -103,14 +119,14 @@ def reserve_bytes(reserve: int | str | torch.optim.Optimizer) -> int:
     optimizer's state cannot be told ahead.
     """
     if isinstance(reserve, torch.optim.Optimizer):
-        return _optimizer_bytes(reserve)
+        return _optimizer_reserve(reserve)
     if isinstance(reserve, str):
         try:
-            return parse_bytes(reserve)
+            return Reserve(parse_bytes(reserve))
         except BudgetError as error:
             raise BudgetError(f"reserve: {error}\n{_ACCEPTED_RESERVES}") from None
     if isinstance(reserve, Integral) and not isinstance(reserve, bool) and reserve >= 0:
-        return int(reserve)
+        return Reserve(int(reserve))
     raise BudgetError(f"cannot read {shown(reserve)} as a reserve\n{_ACCEPTED_RESERVES}")
 
 
@@ -207,24 +223,46 @@ def _refuse(value: object, why: str) -> NoReturn:
 # Optimizers
 
 
-def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+def _optimizer_reserve(optimizer: torch.optim.Optimizer) -> Reserve:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     devices = {parameter.device for parameter in parameters}
     if any(optimizer.state.values()):
-        return _storage_bytes(optimizer.state, devices)
+        return _reserve_for(_storages(optimizer.state, devices))
     try:
-        groups = [_state_after_one_step(optimizer, group) for group in optimizer.param_groups]
-        return sum(_storage_bytes(state, devices) for state in groups)
+        states = [_state_after_one_step(optimizer, group) for group in optimizer.param_groups]
+        return _reserve_for(_storages(states, devices))
     # An optimizer is anybody's code: whatever stops it on fake tensors, the rule of thumb is next.
     except Exception as error:
         name = type(optimizer).__name__
         if "adam" in name.lower():
             # Two moments, each of the parameter's size and type.
-            return 2 * sum(_local(p).nbytes for p in parameters)
+            moments = [_local(p).to("meta") for p in parameters for _ in range(2)]
+            return _reserve_for(moments)
         raise BudgetError(
             f"cannot tell what {name} will hold: its step fails on fake tensors ({error})\n"
             '  give the bytes instead, such as reserve="2GiB", or call step() once before'
         ) from error
+
+
+_BLOCK, _SCALE, _LEAST_ELEMENTS = 256, 4, 4096
+"""Of 8-bit moments: elements that share a scale, its bytes, and elements below which none are.
+
+Source: Dettmers et al. 2022, arXiv:2110.02861, and bitsandbytes' defaults (min_8bit_size).
+"""
+
+
+def _reserve_for(tensors: list[torch.Tensor]) -> Reserve:
+    """The tensors are one for each storage."""
+    whole = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    freed = sum(tensor.nbytes - _in_8_bits(tensor) for tensor in tensors)
+    return Reserve(whole, freed)
+
+
+def _in_8_bits(tensor: torch.Tensor) -> int:
+    """Bytes of a moment in 8 bits; what is no moment, or too small to be one, stays as it is."""
+    if not tensor.is_floating_point() or tensor.numel() < _LEAST_ELEMENTS:
+        return tensor.nbytes
+    return min(tensor.nbytes, tensor.numel() + _SCALE * math.ceil(tensor.numel() / _BLOCK))
 
 
 def _state_after_one_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> object:
@@ -258,12 +296,12 @@ def _fake_with_grad(parameter: torch.Tensor) -> torch.Tensor:
     return fake
 
 
-def _storage_bytes(state: object, devices: set[torch.device]) -> int:
-    """Bytes of the distinct storages among ``state``'s tensors that lie on ``devices``."""
-    here = (tensor for tensor in _tensors(state) if tensor.device in devices)
-    # One storage has one Python object for as long as something holds it, as this dict does.
-    storages = {id(one): one for one in (_local(tensor).untyped_storage() for tensor in here)}
-    return sum(storage.nbytes() for storage in storages.values())
+def _storages(state: object, devices: set[torch.device]) -> list[torch.Tensor]:
+    """The tensors in ``state`` that lie on ``devices``, one for each distinct storage."""
+    here = [_local(tensor) for tensor in _tensors(state) if tensor.device in devices]
+    # One storage has one Python object for as long as something holds it.
+    owners = [(tensor.untyped_storage(), tensor) for tensor in here]
+    return list({id(storage): tensor for storage, tensor in owners}.values())
 
 
 def _tensors(state: object) -> Iterator[torch.Tensor]:

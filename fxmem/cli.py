@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except BudgetInfeasibleError as error:
         if options.json:
-            _print_json({"error": str(error), "smallest_peak": error.smallest_peak})
+            known = error.best_plan.to_dict()["certificate"]
+            smallest = {"smallest_peak": error.smallest_peak, "certificate": known}
+            _print_json({"error": str(error), **smallest})
         return _complain(error, INFEASIBLE)
     except FxmemError as error:
         if options.json:

@@ -34,7 +34,7 @@ class Value:
 
     producer: index of the operator that makes it, or -1 for a resident or a tangent.
     result: the caller holds it to the end.  update: copied into an input when the forward ends.
-    held: a tangent that the autograd engine keeps to the end.
+    held: a tangent that the autograd engine keeps to the end.  storage: its key in the graph.
     """
 
     nbytes: int
@@ -46,6 +46,7 @@ class Value:
     result: bool = False
     update: bool = False
     gradient: bool = False
+    storage: int = -1
 
 
 @dataclass
@@ -112,7 +113,7 @@ def dataflow(
     def value_of(key: int, nbytes: object, node: fx.Node) -> int:
         if key not in index:
             index[key] = len(flow.values)
-            flow.values.append(Value(evaluate(nbytes, sizes), node))
+            flow.values.append(Value(evaluate(nbytes, sizes), node, storage=key))
         return index[key]
 
     def values_of(node: fx.Node) -> list[int]:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
 from fxmem.dataflow import Dataflow
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
 from fxmem.graph import JointGraph, Role, module_name, operator_name, source_line, type_text
-from fxmem.liveness import MemoryTimeline, Storage, timeline
+from fxmem.liveness import MemoryTimeline, Step, Storage, timeline
 from fxmem.operators import refusal
 from fxmem.partition import split
-from fxmem.plan import Decision, Key, PeakPoint, Plan, fingerprint, keys
+from fxmem.plan import (
+    Certificate,
+    Decision,
+    Key,
+    LiveTensor,
+    PeakPoint,
+    Plan,
+    Remedy,
+    fingerprint,
+    keys,
+)
 from fxmem.planner import Choice
+from fxmem.report import WIDTH, clean, cut, least_text, line_of, remedy_lines
 from fxmem.simulate import Drop
-from fxmem.sizes import evaluate
+from fxmem.sizes import evaluate, storage_nbytes, tensors_in
 from fxmem.units import format_bytes
 
 if TYPE_CHECKING:
@@ -36,11 +50,13 @@ def explain(
     bindings = graph.bindings()
     before = timeline(split(graph), analysis.workspaces)
     symbols = {s.name: s.hint for s in graph.symbols.values()}
+    peak = line.peak(bindings).nbytes
+    tight = floor is not None or peak > (peak if budget is None else budget)
     return Plan(
-        budget=line.peak(bindings).nbytes if budget is None else budget,
+        budget=peak if budget is None else budget,
         asked=options.budget.asked,
         reserve=options.reserve,
-        predicted_peak=line.peak(bindings).nbytes,
+        predicted_peak=peak,
         baseline_peak=analysis.baseline_peak,
         keep_all_peak=before.peak(bindings).nbytes,
         resident=flow.resident,
@@ -58,6 +74,9 @@ def explain(
         model=type(analysis.call.model).__name__,
         torch_version=torch.__version__,
         cost_model=analysis.cost.name,
+        certificate=_certificate(analysis, options, budget, choice, line, tight)
+        if tight or choice.outcome.recomputed
+        else None,
     )
 
 
@@ -139,8 +158,7 @@ def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int
     live: Counter[str] = Counter()
     for storage in line.live_at(peak.step):
         live[_category(storage, graph, line, peak.step)] += evaluate(storage.nbytes, bindings)
-    workspace = "operator workspace" if step.node is not None else "loss outside the model"
-    live[workspace] += evaluate(step.workspace, bindings)
+    live[_workspace_name(step)] += evaluate(step.workspace, bindings)
     return PeakPoint(
         nbytes=peak.nbytes,
         operator=operator_name(node) if node else "end of the forward",
@@ -151,6 +169,63 @@ def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int
         steps=len(line.steps),
         live={name: nbytes for name, nbytes in live.items() if nbytes},
     )
+
+
+def _certificate(
+    analysis: Analysis,
+    options: Options,
+    budget: int | None,
+    choice: Choice,
+    line: MemoryTimeline,
+    tight: bool,
+) -> Certificate:
+    """Why the peak is not lower; what would lower it only where the bytes are ``tight``."""
+    graph, simulator = analysis.expected, analysis.planner.simulator
+    bindings = graph.bindings()
+    peak = line.peak(bindings)
+    tensors = list(_live_tensors(line, peak.step, graph, bindings))
+    remedies: list[Remedy] = []
+    if tight:
+        judge = Judge(graph, simulator, choice.kept, choice.drops, choice.outcome, budget)
+        remedies += judge.remedies(tensors)
+        if options.budget.kind != "baseline_share":  # which the reserve is no part of
+            remedies += optimizer_in_8_bits(options.reserve, options.reserve_in_8_bits)
+    return certificate(simulator, peak.nbytes, tensors, remedies)
+
+
+def _live_tensors(
+    line: MemoryTimeline, step: int, graph: JointGraph, bindings: dict[Any, int]
+) -> Iterator[LiveTensor]:
+    """Every storage with bytes that is live at a step, and what its operator works in."""
+    for storage in line.live_at(step):
+        if nbytes := evaluate(storage.nbytes, bindings):
+            node = storage.node
+            info = graph.inputs.get(node.name) if storage.resident else None
+            yield LiveTensor(
+                name=info.name if info else node.name,
+                type=_type_of(storage),
+                nbytes=nbytes,
+                category=_category(storage, graph, line, step),
+                module=module_name(node),
+                source=source_line(node),
+            )
+    running = line.steps[step]
+    if nbytes := evaluate(running.workspace, bindings):
+        name = operator_name(running.node) if running.node else "loss"
+        module = module_name(running.node) if running.node else ""
+        source = source_line(running.node) if running.node else ""
+        yield LiveTensor(name, "", nbytes, _workspace_name(running), module, source)
+
+
+def _type_of(storage: Storage) -> str:
+    """The type of the tensor in the storage; of several results, of the one that fills it."""
+    leaves = list(tensors_in(storage.node.meta.get("val")))
+    filling = [t for t in leaves if storage_nbytes(t) == storage.nbytes]
+    return type_text(next(iter((*filling, *leaves)), None))
+
+
+def _workspace_name(step: Step) -> str:
+    return "operator workspace" if step.node is not None else "loss outside the model"
 
 
 _ROLE_NAMES = {Role.PARAMETER: "parameters", Role.BUFFER: "buffers", Role.INPUT: "inputs"}
@@ -176,22 +251,55 @@ def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline, step: i
 def infeasible(plan: Plan) -> BudgetInfeasibleError:
     """The error that names the smallest budget that works and what stands in the way."""
     parts = sorted(plan.peak.live.items(), key=lambda item: -item[1])
-    why = " + ".join(f"{format_bytes(nbytes)} {name}" for name, nbytes in parts)
+    why = [" + ".join(f"{format_bytes(nbytes)} {name}" for name, nbytes in parts)]
+    least, remedies = [], []
+    if plan.certificate is not None:
+        why += _tensor_lines(plan.certificate)
+        least = _entry("least", textwrap.wrap(clean(least_text(plan.certificate)), _ROOM))
+        remedies = remedy_lines(plan.certificate, _ROOM)
     where = f"{plan.peak.operator}, {plan.peak.source or plan.peak.module or 'unknown line'}"
     asked = format_bytes(plan.budget or 0)
-    return BudgetInfeasibleError(
+    reserve = f", after a reserve of {format_bytes(plan.reserve)}" if plan.reserve else ""
+    budget = f'a budget of {plan.predicted_peak} bytes ("{plan.predicted_peak}B")'
+    lines = [
         f"smallest plan peaks at {format_bytes(plan.predicted_peak)} "
-        f"({plan.predicted_peak} bytes); the budget is {asked} ({plan.budget} bytes"
-        f"{f', after a reserve of {format_bytes(plan.reserve)}' if plan.reserve else ''}).\n"
-        f"  floor   {why}\n"
-        f"  at      {where}\n"
-        f'  try     a budget of {plan.predicted_peak} bytes ("{plan.predicted_peak}B"), or a smaller '
-        "batch\n"
-        '  note    error.best_plan holds that plan; on_infeasible="best" applies it',
+        f"({plan.predicted_peak} bytes); the budget is {asked} ({plan.budget} bytes{reserve}).",
+        *_entry("floor", [*textwrap.wrap(why[0], _ROOM), *why[1:]]),
+        *_entry("at", [where]),
+        *least,
+        *_entry("try", [budget, *remedies]),
+        *_entry("note", ['error.best_plan holds that plan; on_infeasible="best" applies it']),
+    ]
+    return BudgetInfeasibleError(
+        "\n".join(lines),
         smallest_peak=plan.predicted_peak,
         best_plan=plan,
-        why=why,
+        why="\n".join(why),
     )
+
+
+_LABEL = 10
+_ROOM = WIDTH - _LABEL
+
+
+def _entry(label: str, lines: Sequence[str]) -> list[str]:
+    """A labelled line and those that go on below it."""
+    first, *more = lines
+    return [f"  {label:<{_LABEL - 2}}{first}", *(" " * _LABEL + line for line in more)]
+
+
+def _tensor_lines(known: Certificate) -> list[str]:
+    """``512.0 KiB  mm_28 f32[512,256], outputs, model.py:471``: the largest; then the rest."""
+    rows = [
+        (t.nbytes, [f"{t.name} {t.type.replace(', ', ',')}".strip(), t.category, line_of(t)])
+        for t in known.tensors
+    ]
+    if known.others:
+        rows.append((known.others_nbytes, [f"{known.others} more"]))
+    return [
+        cut(f"{format_bytes(nbytes):>9}  {clean(', '.join(filter(None, words)))}", _ROOM)
+        for nbytes, words in rows
+    ]
 
 
 # -- Back from a plan --------------------------------------------------------------------------------------

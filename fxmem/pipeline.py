@@ -51,10 +51,14 @@ BEFORE_PLANNING: tuple[Pass, ...] = (
 
 @dataclass(frozen=True)
 class Options:
-    """``optimize``'s keywords, checked; see there."""
+    """``optimize``'s keywords, checked; see there.
+
+    reserve_in_8_bits: bytes of ``reserve`` that 8-bit moments would free.
+    """
 
     budget: Budget
     reserve: int = 0
+    reserve_in_8_bits: int = 0
     allow: tuple[str, ...] = ("recompute", "lossless")
     on_infeasible: str = "raise"
     cost: CostModel | Literal["measure"] | None = None

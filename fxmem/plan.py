@@ -23,7 +23,7 @@ from fxmem.graph import (
     type_text,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ACTIONS = ("keep", "recompute")
 _MAX_FILE_BYTES = 64 << 20
 _LARGEST = 2**63
@@ -83,6 +83,58 @@ class PeakPoint:
 
 
 @dataclass(frozen=True)
+class LiveTensor:
+    """One storage that is live at a peak, or the workspace of the operator that runs there."""
+
+    name: str
+    type: str
+    nbytes: int
+    category: str
+    module: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What the user can change, and the bytes of the peak that it saves.
+
+    kind: "batch", "loss", "outputs", "gradients", "encodings" or "optimizer", which saves bytes of
+    the reserve.  accuracy: "about" for an estimate, "up to" where a new plan decides, "" if exact.
+    """
+
+    kind: str
+    accuracy: str
+    what: str
+    saves: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Why a peak is what it is, in bytes.
+
+    tensors: the largest that are live there; others: how many more, of ``others_nbytes``.  least: no
+    plan that recomputes goes below, because ``least_operator`` runs; least_own: what that operator
+    itself reads, makes and works in.  remedies: the most saving first; looked for only where no
+    plan fits or the smallest was asked for.
+    """
+
+    tensors: tuple[LiveTensor, ...]
+    others: int
+    others_nbytes: int
+    least: int
+    least_own: int
+    least_operator: str
+    least_module: str
+    least_source: str
+    remedies: tuple[Remedy, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """The peak."""
+        return sum(t.nbytes for t in self.tensors) + self.others_nbytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """Bytes unless said.
 
@@ -93,7 +145,8 @@ class Plan:
     predicted_overhead: added time / unchanged time.  gap: the step's time over a lower bound on any
     plan's, less 1: of all plans that fit, run the backward in this order and hold what is saved
     until its last reader; None where nobody looked.  symbols: name -> value in the example.
-    valid_for: symbol -> (smallest, largest) size.
+    valid_for: symbol -> (smallest, largest) size.  certificate: why the peak is not lower; None
+    where the step fits as it is.
     """
 
     budget: int
@@ -117,6 +170,7 @@ class Plan:
     model: str
     torch_version: str
     cost_model: str
+    certificate: Certificate | None = None
 
     @property
     def smallest(self) -> bool:
@@ -272,10 +326,21 @@ def _plan_from(data: Any) -> Plan:
         _record(PeakPoint, data["peak"]),
         _record(PeakPoint, data["before"]),
     )
+    data["certificate"] = _certificate(data["certificate"])
     data["symbols"] = _sizes(data["symbols"], "symbols")
     ranges = _object(data["valid_for"], "valid_for")
     data["valid_for"] = {k: _range(v) for k, v in ranges.items()}
     return _record(Plan, data)
+
+
+def _certificate(data: Any) -> Certificate | None:
+    if data is None:
+        return None
+    data = dict(_object(data, "certificate"))
+    for name, kind in (("tensors", LiveTensor), ("remedies", Remedy)):
+        data[name] = tuple(_record(kind, entry) for entry in _list(data[name], name))
+    found: Certificate = _record(Certificate, data)
+    return found
 
 
 def _decision(data: Any) -> Decision:

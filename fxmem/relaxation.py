@@ -121,11 +121,7 @@ class Relaxation:
         self.forward_base = simulator.forward_bytes(forward).astype(np.float64)
         self.saved_from = np.array([forward.saved_from(v) for v in self.values], dtype=np.int64)
         self.slot_base = np.array(numbers.static_at, dtype=np.float64)
-        reads = [sum(numbers.saved_nbytes[v] for v in slot) for slot in numbers.reads]
-        backward = np.array(numbers.static_at, dtype=np.int64) + np.array(reads, dtype=np.int64)
-        self.least_possible = int(
-            max(self.forward_base.max(initial=0), backward.max(initial=0))
-        )  # bytes that each choice needs: in each slot what its operator reads, makes and works in
+        self.least_possible = simulator.least.nbytes
 
     @cached_property
     def edges(self) -> tuple[np.ndarray, np.ndarray]:

@@ -45,6 +45,14 @@ class Outcome:
         return int(np.maximum(self.live - budget, 0).sum())
 
 
+@dataclass(frozen=True)
+class Least:
+    """Bytes that every choice needs, and the operator that needs them; None: the loss outside."""
+
+    nbytes: int
+    operator: int | None
+
+
 class Simulator:
     """Judges choices over one dataflow."""
 
@@ -83,6 +91,23 @@ class Simulator:
     @cached_property
     def numbers(self) -> Numbers:
         return _numbers(self)
+
+    @cached_property
+    def least(self) -> Least:
+        """What no choice goes below: at each operator what it reads, makes and works in.
+
+        Beside that counts what is there whatever is chosen: residents, results, gradients.
+        """
+        numbers, forward = self.numbers, self.forward_with(frozenset())
+        reads = [sum(numbers.saved_nbytes[v] for v in slot) for slot in numbers.reads]
+        backward = np.array(numbers.static_at, dtype=np.int64) + np.array(reads, dtype=np.int64)
+        needs = np.concatenate([self.forward_bytes(forward), backward])
+        step = int(needs.argmax())
+        if step == forward.steps - 1:
+            return Least(int(needs[step]), None)
+        late = step - forward.steps
+        operator = forward.order[step] if late < 0 else self.flow.num_forward + late
+        return Least(int(needs[step]), operator)
 
     def is_extra(self, v: int) -> bool:
         """Does the forward make ``v`` only if it is kept?"""

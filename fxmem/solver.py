@@ -124,8 +124,8 @@ class Solver:
 
     @property
     def least_possible(self) -> int:
-        """Bytes that every choice needs."""
-        return self._relaxation.least_possible
+        """Bytes that every choice needs: in each slot what its operator reads, makes and works in."""
+        return self.simulator.least.nbytes
 
     @cached_property
     def _relaxation(self) -> Relaxation:

@@ -10,7 +10,7 @@ import torch
 
 import fxmem.budget
 import fxmem.device
-from fxmem.budget import Budget, reserve_bytes
+from fxmem.budget import Budget, read_reserve, reserve_bytes
 from fxmem.device import free_memory, total_memory
 from fxmem.errors import BudgetError, FxmemError
 
@@ -275,3 +275,16 @@ def test_an_optimizer_that_needs_a_closure_asks_for_bytes():
     optimizer = torch.optim.LBFGS(torch.nn.Linear(8, 8).parameters())
     with pytest.raises(BudgetError, match="LBFGS"):
         reserve_bytes(optimizer)
+
+
+def test_moments_in_8_bits_free_three_bytes_of_four_but_for_their_scales():
+    model = torch.nn.Linear(128, 64)  # a weight of 8192 elements; the bias is too small
+    adam = torch.optim.Adam(model.parameters())
+    ahead = read_reserve(adam)
+    assert ahead.in_8_bits == 2 * (4 * 8192 - 8192 - 4 * 8192 // 256)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    assert read_reserve(adam) == ahead
+    assert read_reserve(torch.optim.SGD(model.parameters())).in_8_bits == 0
+    assert read_reserve("2GiB").in_8_bits == read_reserve(5).in_8_bits == 0

@@ -9,7 +9,8 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxmem.plan import Decision, Key, PeakPoint, Plan
+from fxmem.decisions import infeasible
+from fxmem.plan import Certificate, Decision, Key, LiveTensor, PeakPoint, Plan, Remedy
 from fxmem.report import MAX_ROWS, WIDTH, Report, clean, cut, folded, live_rows
 
 MIB = 2**20
@@ -54,6 +55,32 @@ def peak(live, **changes):
         "live": live,
     }
     return PeakPoint(**{**known, **changes})
+
+
+def make_certificate(**changes):
+    """Of ``make_plan``'s peak."""
+    known = {
+        "tensors": (
+            LiveTensor("logits", "f32[512, 2048]", 4 * MIB, "outputs", "head", "gpt.py:9 in f"),
+            LiveTensor("h.0.w", "f32[512, 1024]", 2 * MIB, "parameters", "", ""),
+            LiveTensor("mm_backward", "", MIB, "operator workspace", "head", "gpt.py:9 in f"),
+        ),
+        "others": 12,
+        "others_nbytes": 9 * MIB // 2,
+        "least": 6 * MIB,
+        "least_own": 2 * MIB,
+        "least_operator": "mm",
+        "least_module": "head",
+        "least_source": "gpt.py:9 in f",
+        "remedies": (
+            Remedy(
+                "batch", "about", "a batch of 4 for 8; the largest that fits is about 7", 5 * MIB
+            ),
+            Remedy("loss", "up to", "the loss in parts", 3 * MIB),
+            Remedy("optimizer", "", "8-bit moments", MIB),
+        ),
+    }
+    return Certificate(**{**known, **changes})
 
 
 def make_plan(**changes):
@@ -201,6 +228,91 @@ def check_line(report):
     return next(line for line in str(report).splitlines() if line.startswith("CHECK"))
 
 
+# Certificates
+
+
+def tight_plan(**changes):
+    return make_plan(budget=MIB, floor=23 * MIB // 2, certificate=make_certificate(**changes))
+
+
+def test_report_of_a_plan_above_its_budget():
+    text = str(Report(tight_plan()))
+    assert_expected_inline(
+        text[text.index("3. What else") :],
+        """\
+3. What else
+This plan fits every budget from 12,058,624 bytes up.
+Smallest peak shown to be in reach: 12,058,624 bytes (budget "min").
+4.0 MiB of the peak (34.8 %) are parameters, buffers and inputs, which no plan changes.
+No recomputation goes below 6,291,456 bytes: mm (gpt.py:9 in f, module head) itself reads, makes and
+  works in 2.0 MiB.
+largest at the peak  type            MiB  category            where
+-------------------  -------------  ----  ------------------  -------------
+logits               f32[512,2048]   4.0  outputs             gpt.py:9 head
+h.0.w                f32[512,1024]   2.0  parameters
+mm_backward                          1.0  operator workspace  gpt.py:9 head
+12 more                              4.5
+TOTAL                               11.5
+What would lower it, each alone:
+  about 5.0 MiB less: a batch of 4 for 8; the largest that fits is about 7
+  up to 3.0 MiB less: the loss in parts
+  1.0 MiB less: 8-bit moments""",
+    )
+
+
+def test_report_of_a_plan_that_fits_names_the_bound_alone():
+    text = str(Report(make_plan(floor=None, certificate=make_certificate(remedies=()))))
+    assert_expected_inline(
+        text[text.index("3. What else") :],
+        """\
+3. What else
+This plan fits every budget from 12,058,624 bytes up.
+4.0 MiB of the peak (34.8 %) are parameters, buffers and inputs, which no plan changes.
+No recomputation goes below 6,291,456 bytes: mm (gpt.py:9 in f, module head) itself reads, makes and
+  works in 2.0 MiB.""",
+    )
+
+
+def test_the_error_names_tensors_bound_and_remedies():
+    plan = tight_plan()
+    error = infeasible(plan)
+    assert_expected_inline(
+        str(error),
+        """\
+smallest plan peaks at 11.5 MiB (12058624 bytes); the budget is 1.0 MiB (1048576 bytes).
+  floor   7.0 MiB saved activations + 4.0 MiB parameters + 512.0 KiB gradients
+            4.0 MiB  logits f32[512,2048], outputs, gpt.py:9
+            2.0 MiB  h.0.w f32[512,1024], parameters
+            1.0 MiB  mm_backward, operator workspace, gpt.py:9
+            4.5 MiB  12 more
+  at      nll_loss_backward, train.py:88 in compute_loss
+  least   No recomputation goes below 6,291,456 bytes: mm (gpt.py:9 in f, module head) itself reads,
+          makes and works in 2.0 MiB.
+  try     a budget of 12058624 bytes ("12058624B")
+          about 5.0 MiB less: a batch of 4 for 8; the largest that fits is about 7
+          up to 3.0 MiB less: the loss in parts
+          1.0 MiB less: 8-bit moments
+  note    error.best_plan holds that plan; on_infeasible="best" applies it""",
+    )
+    assert error.smallest_peak == plan.predicted_peak
+    assert all(line.strip() in str(error) for line in error.why.splitlines())
+    assert len(error.why.splitlines()) == 5
+
+
+def test_the_error_has_no_line_without_a_figure():
+    assert "less:" not in str(infeasible(tight_plan(remedies=())))
+    assert "less:" not in str(Report(tight_plan(remedies=())))
+    assert_expected_inline(
+        str(infeasible(make_plan(budget=MIB))),
+        """\
+smallest plan peaks at 11.5 MiB (12058624 bytes); the budget is 1.0 MiB (1048576 bytes).
+  floor   7.0 MiB saved activations + 4.0 MiB parameters + 512.0 KiB gradients
+  at      nll_loss_backward, train.py:88 in compute_loss
+  try     a budget of 12058624 bytes ("12058624B")
+  note    error.best_plan holds that plan; on_infeasible="best" applies it""",
+    )
+
+
 # Sums
 
 
@@ -319,14 +431,23 @@ def test_hostile_names_stay_within_the_page(name):
     plan = make_plan(
         decisions=parts, peak=point, before=point, model=name, device=name, asked=name,
         torch_version=name, cost_model=name, symbols={name: 1 << 60},
-        valid_for={name: (1, 1 << 60)},
+        valid_for={name: (1, 1 << 60)}, certificate=hostile_certificate(name),
     )  # fmt: skip
     report = Report(plan, measured_peak=1 << 50, gradients=name)
-    for line in str(report).split("\n"):
+    error = infeasible(make_plan(budget=1, certificate=hostile_certificate(name)))
+    for line in (*str(report).split("\n"), *str(error).split("\n")):
         assert len(line) <= WIDTH
         assert all(unicodedata.category(c)[0] not in "CM" for c in line)
         assert all(unicodedata.east_asian_width(c) not in "WF" for c in line)
     assert "<script>" not in report._repr_html_()
+
+
+def hostile_certificate(name):
+    return make_certificate(
+        tensors=(LiveTensor(name, name, 1 << 50, name, name, name),),
+        least_operator=name, least_module=name, least_source=name,
+        remedies=(Remedy(name, name, name, 1 << 50),),
+    )  # fmt: skip
 
 
 @given(st.text())
