@@ -1,31 +1,41 @@
-"""Planning time and gap against the size of the graph.
+"""Planning time and gap against the size of the graph; and plans against each other and the best.
 
     python benchmarks/planning.py --nodes 500,2000,10000,30000 --budgets 0.5,0.35
 
 Steps that no model stands behind, in three shapes: deep (transformer blocks, one after the other),
 wide (blocks of parallel branches that a concatenation joins) and irregular (every operator reads
-something at random of what was made lately, or long ago).  Capture is not timed.  Writes JSON.
+something at random of what was made lately, or long ago).  Then the families of the tests at
+``--rungs`` budgets each: is a plan ever slower for a larger budget?  And random steps that are small
+enough to try every choice of kept values: how far are plans from the best?  Capture is not timed.
+Writes JSON.
 """
 
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
 from torch import fx
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
+from families import FAMILIES, SIZES  # noqa: E402
+from optimum import distances  # noqa: E402
+
+from fxmem.capture import StepCall, capture  # noqa: E402
 from fxmem.dataflow import Dataflow, Operator, Value  # noqa: E402
+from fxmem.pipeline import analyze, unchanged_step  # noqa: E402
 from fxmem.planner import Planner  # noqa: E402
 
 NODE = cast(fx.Node, None)
@@ -207,29 +217,132 @@ def row_of(shape: str, nodes: int, share: float) -> Row:
     return row
 
 
+@dataclasses.dataclass
+class Ladder:
+    """One family at budgets from the smallest peak found up to the unchanged step's.
+
+    seconds: of planning, each budget asked of a planner of its own; ``smallest`` of finding the
+    smallest peak.  gaps: of the unchanged step's time.  used: of the budget, where something is made
+    again.  monotone: is no plan slower for a larger budget?  kept: does none peak above its budget?
+    """
+
+    family: str
+    nodes: int
+    smallest: float
+    seconds: list[float]
+    added: list[float]
+    gaps: list[float]
+    used: list[float]
+    monotone: bool
+    kept: bool
+
+
+def ladder_of(family: str, size: str, rungs: int) -> Ladder:
+    flow = flow_of(family, size)
+    began = time.perf_counter()
+    lowest = Planner(flow).smallest()
+    took = time.perf_counter() - began
+    low, high = lowest.outcome.peak, Planner(flow).keep_all().outcome.peak
+    found = Ladder(family, len(flow.operators), took, [], [], [], [], True, True)
+    for n in range(1, rungs + 1):
+        budget = low + (high - low) * n // (rungs + 1)
+        began = time.perf_counter()
+        choice = Planner(flow).fit(budget)
+        found.seconds.append(time.perf_counter() - began)
+        found.kept &= choice is not None and choice.outcome.peak <= budget
+        if choice is not None:
+            found.added.append(choice.outcome.seconds / flow.seconds)
+            found.gaps.append(found.added[-1] - (choice.bound or 0.0) / flow.seconds)
+            found.used.append(choice.outcome.peak / budget)
+    added = [lowest.outcome.seconds / flow.seconds, *found.added]
+    found.monotone = all(less >= more for less, more in itertools.pairwise(added))
+    return found
+
+
+def flow_of(family: str, size: str) -> Dataflow:
+    """The numbers that the planner gets for a family's step."""
+    model, args, kwargs = FAMILIES[family].build(size)
+    call = StepCall(model, args, kwargs)
+    unchanged = unchanged_step(call)
+    with torch.enable_grad(), capture(call) as captured:
+        return analyze(captured.graph, call, unchanged).flow
+
+
+def ladder_table(ladders: list[Ladder]) -> str:
+    headers = ["family", "nodes", "median s", "worst s", "smallest s", "median gap", "worst gap"]
+    lines = [
+        [
+            ladder.family,
+            ladder.nodes,
+            f"{statistics.median(ladder.seconds):.2f}",
+            f"{max(ladder.seconds):.2f}",
+            f"{ladder.smallest:.2f}",
+            f"{statistics.median(ladder.gaps):.2%}",
+            f"{max(ladder.gaps):.2%}",
+            "yes" if ladder.monotone else "NO",
+            "yes" if ladder.kept else "NO",
+        ]
+        for ladder in ladders
+    ]
+    return tabulate(lines, [*headers, "monotone", "kept"], disable_numparse=True)
+
+
+def optimum_of(steps: int) -> dict[str, float]:
+    """Plans for so many random steps against the best choice: step time over step time."""
+    found: list[float] = []
+    seed = solved = 0
+    while solved < steps:
+        ratios = distances(seed)
+        solved += bool(ratios)
+        found += ratios
+        seed += 1
+    within = sum(ratio <= 1.01 for ratio in found)
+    return {"steps": steps, "plans": len(found), "within 1 %": within, "worst": max(found)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--nodes", default="500,2000,10000,30000")
     parser.add_argument("--budgets", default="0.5,0.35", help="shares of the unchanged step's peak")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="names, by commas; or none")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--rungs", type=int, default=20, help="budgets for each family")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="random steps that are tried in full"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "planning-cpu.json")
     options = parser.parse_args()
-    rows = []
-    for shape in options.shapes.split(","):
-        for nodes in map(int, options.nodes.split(",")):
-            for share in map(float, options.budgets.split(",")):
-                rows.append(row_of(shape, nodes, share))
-                print(rows[-1], flush=True)
-    print(tabulate([dataclasses.asdict(row) for row in rows], headers="keys", floatfmt=".3f"))
+    rows: list[Row] = []
+    ladders: list[Ladder] = []
     document = {
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "optimum": optimum_of(options.steps),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(document["optimum"], flush=True)
+    for shape in options.shapes.split(","):
+        for nodes in map(int, filter(None, options.nodes.split(","))):
+            for share in map(float, options.budgets.split(",")):
+                rows.append(row_of(shape, nodes, share))
+                print(rows[-1], flush=True)
+                save(options.out, document, rows, ladders)
+    for family in filter(None, options.families.split(",")):
+        ladders.append(ladder_of(family, options.size, options.rungs))
+        print(ladder_table(ladders[-1:]), flush=True)
+        save(options.out, document, rows, ladders)
+    print(tabulate([dataclasses.asdict(row) for row in rows], headers="keys", floatfmt=".3f"))
+    print(ladder_table(ladders))
+
+
+def save(path: Path, document: dict[str, Any], rows: list[Row], ladders: list[Ladder]) -> None:
+    """What there is so far, in case the run is cut short."""
+    document["rows"] = [dataclasses.asdict(row) for row in rows]
+    document["families"] = [dataclasses.asdict(ladder) for ladder in ladders]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

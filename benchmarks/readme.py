@@ -1,4 +1,4 @@
-"""README's report and table: run its first program, read the engine's results, put both in place.
+"""README's report and tables: run its first program, read the results, put all in place.
 
 python benchmarks/readme.py
 """
@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-RESULTS = HERE / "results" / "engine-cpu.json"
+RESULTS = HERE / "results"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BUDGETS = ("1TiB", "0.6x", "0.4x")
 
@@ -29,8 +29,8 @@ def printed(program: str) -> str:
 
 def placed(text: str, mark: str, content: str) -> str:
     """The text with the content between the comments that begin and end ``mark``."""
-    place = re.compile(rf"(<!-- {mark}: begin -->\n).*?(\n<!-- {mark}: end -->)", re.DOTALL)
-    return place.sub(lambda found: found[1] + content + found[2], text)
+    place = re.compile(rf"(<!-- {mark}: begin -->\n).*?(<!-- {mark}: end -->)", re.DOTALL)
+    return place.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -53,11 +53,59 @@ def time(row: dict[str, Any] | None) -> str:
     return f"{row['time_ratio'] - 1:+.0%}"
 
 
+def pareto(results: dict[str, Any]) -> str:
+    """One line a family: its points beside fxmem's answers to them, and the lowest peaks."""
+    headers = ["family", "peers' points", "time beside theirs", "FLOPs beside theirs"]
+    headers += ["fxmem's lowest peak", "peers' lowest"]
+    lines = []
+    for family, mine, theirs in results["floors"]:
+        points = [p for p in results["points"] if p["family"] == family]
+        peers = {f"{p['way']} {p['setting']}": p for p in points}
+        answers = [p for p in points if p["answers"] and p["beside"]]
+        flops = [p["flops"] / peers[p["answers"]]["flops"] for p in answers]
+        times = [p["beside"] for p in answers]
+        lines.append(
+            [family, len(answers), span(times), span(flops), f"{mine:.2f}", f"{theirs:.2f}"]
+        )
+    return tabulate(lines, headers, "github", disable_numparse=True)
+
+
+def span(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
+
+
+def planning(results: dict[str, Any]) -> str:
+    """One line a shape and size: seconds and gaps at each budget."""
+    headers = ["shape", "operators", "budget", "seconds", "added time", "gap"]
+    lines = [
+        [
+            row["shape"],
+            f"{row['nodes']:,}",
+            f"{row['share']:g}",
+            f"{row['seconds']:.1f}",
+            f"{row['added']:+.1%}",
+            f"{row['gap']:.1%}",
+        ]
+        for row in results["rows"]
+    ]
+    return tabulate(lines, headers, "github", disable_numparse=True)
+
+
+TABLES = {
+    "engine": ("engine-cpu.json", table),
+    "pareto": ("pareto-cpu.json", pareto),
+    "planning": ("planning-cpu.json", planning),
+}
+"""Mark in README -> the results, and what is printed of them."""
+
+
 def main() -> None:
     text = README.read_text()
     report = printed(BLOCK.search(text)[1])
     text = placed(text, "report", f"```text\n{report}\n```")
-    README.write_text(placed(text, "engine", table(json.loads(RESULTS.read_text()))))
+    for mark, (file, shown) in TABLES.items():
+        text = placed(text, mark, shown(json.loads((RESULTS / file).read_text())))
+    README.write_text(text)
 
 
 if __name__ == "__main__":

@@ -140,13 +140,17 @@ class Descent:
     # -- Where there are few values ------------------------------------------------------------------
 
     def _one_by_one(self, budget: int) -> Iterator[Stage]:
-        """Each plan right below the one before, from the rung above the budget down."""
-        rung = min(rung for rung in self.rungs if rung >= budget)
-        while (answered := self._answered(rung)) is not None and answered.found:
-            best = answered.found[0]
-            if best.peak <= budget:
-                yield Stage(rung, answered.bound, (best,))
-            rung = best.peak - 1
+        """From each rung to the next, each plan right below the one before."""
+        first = max(n for n, rung in enumerate(self.rungs) if rung >= budget)
+        for n in range(first, len(self.rungs)):
+            rung, end = self.rungs[n], self.rungs[n + 1] if n + 1 < len(self.rungs) else -1
+            while rung > end and (answered := self._answered(rung)) is not None:
+                if not answered.found:
+                    break
+                best = answered.found[0]
+                if best.peak <= budget:
+                    yield Stage(rung, answered.bound, (best,))
+                rung = best.peak - 1
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,21 @@
-"""Plans against the best there is, on steps small enough to try everything."""
+"""Plans against the best there is, on steps small enough to try everything; and against each other."""
 
 import itertools
 
 import pytest
 from flows import random_flow
+from optimum import distances, every_choice, small_planner, spread
 
 from fxmem.planner import Choice, Planner
 
 SEEDS = range(240)
-MOST = 9
-"""Values that may be kept or not: all 2**9 choices are tried."""
-
-
-def small_planner(seed: int) -> Planner | None:
-    """A planner with something to choose; None where there is nothing, or too much."""
-    planner = Planner(random_flow(seed))
-    return planner if 0 < len(planner.free) <= MOST and planner.keep_all() else None
-
-
-def every_choice(planner: Planner) -> list[Choice]:
-    """All there are that let no copy go early."""
-    free = planner.free
-    sizes = range(len(free) + 1)
-    return [planner.choice(kept) for n in sizes for kept in itertools.combinations(free, n)]
-
-
-def budgets(choices: list[Choice]) -> list[int]:
-    peaks = sorted({c.outcome.peak for c in choices})
-    return sorted({peaks[0], peaks[len(peaks) // 3], peaks[2 * len(peaks) // 3]})
-
-
-def distance(planner: Planner, budget: int, choices: list[Choice]) -> float:
-    """Step time of the plan / step time of the best choice that fits; infinite without a plan."""
-    whole = planner.flow.seconds
-    best = min(c.outcome.seconds for c in choices if c.outcome.peak <= budget)
-    found = planner.fit(budget)
-    if found is None:
-        return float("inf")
-    assert found.outcome.peak <= budget
-    return (whole + found.outcome.seconds) / (whole + best)
 
 
 def test_plans_are_close_to_the_best_choice_of_kept_values():
     """Of 973 searches (600 seeds) one ended further away today, without a plan: none of these."""
-    distances = []
-    for planner in filter(None, map(small_planner, SEEDS)):
-        choices = every_choice(planner)
-        distances += [distance(planner, budget, choices) for budget in budgets(choices)]
-    assert len(distances) > 300
-    assert max(distances) <= 1.01
+    found = [distance for seed in SEEDS for distance in distances(seed)]
+    assert len(found) > 300
+    assert max(found) <= 1.01
 
 
 @pytest.mark.parametrize("seed", SEEDS[::5])
@@ -62,18 +29,33 @@ def test_the_smallest_is_no_smaller_than_possible(seed):
     assert smallest <= 1.08 * best
 
 
-@pytest.mark.parametrize("seed", SEEDS[::40])
-def test_the_same_step_gets_the_same_plan(seed):
-    planners = [Planner(random_flow(seed, forward=20)) for _ in range(2)]
-    budget = (planners[0].solver.least_possible + planners[0].keep_all().outcome.peak) // 2
-    first, second = (planner.fit(budget) for planner in planners)
-    assert (
-        first is None
-        or second is None
-        or (first.kept, first.drops)
-        == (
-            second.kept,
-            second.drops,
-        )
-    )
-    assert (first is None) == (second is None)
+def is_the_same(first: Choice | None, second: Choice | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return (first.kept, first.drops) == (second.kept, second.drops)
+
+
+@pytest.mark.parametrize("forward", [20, 40])
+@pytest.mark.parametrize("seed", SEEDS[::80])
+def test_the_same_step_gets_the_same_plan(seed, forward):
+    """Whatever the planner was asked before."""
+    first, second = (Planner(random_flow(seed, forward)) for _ in range(2))
+    budgets = spread(first, 5)
+    plans = [first.fit(budget) for budget in budgets]
+    again = [second.fit(budget) for budget in reversed(budgets)]
+    assert all(map(is_the_same, plans, reversed(again)))
+
+
+@pytest.mark.parametrize("forward", [8, 20, 40])
+@pytest.mark.parametrize("seed", SEEDS[::80])
+def test_more_room_is_never_slower(seed, forward):
+    planner = Planner(random_flow(seed, forward))
+    smallest = planner.smallest()
+    asked = [*spread(planner), smallest.outcome.peak]
+    found = [(budget, plan) for budget in sorted(asked) if (plan := planner.fit(budget))]
+    assert len(found) > 5
+    assert all(plan.outcome.peak <= budget for budget, plan in found)
+    assert all(plan.bound <= plan.outcome.seconds for _, plan in found)
+    seconds = [plan.outcome.seconds for _, plan in found]
+    assert all(less >= more for less, more in itertools.pairwise(seconds))
+    assert smallest.outcome.seconds >= seconds[-1]
