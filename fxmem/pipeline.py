@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from fxmem._torch_eager import compiling
 from fxmem.baseline import eager_peak
 from fxmem.budget import Budget
 from fxmem.capture import StepCall, capture
+from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
 from fxmem.decisions import explain, find_choice, infeasible
@@ -28,8 +30,9 @@ from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.recompute import Recompute, RecomputePass
+from fxmem.passes.split_convolution import SplitConvolutionPass
 from fxmem.passes.tangents import UndefinedTangentsPass
-from fxmem.plan import Plan
+from fxmem.plan import Plan, fingerprint
 from fxmem.planner import Choice, Planner
 from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
@@ -76,7 +79,10 @@ class Planned:
 
 @dataclass
 class Analysis:
-    """A captured step before any decision: the graph, its numbers, and the search over them."""
+    """A captured step before any decision: the graph, its numbers, and the search over them.
+
+    whole: the step before its convolutions were split, where this is the one after.
+    """
 
     graph: JointGraph
     expected: JointGraph
@@ -88,6 +94,17 @@ class Analysis:
     device: torch.device
     baseline_peak: int
     call: StepCall = field(repr=False)
+    cost_asked: CostModel | Literal["measure"] | None = None
+    whole: Analysis | None = field(default=None, repr=False)
+
+    @cached_property
+    def split(self) -> Analysis:
+        """The step with its convolutions split, for less memory at once; itself if none can be."""
+        graph = SplitConvolutionPass().apply(self.graph)
+        if not any(n.target is convolution_input_backward for n in graph.nodes):
+            return self
+        unchanged = Unchanged(self.device, self.baseline_peak, self.workspaces)
+        return replace(_numbers(graph, self.call, unchanged, self.cost_asked), whole=self)
 
 
 @dataclass(frozen=True)
@@ -122,9 +139,18 @@ def analyze(
     cost: CostModel | Literal["measure"] | None = None,
 ) -> Analysis:
     """Clean the joint graph up and measure what the planner needs to know about it."""
-    device = unchanged.device
     for a_pass in BEFORE_PLANNING:
         graph = a_pass.apply(graph)
+    return _numbers(graph, call, unchanged, cost)
+
+
+def _numbers(
+    graph: JointGraph,
+    call: StepCall,
+    unchanged: Unchanged,
+    cost: CostModel | Literal["measure"] | None,
+) -> Analysis:
+    device = unchanged.device
     undefined = undefined_tangents(graph)
     workspaces = unchanged.workspaces.calibrated(graph.module.graph, device)
     expected = _expected_to_run(graph, undefined)
@@ -137,9 +163,8 @@ def analyze(
     baseline = unchanged.peak
     if baseline is None:
         baseline = planner.keep_all().outcome.peak
-    return Analysis(
-        graph, expected, undefined, flow, planner, workspaces, times, device, baseline, call
-    )
+    numbers = (flow, planner, workspaces, times, device, baseline)
+    return Analysis(graph, expected, undefined, *numbers, call, cost)
 
 
 def _times(
@@ -162,8 +187,10 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
         for a_pass in BEFORE_PLANNING:
             graph = a_pass.apply(graph)
         measured = Workspaces().calibrated(graph.module.graph, device)
-        expected = _expected_to_run(graph, undefined_tangents(graph))
-        measured = measured.calibrated(expected.module.graph, device)
+        for form in (graph, SplitConvolutionPass().apply(graph)):
+            measured = measured.calibrated(form.module.graph, device)
+            expected = _expected_to_run(form, undefined_tangents(form))
+            measured = measured.calibrated(expected.module.graph, device)
     known = load_workspaces(device)
     save_workspaces(Workspaces({**known.table, **measured.table}), device)
     return measured
@@ -181,6 +208,7 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     limit = budget
     if budget is not None and analysis.flow.loss_outside:
         limit = budget - _LOSS_SCALARS
+    analysis = _split_if_asked(analysis, options, limit)
     choice, floor = _choose(analysis, options, limit)
     rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
@@ -189,6 +217,18 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise infeasible(plan)
     return Planned(plan, rewritten, halves, analysis.undefined)
+
+
+def _split_if_asked(analysis: Analysis, options: Options, budget: int | None) -> Analysis:
+    """The step with its convolutions split, unless everything fits as it is: two calls cost time.
+
+    A loaded plan is of either form, and its fingerprint says of which.
+    """
+    if options.plan is not None:
+        whole = options.plan.fingerprint == fingerprint(analysis.expected)
+    else:
+        whole = budget is not None and analysis.planner.keep_all().outcome.peak <= budget
+    return analysis if whole else analysis.split
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
