@@ -15,6 +15,7 @@ from a kernel of its own.
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,26 +38,47 @@ class SplitConvolutionPass:
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
-        resident = {key for n in graph.placeholders() for key in storages_in(n.meta.get("val"))}
+        dying = _last_read(graph)
         for node in graph.nodes:
-            if node.target is aten.convolution_backward.default and _is_worth_it(node, resident):
+            if node.target is aten.convolution_backward.default and _is_worth_it(node, dying[node]):
                 _split(graph.module.graph, node)
         return graph.verified()
 
 
-def _is_worth_it(node: fx.Node, resident: set[int]) -> bool:
-    """Do both gradients come of it, may the input die in between, and is it known to be unread?"""
+def _is_worth_it(node: fx.Node, dying: set[int]) -> bool:
+    """Do both gradients come of it, does its input die there, and is it known to be unread?
+
+    The weight's gradient is there while the input's is made, which in one call comes first: an input
+    that is smaller does not make up for it.
+    """
     _, x, weight, bias_sizes, *how, mask = node.args
     if not (mask[0] and mask[1] and _results(node, 0) and _results(node, 1)):  # type: ignore[index]
         return False
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or LAYOUT in x.meta:
         return False
-    if resident.issuperset(storages_in(x.meta["val"])):
-        return False
-    values = (node.meta["val"], *(i.meta["val"] for i in node.all_input_nodes))
+    values = (x.meta["val"], weight.meta["val"])
     if any(not isinstance(size, int) for t in tensors_in(values) for size in t.shape):
         return False
-    return reads_shape_alone(x.meta["val"], weight.meta["val"], bias_sizes, tuple(how))
+    if not dying.issuperset(storages_in(values[0])) or values[0].numel() < values[1].numel():
+        return False
+    return reads_shape_alone(*values, bias_sizes, tuple(how))
+
+
+def _last_read(graph: JointGraph) -> dict[fx.Node, set[int]]:
+    """Node -> the storages that nobody reads after it, through whatever view; never the caller's."""
+    last = {
+        key: node
+        for node in graph.nodes
+        for source in node.all_input_nodes
+        for key in storages_in(source.meta.get("val"))
+    }
+    for node in graph.placeholders():
+        for key in storages_in(node.meta.get("val")):
+            last.pop(key, None)
+    dying: dict[fx.Node, set[int]] = defaultdict(set)
+    for key, node in last.items():
+        dying[node].add(key)
+    return dying
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> None:
