@@ -265,7 +265,7 @@ def flow_of(family: str, size: str) -> Dataflow:
     call = StepCall(model, args, kwargs)
     unchanged = unchanged_step(call)
     with torch.enable_grad(), capture(call) as captured:
-        return analyze(captured.graph, call, unchanged).flow
+        return analyze(captured.graph, call, unchanged).split.flow
 
 
 def ladder_table(ladders: list[Ladder]) -> str:

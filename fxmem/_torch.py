@@ -266,6 +266,33 @@ def extract_modules(
     )
 
 
+# -- Convolutions ----------------------------------------------------------------------------------
+
+_MKLDNN_TRANSPOSE = 9  # a kernel that Python's enumeration has no name for
+
+
+def convolution_kernel(
+    x: torch.Tensor, weight: torch.Tensor, bias_sizes: Any, how: tuple[Any, ...]
+) -> tuple[str, torch.memory_format]:
+    """The kernel that a convolution's backward runs, and the memory format that it runs in.
+
+    how: stride, padding, dilation, transposed, output padding and groups.
+    """
+    kernel = torch._C._select_conv_backend(x, weight, None, *how, bias_sizes)
+    if weight.ndim == 3:
+        x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+    memory_format = torch._C._conv_determine_backend_memory_format(x, weight, kernel)
+    name = "MkldnnTranspose" if kernel.value == _MKLDNN_TRANSPOSE else kernel.name
+    return name, memory_format
+
+
+def without_bytes(size: list[int], strides: list[int], like: torch.Tensor) -> torch.Tensor:
+    """A tensor of that shape, type and device with a storage of 0 bytes: no element may be read."""
+    nothing = like.new_empty(0)
+    found: torch.Tensor = torch.ops.inductor._reinterpret_tensor(nothing, size, strides)
+    return found
+
+
 # -- Fake tensors ----------------------------------------------------------------------------------
 
 

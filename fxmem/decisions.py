@@ -48,7 +48,8 @@ def explain(
     """Everything that was decided and predicted, as a value that outlives the graph."""
     graph, flow = analysis.expected, analysis.flow
     bindings = graph.bindings()
-    before = timeline(split(graph), analysis.workspaces)
+    whole = analysis.whole or analysis
+    before = timeline(split(whole.expected), whole.workspaces)
     symbols = {s.name: s.hint for s in graph.symbols.values()}
     peak = line.peak(bindings).nbytes
     tight = floor is not None or peak > (peak if budget is None else budget)
@@ -61,14 +62,14 @@ def explain(
         keep_all_peak=before.peak(bindings).nbytes,
         resident=flow.resident,
         floor=floor,
-        seconds=flow.seconds,
-        added_seconds=choice.outcome.seconds,
+        seconds=whole.flow.seconds,
+        added_seconds=choice.outcome.seconds + flow.seconds - whole.flow.seconds,
         gap=_gap(flow, choice),
         decisions=tuple(_decisions(analysis, choice)),
         symbols=symbols,
         valid_for={name: (min(size, 2), size) for name, size in symbols.items()},
         peak=_peak_point(line, graph, bindings),
-        before=_peak_point(before, graph, bindings),
+        before=_peak_point(before, whole.expected, bindings),
         fingerprint=fingerprint(graph),
         device=str(analysis.device),
         model=type(analysis.call.model).__name__,

@@ -76,14 +76,14 @@ def overwritable(graph: JointGraph, backward: bool) -> dict[fx.Node, tuple[fx.No
 def _made_in_phase(graph: JointGraph, backward: bool) -> set[int]:
     """Storages of what the phase makes: not of inputs or tangents, nor of values made again.
 
-    torch's own operators return memory that nobody else has; others need not.
+    torch's own operators and ours return memory that nobody else has; others need not.
     """
     made: set[int] = set()
     for node in graph.nodes:
         if node.op != "call_function" or is_backward(node) != backward or is_view(node):
             continue
         again = backward and "fxmem_origin" in node.meta
-        if not again and getattr(_operator(node), "namespace", "") == "aten":
+        if not again and getattr(_operator(node), "namespace", "") in ("aten", "fxmem"):
             made.update(storages_in(node.meta.get("val")))
     return made
 

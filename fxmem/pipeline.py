@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from fxmem._torch_eager import compiling
 from fxmem.baseline import eager_peak
 from fxmem.budget import Budget
 from fxmem.capture import StepCall, capture
+from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
 from fxmem.decisions import explain, find_choice, infeasible
@@ -29,8 +31,9 @@ from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.order import OrderPass
 from fxmem.passes.recompute import Recompute, RecomputePass
+from fxmem.passes.split_convolution import SplitConvolutionPass
 from fxmem.passes.tangents import UndefinedTangentsPass
-from fxmem.plan import Plan
+from fxmem.plan import Plan, fingerprint
 from fxmem.planner import Choice, Planner
 from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
@@ -81,7 +84,10 @@ class Planned:
 
 @dataclass
 class Analysis:
-    """A captured step before any decision: the graph, its numbers, and the search over them."""
+    """A captured step before any decision: the graph, its numbers, and the search over them.
+
+    whole: the step before its convolutions were split, where this is the one after.
+    """
 
     graph: JointGraph
     expected: JointGraph
@@ -93,6 +99,17 @@ class Analysis:
     device: torch.device
     baseline_peak: int
     call: StepCall = field(repr=False)
+    cost_asked: CostModel | Literal["measure"] | None = None
+    whole: Analysis | None = field(default=None, repr=False)
+
+    @cached_property
+    def split(self) -> Analysis:
+        """The step with its convolutions split, for less memory at once; itself if none can be."""
+        graph = SplitConvolutionPass().apply(self.graph)
+        if not any(n.target is convolution_input_backward for n in graph.nodes):
+            return self
+        unchanged = Unchanged(self.device, self.baseline_peak, self.workspaces)
+        return replace(_numbers(graph, self.call, unchanged, self.cost_asked), whole=self)
 
 
 @dataclass(frozen=True)
@@ -127,8 +144,19 @@ def analyze(
     cost: CostModel | Literal["measure"] | None = None,
 ) -> Analysis:
     """Clean the joint graph up and measure what the planner needs to know about it."""
+    for a_pass in BEFORE_PLANNING:
+        graph = a_pass.apply(graph)
+    return _numbers(graph, call, unchanged, cost)
+
+
+def _numbers(
+    graph: JointGraph,
+    call: StepCall,
+    unchanged: Unchanged,
+    cost: CostModel | Literal["measure"] | None,
+) -> Analysis:
     device = unchanged.device
-    graph, expected, workspaces = _cleaned_up(graph, unchanged.workspaces, device)
+    graph, expected, workspaces = _ordered(graph, unchanged.workspaces, device)
     undefined = undefined_tangents(graph)
     save_workspaces(workspaces, device)
     times = _times(expected, device, cost)
@@ -138,17 +166,14 @@ def analyze(
     baseline = unchanged.peak
     if baseline is None:
         baseline = planner.keep_all().outcome.peak
-    return Analysis(
-        graph, expected, undefined, flow, planner, workspaces, times, device, baseline, call
-    )
+    numbers = (flow, planner, workspaces, times, device, baseline)
+    return Analysis(graph, expected, undefined, *numbers, call, cost)
 
 
-def _cleaned_up(
+def _ordered(
     graph: JointGraph, workspaces: Workspaces, device: torch.device
 ) -> tuple[JointGraph, JointGraph, Workspaces]:
     """The graph that is planned, what is expected to run of it, and what its operators hold."""
-    for a_pass in BEFORE_PLANNING:
-        graph = a_pass.apply(graph)
     undefined = undefined_tangents(graph)
     expected = _expected_to_run(graph, undefined)
     for one in (graph, expected):
@@ -182,7 +207,11 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
     what was measured.
     """
     with capture(without_meta(call)) as captured:
-        _, _, measured = _cleaned_up(captured.graph, Workspaces(), device)
+        graph, measured = captured.graph, Workspaces()
+        for a_pass in BEFORE_PLANNING:
+            graph = a_pass.apply(graph)
+        for form in (graph, SplitConvolutionPass().apply(graph)):
+            _, _, measured = _ordered(form, measured, device)
     known = load_workspaces(device)
     save_workspaces(Workspaces({**known.table, **measured.table}), device)
     return measured
@@ -200,6 +229,7 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     limit = budget
     if budget is not None and analysis.flow.loss_outside:
         limit = budget - _LOSS_SCALARS
+    analysis = _split_if_asked(analysis, options, limit)
     choice, floor = _choose(analysis, options, limit)
     rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
@@ -208,6 +238,18 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise infeasible(plan)
     return Planned(plan, rewritten, halves, analysis.undefined)
+
+
+def _split_if_asked(analysis: Analysis, options: Options, budget: int | None) -> Analysis:
+    """The step with its convolutions split, unless everything fits as it is: two calls cost time.
+
+    A loaded plan is of either form, and its fingerprint says of which.
+    """
+    if options.plan is not None:
+        whole = options.plan.fingerprint == fingerprint(analysis.expected)
+    else:
+        whole = budget is not None and analysis.planner.keep_all().outcome.peak <= budget
+    return analysis if whole else analysis.split
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:

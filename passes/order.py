@@ -120,8 +120,8 @@ def _keeps_its_turn(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return not _is_taken_at_once(node)
-    ours = target.namespace in ("aten", "prims")
-    return not ours or target._schema.is_mutable or is_random(node) or node.is_impure(False)
+    known = target.namespace in ("aten", "prims", "fxmem")
+    return not known or target._schema.is_mutable or is_random(node) or node.is_impure(False)
 
 
 class _Turns:

@@ -270,7 +270,9 @@ def test_an_order_in_which_the_step_peaks_higher_is_not_taken(monkeypatch):
     """The copy of one number for each of the many weights had better come last."""
 
     def planned(graph):
-        return pipeline._cleaned_up(graph, Workspaces(), torch.device("cpu"))[0]
+        for a_pass in BEFORE_PLANNING:
+            graph = a_pass.apply(graph)
+        return pipeline._ordered(graph, Workspaces(), torch.device("cpu"))[0]
 
     def body(m, x):
         return (x @ m.a).sin().sum() + m.w.sum()
