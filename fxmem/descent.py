@@ -134,8 +134,8 @@ class Descent:
         steps = _STEPS_OF_MANY if self.solver.are_many else _STEPS
         above = min((other for other in self.rungs if other > rung), default=rung)
         higher = targets(rung, above - 1, steps) if above > rung else []
-        climbs = [Climb(self.solver, plan, higher) for plan in found[:1]]
-        return Answered(rung, answer.bound, found, climbs)
+        climb = Climb(self.solver, found[0], higher) if found else None
+        return Answered(rung, answer.bound, found, climb)
 
     # -- Where there are few values ------------------------------------------------------------------
 
@@ -155,16 +155,16 @@ class Descent:
 
 @dataclass(frozen=True)
 class Answered:
-    """A rung, the plans that the solver found for it, fastest first, and climbs from the best."""
+    """A rung, the plans that the solver found for it, fastest first, and a climb from the best."""
 
     rung: int
     bound: Bound
     found: list[Found]
-    climbs: list[Climb]
+    climb: Climb | None
 
     def stage(self, budget: int) -> Stage:
         """What there is for a budget."""
-        plans = self.found + [plan for climb in self.climbs for plan in climb.up_to(budget)]
+        plans = self.found + (self.climb.up_to(budget) if self.climb is not None else [])
         return Stage(self.rung, self.bound, tuple(p for p in plans if p.peak <= budget))
 
 

@@ -55,11 +55,8 @@ class Search:
 
     # -- Into the budget ---------------------------------------------------------------------------
 
-    def repair(self, budget: int, moved: Callable[[], None] = lambda: None) -> bool:
-        """Make the moves that take most off the overflow a second, until none is left.
-
-        moved: called after each.
-        """
+    def repair(self, budget: int) -> bool:
+        """Make the moves that take most off the overflow a second, until none is left."""
         schedule = self.schedule
         ranking = Ranking()
         while (overflow := schedule.overflow(budget)) > 0:
@@ -80,7 +77,6 @@ class Search:
                 self.make(move)
             elif not self._reduce_by_two(budget):
                 return False
-            moved()
         return True
 
     def _reduce_by_two(self, budget: int) -> bool:
