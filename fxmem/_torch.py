@@ -289,7 +289,7 @@ def convolution_kernel(
 def without_bytes(size: list[int], strides: list[int], like: torch.Tensor) -> torch.Tensor:
     """A tensor of that shape, type and device with a storage of 0 bytes: no element may be read."""
     nothing = like.new_empty(0)
-    found: torch.Tensor = torch.ops.inductor._reinterpret_tensor(nothing, size, strides)
+    found: torch.Tensor = torch.ops.inductor._reinterpret_tensor.default(nothing, size, strides)
     return found
 
 

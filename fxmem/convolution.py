@@ -78,7 +78,9 @@ def _input_gradient(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_sizes: Any, how: tuple[Any, ...]
 ) -> torch.Tensor:
     mask = [True, False, False]
-    found: torch.Tensor = aten.convolution_backward(grad, x, weight, bias_sizes, *how, mask)[0]
+    found: torch.Tensor = aten.convolution_backward.default(
+        grad, x, weight, bias_sizes, *how, mask
+    )[0]
     return found
 
 
