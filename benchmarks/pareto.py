@@ -397,6 +397,7 @@ def read_options_given() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cost", default="measure", help="how fxmem predicts time")
     parser.add_argument("--out", type=Path, help="JSON (default benchmarks/results/pareto-*.json)")
+    parser.add_argument("--add", action="store_true", help="keep the other families in that file")
     options = parser.parse_args()
     options.families = [name for name in options.families.split(",") if name]
     if unknown := set(options.families) - set(FAMILIES):
@@ -410,6 +411,9 @@ def main() -> None:
     options = read_options_given()
     keep_freed_memory()
     points: list[Point] = []
+    if options.add and options.out.exists():
+        known = [Point(**p) for p in json.loads(options.out.read_text())["points"]]
+        points = [p for p in known if p.family not in options.families]
     for family in options.families:
         began = time.perf_counter()
         mine = family_points(family, options)

@@ -189,7 +189,7 @@ class Row:
     """share: the budget, of the unchanged step's activations and gradients.
 
     added, bound, gap: of the unchanged step's time; the gap is what stands between them.  peak: of
-    the budget.  seconds: to make a planner and ask it once, by the clock.
+    the budget.  seconds: of the processor, to make a planner and ask it once.
     """
 
     shape: str
@@ -206,9 +206,9 @@ def row_of(shape: str, nodes: int, share: float) -> Row:
     flow = SHAPES[shape](nodes)
     top = Planner(flow).keep_all().outcome.peak
     budget = flow.resident + int(share * (top - flow.resident))
-    began = time.perf_counter()
+    began = time.process_time()
     choice = Planner(flow).fit(budget)
-    row = Row(shape, len(flow.operators), share, time.perf_counter() - began)
+    row = Row(shape, len(flow.operators), share, time.process_time() - began)
     if choice is not None:
         row.added = choice.outcome.seconds / flow.seconds
         row.bound = (choice.bound or 0.0) / flow.seconds
@@ -221,7 +221,7 @@ def row_of(shape: str, nodes: int, share: float) -> Row:
 class Ladder:
     """One family at budgets from the smallest peak found up to the unchanged step's.
 
-    seconds: of planning, each budget asked of a planner of its own; ``smallest`` of finding the
+    seconds: of the processor, each budget asked of a planner of its own; ``smallest`` of finding the
     smallest peak.  gaps: of the unchanged step's time.  used: of the budget, where something is made
     again.  monotone: is no plan slower for a larger budget?  kept: does none peak above its budget?
     """
@@ -239,16 +239,16 @@ class Ladder:
 
 def ladder_of(family: str, size: str, rungs: int) -> Ladder:
     flow = flow_of(family, size)
-    began = time.perf_counter()
+    began = time.process_time()
     lowest = Planner(flow).smallest()
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     low, high = lowest.outcome.peak, Planner(flow).keep_all().outcome.peak
     found = Ladder(family, len(flow.operators), took, [], [], [], [], True, True)
     for n in range(1, rungs + 1):
         budget = low + (high - low) * n // (rungs + 1)
-        began = time.perf_counter()
+        began = time.process_time()
         choice = Planner(flow).fit(budget)
-        found.seconds.append(time.perf_counter() - began)
+        found.seconds.append(time.process_time() - began)
         found.kept &= choice is not None and choice.outcome.peak <= budget
         if choice is not None:
             found.added.append(choice.outcome.seconds / flow.seconds)

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from fxmem.convolution import convolution_input_backward
 from fxmem.gpus import Gpu, find_gpu
 from fxmem.graph import is_view, operator_name
 from fxmem.sizes import hint, tensors_in
@@ -56,7 +57,8 @@ class CostModel:
         moved = _nbytes(node.meta.get("val")) + sum(
             _nbytes(i.meta.get("val")) for i in node.all_input_nodes
         )
-        return self.launch + max(flops(node) / self._rate(node), moved / self.bandwidth)
+        again = _converted_again(node) / self.bandwidth
+        return self.launch + max(flops(node) / self._rate(node), moved / self.bandwidth) + again
 
     def waiting(self, node: fx.Node) -> float:
         return 0.0
@@ -68,6 +70,14 @@ class CostModel:
         if self.half and dtypes & {torch.float16, torch.bfloat16}:
             return self.half
         return self.tf32 if self.tf32 and _may_round(node) else self.flops
+
+
+def _converted_again(node: fx.Node) -> int:
+    """Bytes that only a split call brings into its kernel's layout: on the CPU, the gradient's."""
+    value: Any = node.meta.get("val")
+    if node.target is not convolution_input_backward or value.device.type != "cpu":
+        return 0
+    return _nbytes(node.all_input_nodes[0].meta.get("val"))
 
 
 def _may_round(node: fx.Node) -> bool:

@@ -229,8 +229,7 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     limit = budget
     if budget is not None and analysis.flow.loss_outside:
         limit = budget - _LOSS_SCALARS
-    analysis = _split_if_asked(analysis, options, limit)
-    choice, floor = _choose(analysis, options, limit)
+    analysis, choice, floor = _choose(analysis, options, limit)
     rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
         choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
@@ -240,37 +239,52 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     return Planned(plan, rewritten, halves, analysis.undefined)
 
 
-def _split_if_asked(analysis: Analysis, options: Options, budget: int | None) -> Analysis:
-    """The step with its convolutions split, unless everything fits as it is: two calls cost time.
-
-    A loaded plan is of either form, and its fingerprint says of which.
-    """
-    if options.plan is not None:
-        whole = options.plan.fingerprint == fingerprint(analysis.expected)
-    else:
-        whole = budget is not None and analysis.planner.keep_all().outcome.peak <= budget
-    return analysis if whole else analysis.split
-
-
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
     """The graph as it runs when these tangents are undefined."""
     graph = UndefinedTangentsPass(undefined).apply(graph)
     return InPlacePass().apply(GradientLayoutsPass().apply(graph))
 
 
-def _choose(analysis: Analysis, options: Options, budget: int | None) -> tuple[Choice, int | None]:
-    """The choice to apply, and the smallest peak shown to be reachable where somebody looked."""
-    planner = analysis.planner
+def _choose(
+    analysis: Analysis, options: Options, budget: int | None
+) -> tuple[Analysis, Choice, int | None]:
+    """The form of the step and the choice to apply, and the smallest peak if somebody looked for it.
+
+    A loaded plan is of either form, and its fingerprint says of which.
+    """
     if options.plan is not None:
-        return find_choice(analysis, options.plan), None
+        whole = options.plan.fingerprint == fingerprint(analysis.expected)
+        form = analysis if whole else analysis.split
+        return form, find_choice(form, options.plan), None
+    fitting = None if budget is None else _fitting(analysis, options, budget)
+    if fitting is not None:
+        return *fitting, None
+    planner = analysis.split.planner
     if "recompute" not in options.allow:
-        return planner.keep_all(), None
-    if budget is not None:
-        choice = planner.fit(budget)
-        if choice is not None:
-            return choice, None
+        return analysis.split, planner.keep_all(), None
     smallest = planner.smallest()
-    return smallest, smallest.outcome.peak
+    return analysis.split, smallest, smallest.outcome.peak
+
+
+def _fitting(analysis: Analysis, options: Options, budget: int) -> tuple[Analysis, Choice] | None:
+    """The fastest plan that fits: of the step with its convolutions whole, or split, if that pays."""
+    whole = _fit(analysis.planner, options, budget)
+    if whole is not None and (analysis.split is analysis or not whole.outcome.recomputed):
+        return analysis, whole
+    more = analysis.split.flow.seconds - analysis.flow.seconds
+    if whole is not None and whole.outcome.seconds <= more:
+        return analysis, whole
+    split = _fit(analysis.split.planner, options, budget)
+    if split is None or (whole and whole.outcome.seconds <= split.outcome.seconds + more):
+        return None if whole is None else (analysis, whole)
+    return analysis.split, split
+
+
+def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
+    if "recompute" in options.allow:
+        return planner.fit(budget)
+    unchanged = planner.keep_all()
+    return unchanged if unchanged.outcome.peak <= budget else None
 
 
 def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:

@@ -226,18 +226,34 @@ def splits(planned):
     return sum(n.target is convolution_input_backward for n in nodes)
 
 
-def test_only_a_step_that_does_not_fit_is_split():
+def test_a_step_is_split_where_that_pays():
     body, x = stack()
     with capture_once(Loss(body), (x,)) as found:
-        whole = found.analysis.planner.keep_all().outcome.peak
-        for budget, split in ((whole, 0), (whole - 1, 3), ("min", 3)):
+        whole, split = found.analysis.planner, found.analysis.split.planner
+        unchanged, smallest = whole.keep_all().outcome.peak, whole.smallest().outcome.peak
+        for budget, expected in ((unchanged, 0), (smallest - 1, 3), ("min", 3)):
             planned = found.decide(budget)
-            assert splits(planned) == split
-            assert planned.plan.keep_all_peak == whole
-        kept = found.analysis.split.planner
-        assert kept.keep_all().outcome.peak < whole
-        smallest = found.analysis.planner.smallest().outcome.peak
-        assert kept.smallest().outcome.peak < 0.9 * smallest
+            assert splits(planned) == expected
+            assert planned.plan.keep_all_peak == unchanged
+        assert split.keep_all().outcome.peak < unchanged
+        assert split.smallest().outcome.peak < 0.9 * smallest
+
+
+def test_the_faster_form_is_taken():
+    body, x = stack()
+    with capture_once(Loss(body), (x,)) as found:
+        whole, split = found.analysis, found.analysis.split
+        high, low = whole.planner.keep_all().outcome.peak, whole.planner.smallest().outcome.peak
+        forms = set()
+        for n in range(1, 9):
+            budget = low + (high - low) * n // 9
+            planned = found.decide(budget)
+            seconds = [whole.flow.seconds + whole.planner.fit(budget).outcome.seconds]
+            if (fitting := split.planner.fit(budget)) is not None:
+                seconds.append(split.flow.seconds + fitting.outcome.seconds)
+            assert planned.plan.seconds + planned.plan.added_seconds == pytest.approx(min(seconds))
+            forms.add(splits(planned))
+        assert forms == {0, 3}
 
 
 def test_a_step_without_convolutions_is_analyzed_once():
