@@ -146,7 +146,8 @@ def analyze(
     """Clean the joint graph up and measure what the planner needs to know about it."""
     for a_pass in BEFORE_PLANNING:
         graph = a_pass.apply(graph)
-    return _numbers(graph, call, unchanged, cost)
+    graph, workspaces = _ordered(graph, unchanged.workspaces, unchanged.device)
+    return _numbers(graph, call, replace(unchanged, workspaces=workspaces), cost)
 
 
 def _numbers(
@@ -156,8 +157,8 @@ def _numbers(
     cost: CostModel | Literal["measure"] | None,
 ) -> Analysis:
     device = unchanged.device
-    graph, expected, workspaces = _ordered(graph, unchanged.workspaces, device)
     undefined = undefined_tangents(graph)
+    expected, workspaces = _measured(graph, unchanged.workspaces, device)
     save_workspaces(workspaces, device)
     times = _times(expected, device, cost)
     flow = dataflow(expected, workspaces, times, recomputable_nodes(expected))
@@ -170,21 +171,27 @@ def _numbers(
     return Analysis(graph, expected, undefined, *numbers, call, cost)
 
 
-def _ordered(
+def _measured(
     graph: JointGraph, workspaces: Workspaces, device: torch.device
-) -> tuple[JointGraph, JointGraph, Workspaces]:
-    """The graph that is planned, what is expected to run of it, and what its operators hold."""
-    undefined = undefined_tangents(graph)
-    expected = _expected_to_run(graph, undefined)
+) -> tuple[JointGraph, Workspaces]:
+    """What is expected to run of a graph, and what the operators of both hold."""
+    expected = _expected_to_run(graph, undefined_tangents(graph))
     for one in (graph, expected):
         workspaces = workspaces.calibrated(one.module.graph, device)
+    return expected, workspaces
+
+
+def _ordered(
+    graph: JointGraph, workspaces: Workspaces, device: torch.device
+) -> tuple[JointGraph, Workspaces]:
+    """The graph in the order that holds fewer bytes, and what its operators hold."""
+    expected, workspaces = _measured(graph, workspaces, device)
     ordered = OrderPass(workspaces).apply(graph)
-    runs = _expected_to_run(ordered, undefined)
-    workspaces = workspaces.calibrated(runs.module.graph, device)
+    runs, workspaces = _measured(ordered, workspaces, device)
     # What the pass moves by may differ from this: gradients that nobody sends.
     if _peak(runs, workspaces) <= _peak(expected, workspaces):
-        return ordered, runs, workspaces
-    return graph, expected, workspaces
+        return ordered, workspaces
+    return graph, workspaces
 
 
 def _peak(graph: JointGraph, workspaces: Workspaces) -> int:
@@ -207,11 +214,11 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
     what was measured.
     """
     with capture(without_meta(call)) as captured:
-        graph, measured = captured.graph, Workspaces()
+        graph = captured.graph
         for a_pass in BEFORE_PLANNING:
             graph = a_pass.apply(graph)
-        for form in (graph, SplitConvolutionPass().apply(graph)):
-            _, _, measured = _ordered(form, measured, device)
+        graph, measured = _ordered(graph, Workspaces(), device)
+        _, measured = _measured(SplitConvolutionPass().apply(graph), measured, device)
     known = load_workspaces(device)
     save_workspaces(Workspaces({**known.table, **measured.table}), device)
     return measured
