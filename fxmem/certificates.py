@@ -31,6 +31,9 @@ LOSS_PARTS = 8
 _LEAST_SHARE = 100
 """A remedy of less than a hundredth of the peak is not worth a line."""
 
+_LEAST_FOR_KERNELS = 10
+"""Nor is a batch, where a convolution works in a tenth of the peak: its kernel may change with it."""
+
 
 def certificate(
     simulator: Simulator, peak: int, tensors: Iterable[LiveTensor], remedies: Iterable[Remedy] = ()
@@ -110,7 +113,7 @@ class Judge:
 
     def _smaller_batch(self) -> Iterator[Remedy]:
         batch = batch_of(self.graph)
-        if batch is None:
+        if batch is None or self._kernels_matter():
             return
         half = batch // 2
         flow = at_batch(self.graph, self.flow, batch, half)
@@ -122,6 +125,11 @@ class Judge:
         if fitting:
             what += f"; the largest that fits is about {fitting}"
         yield Remedy("batch", "about", what, saves)
+
+    def _kernels_matter(self) -> bool:
+        """Do convolutions work in so much that another kernel, for another batch, may tell?"""
+        works = (op.workspace for op in self.flow.operators if "convolution" in str(op.node.target))
+        return max(works, default=0) * _LEAST_FOR_KERNELS >= self.outcome.peak
 
     def _largest_that_fits(self, half: Dataflow, batch: int, smaller: int) -> int:
         """The largest batch whose peak fits, 0 if none does: sizes lie on a line through two."""

@@ -71,6 +71,7 @@ def explain(
         peak=_peak_point(line, graph, bindings),
         before=_peak_point(before, whole.expected, bindings),
         fingerprint=fingerprint(graph),
+        step=fingerprint(whole.expected),
         device=str(analysis.device),
         model=type(analysis.call.model).__name__,
         torch_version=torch.__version__,
@@ -247,6 +248,21 @@ def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline, step: i
 
 
 # -- Infeasible ------------------------------------------------------------------------------------------
+
+
+def too_large(plan: Plan) -> BudgetInfeasibleError:
+    """The error for a plan that was loaded: nobody looked whether another one fits."""
+    why = " + ".join(f"{format_bytes(n)} {name}" for name, n in plan.peak.live.items())
+    return BudgetInfeasibleError(
+        f"the plan that was given peaks at {format_bytes(plan.predicted_peak)} "
+        f"({plan.predicted_peak} bytes); the budget is {format_bytes(plan.budget)} "
+        f"({plan.budget} bytes).\n"
+        f"  try: optimize without plan=, which looks for a plan that fits; or a budget of "
+        f"{plan.predicted_peak} bytes",
+        smallest_peak=plan.predicted_peak,
+        best_plan=plan,
+        why=why,
+    )
 
 
 def infeasible(plan: Plan) -> BudgetInfeasibleError:

@@ -17,7 +17,7 @@ from fxmem.capture import StepCall, capture
 from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
-from fxmem.decisions import explain, find_choice, infeasible
+from fxmem.decisions import explain, find_choice, infeasible, too_large
 from fxmem.errors import VerificationError
 from fxmem.graph import JointGraph, Role
 from fxmem.liveness import MemoryTimeline, timeline
@@ -242,7 +242,7 @@ def decide(analysis: Analysis, options: Options) -> Planned:
         choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
     plan = explain(analysis, options, budget, choice, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
-        raise infeasible(plan)
+        raise (infeasible if options.plan is None else too_large)(plan)
     return Planned(plan, rewritten, halves, analysis.undefined)
 
 

@@ -145,6 +145,7 @@ class Plan:
     predicted_overhead: added time / unchanged time.  gap: the step's time over a lower bound on any
     plan's, less 1: of all plans that fit, run the backward in this order and hold what is saved
     until its last reader; None where nobody looked.  symbols: name -> value in the example.
+    fingerprint: of the graph that the plan is for; step: of the step before convolutions were split.
     valid_for: symbol -> (smallest, largest) size.  certificate: why the peak is not lower; None
     where the step fits as it is.
     """
@@ -166,6 +167,7 @@ class Plan:
     peak: PeakPoint
     before: PeakPoint
     fingerprint: str
+    step: str
     device: str
     model: str
     torch_version: str
@@ -195,10 +197,10 @@ class Plan:
                 f"diff compares with another plan, got {type(other).__name__}\n"
                 "  try: plan.diff(fxmem.Plan.load(path))"
             )
-        if self.fingerprint != other.fingerprint:
+        if self.step != other.step:
             raise PlanMismatchError(
-                f"these plans are for different graphs: {self.model} ({self.fingerprint}) and "
-                f"{other.model} ({other.fingerprint}).\n"
+                f"these plans are for different graphs: {self.model} ({self.step}) and "
+                f"{other.model} ({other.step}).\n"
                 "  try: make both plans for the same model, mode and input shapes"
             )
         mine = {d.key: d for d in self.decisions}

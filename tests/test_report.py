@@ -104,6 +104,7 @@ def make_plan(**changes):
         "peak": after,
         "before": before,
         "fingerprint": "7c1e04d2aaaaaaaa",
+        "step": "7c1e04d2aaaaaaaa",
         "device": "cpu",
         "model": "GPT",
         "torch_version": "2.13.0",

@@ -292,3 +292,41 @@ def test_a_saved_plan_is_of_the_form_that_it_was_made_for(budget, tmp_path):
     step = fxmem.optimize(model, budget, (x,), plan=saved)
     assert step.plan.predicted_peak == saved.predicted_peak
     assert step.plan.fingerprint == saved.fingerprint == fxmem.plan(model, budget, (x,)).fingerprint
+
+
+# -- Plans of both forms -----------------------------------------------------------------------------
+
+
+def plans_of_both_forms():
+    body, x = stack()
+    model = Loss(body)
+    return model, x, fxmem.plan(model, "1TiB", (x,)), fxmem.plan(model, "min", (x,))
+
+
+def test_plans_of_both_forms_can_be_compared():
+    _, _, whole, split = plans_of_both_forms()
+    assert whole.fingerprint != split.fingerprint
+    assert "recompute" in whole.diff(split)
+
+
+def test_a_given_plan_that_does_not_fit_is_not_called_the_smallest():
+    model, x, whole, split = plans_of_both_forms()
+    with pytest.raises(fxmem.BudgetInfeasibleError, match="the plan that was given peaks") as error:
+        fxmem.optimize(model, split.predicted_peak, (x,), plan=whole)
+    assert error.value.smallest_peak == whole.predicted_peak
+
+
+def test_a_gradient_that_a_kernel_makes_though_nobody_asked_counts_as_its_workspace():
+    """The weight's, of a convolution whose bias alone trains."""
+
+    class FrozenWeight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(4, 16, 3, padding=1)
+            self.second = nn.Conv2d(16, 16, 3, padding=1)
+            self.second.weight.requires_grad_(False)
+
+        def forward(self, x):
+            return self.second(torch.sin(self.first(x))).sum()
+
+    fxmem.optimize(FrozenWeight(), "min", (tensor(2, 4, 30, 30),), verify=True)
