@@ -67,7 +67,8 @@ class Climb:
             target = self._targets.pop(0)
             search = self._solver.search(schedule, self._patience)
             search.improve(target)
-            search.swap(target)
+            if not self._solver.are_many:
+                search.swap(target)
             schedule.commit()
             if schedule.seconds < self.plans[-1].seconds:
                 self.plans.append(as_found(schedule))
