@@ -105,11 +105,6 @@ class Reserve:
     in_8_bits: int = 0
 
 
-def reserve_bytes(reserve: int | str | torch.optim.Optimizer) -> int:
-    """The bytes of what ``read_reserve`` reads."""
-    return read_reserve(reserve).nbytes
-
-
 def read_reserve(reserve: int | str | torch.optim.Optimizer) -> Reserve:
     """What to keep free for what lies outside the step.
 

@@ -35,11 +35,6 @@ class Choice:
     outcome: Outcome
     bound: float | None = None
 
-    @property
-    def rank(self) -> tuple[float, int]:
-        """Among choices that fit: less time first, then less peak."""
-        return (self.outcome.seconds, self.outcome.peak)
-
 
 class Planner:
     """must_keep, must_remake: values that the user's checkpoint policies decide.

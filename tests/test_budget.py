@@ -10,7 +10,7 @@ import torch
 
 import fxmem.budget
 import fxmem.device
-from fxmem.budget import Budget, read_reserve, reserve_bytes
+from fxmem.budget import Budget, read_reserve
 from fxmem.device import free_memory, total_memory
 from fxmem.errors import BudgetError, FxmemError
 
@@ -163,18 +163,18 @@ def test_a_missing_cuda_device_asks_for_bytes():
 
 @pytest.mark.parametrize(("reserve", "nbytes"), [(0, 0), (7, 7), (np.int32(7), 7), ("1KiB", 1024)])
 def test_a_reserve_in_bytes_is_read(reserve, nbytes):
-    assert reserve_bytes(reserve) == nbytes
+    assert read_reserve(reserve).nbytes == nbytes
 
 
 @pytest.mark.parametrize("reserve", [-1, True, 1.5, None, [1], torch.tensor(1)])
 def test_any_other_reserve_is_refused(reserve):
     with pytest.raises(BudgetError, match=r"as a reserve\n.*torch\.optim\.Optimizer"):
-        reserve_bytes(reserve)
+        read_reserve(reserve)
 
 
 def test_a_reserve_without_unit_is_refused():
     with pytest.raises(BudgetError, match="no unit"):
-        reserve_bytes("20")
+        read_reserve("20")
 
 
 OPTIMIZERS = {
@@ -208,9 +208,9 @@ def test_an_optimizer_reserves_what_its_first_step_will_create(name):
     model = torch.nn.Linear(64, 32)
     optimizer = OPTIMIZERS[name](model.parameters())
     model(torch.ones(2, 64)).sum().backward()
-    ahead = reserve_bytes(optimizer)
+    ahead = read_reserve(optimizer).nbytes
     optimizer.step()
-    assert ahead == reserve_bytes(optimizer) == held_by(optimizer)
+    assert ahead == read_reserve(optimizer).nbytes == held_by(optimizer)
 
 
 def test_state_that_shares_a_storage_is_counted_once():
@@ -218,7 +218,7 @@ def test_state_that_shares_a_storage_is_counted_once():
     optimizer = torch.optim.SGD([weight], lr=0.1)
     shared = torch.ones(100)
     optimizer.state[weight] = {"a": shared[:50], "b": [shared[50:]], "c": 3}
-    assert reserve_bytes(optimizer) == shared.nbytes
+    assert read_reserve(optimizer).nbytes == shared.nbytes
 
 
 def test_every_group_of_parameters_is_told_ahead():
@@ -226,7 +226,7 @@ def test_every_group_of_parameters_is_told_ahead():
     groups = [{"params": first.parameters()}, {"params": second.parameters(), "amsgrad": True}]
     optimizer = torch.optim.Adam(groups)
     (first(torch.ones(8)).sum() + second(torch.ones(16)).sum()).backward()
-    ahead = reserve_bytes(optimizer)
+    ahead = read_reserve(optimizer).nbytes
     optimizer.step()
     assert ahead == held_by(optimizer)
 
@@ -241,7 +241,7 @@ def test_telling_ahead_leaves_the_optimizer_alone():
     weight = model.weight.detach().clone()
 
     # The frozen bias gets no state; Adam counts steps in one float for each parameter.
-    assert reserve_bytes(optimizer) == 2 * model.weight.nbytes + 4
+    assert read_reserve(optimizer).nbytes == 2 * model.weight.nbytes + 4
 
     assert vars(optimizer) == attributes
     assert optimizer.param_groups[0] == group
@@ -262,19 +262,19 @@ class StubbornAdam(Stubborn):
 
 def test_an_adam_that_cannot_be_tried_reserves_two_moments():
     model = torch.nn.Linear(8, 8)
-    assert reserve_bytes(StubbornAdam(model.parameters(), lr=0.1)) == 2 * (8 * 8 + 8) * 4
+    assert read_reserve(StubbornAdam(model.parameters(), lr=0.1)).nbytes == 2 * (8 * 8 + 8) * 4
 
 
 def test_another_optimizer_that_cannot_be_tried_asks_for_bytes():
     optimizer = Stubborn(torch.nn.Linear(8, 8).parameters(), lr=0.1)
     with pytest.raises(FxmemError, match=r'Stubborn.*only on Tuesdays[\s\S]*reserve="2GiB"'):
-        reserve_bytes(optimizer)
+        read_reserve(optimizer)
 
 
 def test_an_optimizer_that_needs_a_closure_asks_for_bytes():
     optimizer = torch.optim.LBFGS(torch.nn.Linear(8, 8).parameters())
     with pytest.raises(BudgetError, match="LBFGS"):
-        reserve_bytes(optimizer)
+        read_reserve(optimizer)
 
 
 def test_moments_in_8_bits_free_three_bytes_of_four_but_for_their_scales():
