@@ -5,6 +5,7 @@ Run on torch 2.13.0.  When a torch release moves one of these, this is the only 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import logging
 import sys
@@ -62,6 +63,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     )
     with (
         static,
+        _metrics_kept_to_themselves(),
         _unread_draws_kept(),
         torch_function_mode_stack_state_mgr,  # notes which modes are on, such as a default device
         _compiling_state_context(),
@@ -78,6 +80,17 @@ def _unread_draws_kept() -> contextlib.AbstractContextManager[Any]:
     """
     patch: contextlib.AbstractContextManager[Any] = inductor_config.patch(fallback_random=True)
     return patch
+
+
+@contextlib.contextmanager
+def _metrics_kept_to_themselves() -> Iterator[None]:
+    """torch 2.11 and 2.12 cannot write the set of functions above as JSON, and log an error about it."""
+    log = logging.getLogger("torch._dynamo.metrics_context")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 def _logging_functions() -> set[Any]:
@@ -127,8 +140,12 @@ def _attention_backends() -> tuple[bool, ...]:
 def dynamo_callable(
     output: Any, function: Callable[..., Any], compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """``function`` again, with its captured graph replaced by ``compiled(*flat_inputs)``."""
-    return output.forward_callable(compiled_fn=compiled, extra_globals=function.__globals__)
+    """``function`` again, with its captured graph replaced by ``compiled(*flat_inputs)``.
+
+    Releases before 2.13 look for the built-in functions that it calls among its globals.
+    """
+    known = {**vars(builtins), **function.__globals__}
+    return output.forward_callable(compiled_fn=compiled, extra_globals=known)
 
 
 def dynamo_source_name(placeholder: fx.Node) -> str:

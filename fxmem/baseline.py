@@ -24,7 +24,7 @@ from fxmem import _torch
 from fxmem._torch import fake_tensors_off, is_fake, new_fake_mode, storage_key
 from fxmem.capture import StepCall, training_step
 from fxmem.graph import LOSS_OUTSIDE
-from fxmem.sizes import hint, is_dense, tensors_in
+from fxmem.sizes import hint, in_blocks, is_dense, tensors_in
 from fxmem.standins import backward, fake_call, is_small
 from fxmem.workspace import Call, Workspaces
 
@@ -130,7 +130,7 @@ class _StorageWatch(TorchDispatchMode):
         """Tensors that are there before the step and after it."""
         for tensor in tensors:
             self._meet(tensor)
-            self.unread[storage_key(tensor)] = hint(tensor.untyped_storage().nbytes())
+            self.unread[storage_key(tensor)] = _nbytes(tensor)
 
     def lose(self, sent: int) -> None:
         """The caller's loss is at work, while it sends gradients of so many bytes."""
@@ -180,7 +180,7 @@ class _StorageWatch(TorchDispatchMode):
         if key in self._alive:
             return
         storage = tensor.untyped_storage()
-        nbytes = hint(storage.nbytes())
+        nbytes = _nbytes(tensor)
         self.live += nbytes
 
         def died(_: Any, key: int = key, nbytes: int = nbytes) -> None:
@@ -188,3 +188,8 @@ class _StorageWatch(TorchDispatchMode):
             self._alive.pop(key, None)
 
         self._alive[key] = weakref.ref(storage, died)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """What the allocator hands out for the storage behind it."""
+    return int(in_blocks(hint(tensor.untyped_storage().nbytes()), tensor.device))

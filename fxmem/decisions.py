@@ -56,7 +56,7 @@ def explain(
     return Plan(
         budget=peak if budget is None else budget,
         asked=options.budget.asked,
-        reserve=options.reserve,
+        reserve=options.reserve + options.library,
         predicted_peak=peak,
         baseline_peak=analysis.baseline_peak,
         keep_all_peak=before.peak(bindings).nbytes,

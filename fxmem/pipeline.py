@@ -18,6 +18,7 @@ from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
 from fxmem.decisions import explain, find_choice, infeasible, too_large
+from fxmem.device import library_memory
 from fxmem.errors import VerificationError
 from fxmem.graph import JointGraph, Role
 from fxmem.liveness import MemoryTimeline, timeline
@@ -56,12 +57,14 @@ BEFORE_PLANNING: tuple[Pass, ...] = (
 class Options:
     """``optimize``'s keywords, checked; see there.
 
-    reserve_in_8_bits: bytes of ``reserve`` that 8-bit moments would free.
+    reserve_in_8_bits: bytes of ``reserve`` that 8-bit moments would free.  library: bytes outside
+    the step, too, that the device's libraries hold.
     """
 
     budget: Budget
     reserve: int = 0
     reserve_in_8_bits: int = 0
+    library: int = 0
     allow: tuple[str, ...] = ("recompute", "lossless")
     on_infeasible: str = "raise"
     cost: CostModel | Literal["measure"] | None = None
@@ -230,8 +233,11 @@ _LOSS_SCALARS = 64
 
 def decide(analysis: Analysis, options: Options) -> Planned:
     """Choose, rewrite and check.  Raises ``BudgetInfeasibleError`` as ``options`` asks for."""
+    options = replace(options, library=library_memory(analysis.device))
     budget = options.budget.resolve(
-        device=analysis.device, baseline_peak=analysis.baseline_peak, reserve=options.reserve
+        device=analysis.device,
+        baseline_peak=analysis.baseline_peak,
+        reserve=options.reserve + options.library,
     )
     limit = budget
     if budget is not None and analysis.flow.loss_outside:

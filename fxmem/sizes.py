@@ -16,6 +16,13 @@ Size: TypeAlias = int | sympy.Expr
 """Bytes: an ``int``, or a sympy polynomial in the shape symbols."""
 
 
+CUDA_BLOCK = 512
+"""Bytes that torch's CUDA allocator rounds each request up to.
+
+Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize; checked with ``memory_stats`` on an H100.
+"""
+
+
 def as_expr(value: int | torch.SymInt) -> Size:
     """An ``int`` as it is; a symbolic one as its expanded sympy expression."""
     if isinstance(value, torch.SymInt):
@@ -37,8 +44,20 @@ def storages_in(value: Any) -> dict[int, Size]:
 
 
 def storage_nbytes(tensor: torch.Tensor) -> Size:
-    """Bytes of the whole storage behind a tensor, which a small view keeps alive in full."""
-    return as_expr(tensor.untyped_storage().nbytes())
+    """Bytes of the whole storage behind a tensor, which a small view keeps alive in full.
+
+    They are what the allocator hands out: on CUDA whole blocks.
+    """
+    return in_blocks(as_expr(tensor.untyped_storage().nbytes()), tensor.device)
+
+
+def in_blocks(nbytes: Size, device: torch.device) -> Size:
+    """What the device's allocator takes for so many bytes."""
+    if device.type != "cuda":
+        return nbytes
+    if isinstance(nbytes, int):
+        return -(-nbytes // CUDA_BLOCK) * CUDA_BLOCK
+    return CUDA_BLOCK * sympy.ceiling(nbytes / CUDA_BLOCK)
 
 
 def evaluate(size: Size, bindings: dict[Any, int]) -> int:

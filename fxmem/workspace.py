@@ -35,7 +35,7 @@ from fxmem._torch_profiler import SESSION, is_recording, sizes_apart
 from fxmem.device import free_memory
 from fxmem.graph import is_view, operator_name
 from fxmem.measure import cpu_allocations
-from fxmem.sizes import hint, storages_in, tensors_in
+from fxmem.sizes import CUDA_BLOCK, hint, storages_in, tensors_in
 
 T = TypeVar("T")
 
@@ -371,12 +371,25 @@ def _measure_cuda(call: Call, device: torch.device) -> Entry:
     _run(call, device)  # the first call makes handles and tunes kernels, which later calls keep
     args, kwargs = call.stand_ins(device)
     torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_stats(device)
     result = call.target(*args, **kwargs)
     torch.cuda.synchronize(device)
-    highest = torch.cuda.max_memory_allocated(device) - before
-    return _entry(call, highest, result, (args, kwargs))
+    after = torch.cuda.memory_stats(device)
+    # Not what is allocated: a block that is cached already is handed out whole if it is a little
+    # too large, and which one is depends on what ran before.
+    asked = "requested_bytes.all."
+    highest = after[asked + "peak"] - before[asked + "current"]
+    entry = _entry(call, highest, result, (args, kwargs))
+    return replace(entry, nbytes=_in_several_blocks(entry.nbytes))
+
+
+_SEVERAL = 8
+"""Requests of an operator, each rounded up to a block, that its workspace has room for."""
+
+
+def _in_several_blocks(nbytes: int) -> int:
+    return nbytes and (-(-nbytes // CUDA_BLOCK) + _SEVERAL - 1) * CUDA_BLOCK
 
 
 def _entry(call: Call, highest: int, result: Any, given: Any) -> Entry:
