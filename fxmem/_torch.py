@@ -310,6 +310,26 @@ def without_bytes(size: list[int], strides: list[int], like: torch.Tensor) -> to
     return found
 
 
+def cudnn_normalizes(
+    x: torch.Tensor, statistics: Sequence[torch.Tensor | None], eps: float
+) -> bool:
+    """Does eager train this batch normalization with cuDNN's kernel?
+
+    statistics: weight, bias, running mean and running variance.
+    """
+    if x.device.type != "cuda":
+        return False
+    private: Any = torch._C
+    backend = private._select_batch_norm_backend(x, *statistics, True, eps)
+    return bool(backend == private._BatchNormBackend.Cudnn)
+
+
+def cudnn_reserve_nbytes(x: torch.Tensor) -> int:
+    """Bytes that cuDNN's batch normalization keeps for its backward."""
+    private: Any = torch._C
+    return int(private._get_cudnn_batch_norm_reserve_space_size(x, True))
+
+
 # -- Fake tensors ----------------------------------------------------------------------------------
 
 

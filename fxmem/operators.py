@@ -8,12 +8,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxmem.batch_norm import cudnn_batch_norm, cudnn_batch_norm_again
 from fxmem.graph import JointGraph, is_backward, is_symbolic_scalar, is_view
 from fxmem.sizes import tensors_in
 
 aten = torch.ops.aten
 
-_PURE_NAMESPACES = {"aten", "prims"}
+_PURE_NAMESPACES = {"aten", "prims", "fxmem"}
 _declared_pure: set[Any] = set()
 
 # Atomics add in any order on CUDA, so that running these again changes low bits.
@@ -174,9 +175,15 @@ def second_call(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
             (x, weight, bias, training, momentum, eps),
             {},
         )
+    if node.target is cudnn_batch_norm:
+        x, weight, bias, _, _, _, eps = node.args
+        return cudnn_batch_norm_again, (x, weight, bias, eps), {}
     return node.target, tuple(node.args), dict(node.kwargs)
 
 
 def second_call_outputs(node: fx.Node) -> int | None:
     """How many results a second run returns, where that is fewer than the first; else None."""
-    return 3 if second_call(node)[0] is aten._native_batch_norm_legit.no_stats else None
+    return _FEWER.get(second_call(node)[0])
+
+
+_FEWER = {aten._native_batch_norm_legit.no_stats: 3, cudnn_batch_norm_again: 4}

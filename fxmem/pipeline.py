@@ -26,6 +26,7 @@ from fxmem.operators import recomputable_nodes
 from fxmem.partition import Split, split
 from fxmem.passes.base import Pass
 from fxmem.passes.cleanup import CleanupPass
+from fxmem.passes.cudnn_batch_norm import CudnnBatchNormPass
 from fxmem.passes.deduplicate import DeduplicatePass
 from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 BEFORE_PLANNING: tuple[Pass, ...] = (
     CleanupPass(),
+    CudnnBatchNormPass(),
     IdentitiesPass(),
     DeduplicatePass(),
     GradientLayoutsPass(),

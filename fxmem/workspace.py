@@ -117,15 +117,23 @@ class Call:
     def stand_ins(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Throwaway arguments; on the meta device they hold nothing."""
         make = TensorSpec.empty if device.type == "meta" else TensorSpec.stand_in
-        made: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        args, kwargs = pytree.tree_map_only(
             TensorSpec, lambda s: make(s, device), (self.args, self.kwargs)
         )
-        return made
+        if self.target in _SEEDED_FROM_THE_CPU and device.type == "cuda":
+            seed, offset = _SEEDED_FROM_THE_CPU[self.target]
+            args = tuple(a.cpu() if i in (seed, offset) else a for i, a in enumerate(args))
+        return args, kwargs
 
     def operand_bytes(self) -> int:
         specs = pytree.tree_leaves((self.args, self.kwargs))
         return sum(s.nbytes for s in specs if isinstance(s, TensorSpec))
 
+
+_SEEDED_FROM_THE_CPU: dict[Any, tuple[int, int]] = {
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: (6, 7),
+}
+"""Kernels on CUDA that read two arguments, at these places, on the CPU; fake tensors say otherwise."""
 
 _COPIES_STORAGES = {torch.ops.aten.copy.default}
 """Operators that copy the whole storage under a view, and return a view of that."""

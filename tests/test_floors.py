@@ -17,6 +17,7 @@ FLOORS = {
     "fxmem/_torch_profiler.py": 0,
     # one tensor, one device, one number
     "fxmem/_torch_eager.py": 1,
+    "fxmem/batch_norm.py": 1,
     "fxmem/convolution.py": 1,
     "fxmem/sizes.py": 1,
     "fxmem/units.py": 1,
@@ -55,6 +56,7 @@ FLOORS = {
     "passes/in_place.py": 5,
     "passes/order.py": 5,
     "passes/recompute.py": 5,
+    "passes/cudnn_batch_norm.py": 5,
     "passes/split_convolution.py": 5,
     "passes/strides.py": 5,
     "passes/tangents.py": 6,

@@ -22,13 +22,15 @@ from torch.utils.checkpoint import (
 )
 
 import fxmem
+from fxmem import batch_norm as cudnn
 from fxmem import operators, pipeline
 from fxmem.capture import StepCall, capture
 from fxmem.graph import JointGraph, OutputKind
-from fxmem.operators import recomputable_nodes, refusal
+from fxmem.operators import recomputable_nodes, refusal, second_call, second_call_outputs
 from fxmem.partition import split
-from fxmem.passes import recompute
+from fxmem.passes import cudnn_batch_norm, recompute
 from fxmem.passes.cleanup import CleanupPass
+from fxmem.passes.cudnn_batch_norm import CudnnBatchNormPass
 from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.recompute import Recompute, RecomputePass
@@ -192,6 +194,47 @@ def test_batch_norm_backward_forgets_the_running_statistics():
 + native_batch_norm_backward: (f32[5, 3], f32[3], f32[3]) = native_batch_norm_backward(mul, mm, primals_6, None, None, getitem_1, getitem_2, True, 1e-05, [True, True, True])""",
     )
     assert_same_outputs(graph, after)
+
+
+def test_on_cuda_batch_norm_is_cudnns(monkeypatch):
+    monkeypatch.setattr(cudnn_batch_norm, "cudnn_normalizes", lambda *_: True)
+    monkeypatch.setattr(cudnn, "cudnn_reserve_nbytes", lambda _: 24)
+    graph = CleanupPass().apply(batch_norm())
+    after, text = changed(graph, CudnnBatchNormPass())
+    assert_expected_inline(
+        text,
+        """\
+- _native_batch_norm_legit_functional: (f32[5, 3], f32[3], f32[3], f32[3], f32[3]) = _native_batch_norm_legit_functional(mm, primals_6, primals_7, primals_4, primals_5, True, 0.1, 1e-05)
++ _native_batch_norm_legit_functional_cudnn: (f32[5, 3], f32[3], f32[3], u8[24], f32[3], f32[3]) = cudnn_batch_norm(mm, primals_6, primals_7, primals_4, primals_5, 0.1, 1e-05)
++ _native_batch_norm_legit_functional_cudnn_reserve: u8[24] = getitem(_native_batch_norm_legit_functional_cudnn, 3)
+- getitem: f32[5, 3] = getitem(_native_batch_norm_legit_functional, 0)
++ getitem: f32[5, 3] = getitem(_native_batch_norm_legit_functional_cudnn, 0)
+- getitem_1: f32[3] = getitem(_native_batch_norm_legit_functional, 1)
++ getitem_1: f32[3] = getitem(_native_batch_norm_legit_functional_cudnn, 1)
+- getitem_2: f32[3] = getitem(_native_batch_norm_legit_functional, 2)
++ getitem_2: f32[3] = getitem(_native_batch_norm_legit_functional_cudnn, 2)
+- getitem_3: f32[3] = getitem(_native_batch_norm_legit_functional, 3)
++ getitem_3: f32[3] = getitem(_native_batch_norm_legit_functional_cudnn, 4)
+- getitem_4: f32[3] = getitem(_native_batch_norm_legit_functional, 4)
++ getitem_4: f32[3] = getitem(_native_batch_norm_legit_functional_cudnn, 5)
+- native_batch_norm_backward: (f32[5, 3], f32[3], f32[3]) = native_batch_norm_backward(mul, mm, primals_6, None, None, getitem_1, getitem_2, True, 1e-05, [True, True, True])
++ native_batch_norm_backward_cudnn: (f32[5, 3], f32[3], f32[3]) = cudnn_batch_norm_backward(mul, mm, primals_6, getitem_1, getitem_2, _native_batch_norm_legit_functional_cudnn_reserve, 1e-05)
+- getitem_5: f32[5, 3] = getitem(native_batch_norm_backward, 0)
++ getitem_5: f32[5, 3] = getitem(native_batch_norm_backward_cudnn, 0)
+- getitem_6: f32[3] = getitem(native_batch_norm_backward, 1)
++ getitem_6: f32[3] = getitem(native_batch_norm_backward_cudnn, 1)
+- getitem_7: f32[3] = getitem(native_batch_norm_backward, 2)
++ getitem_7: f32[3] = getitem(native_batch_norm_backward_cudnn, 2)""",
+    )
+    norm = next(n for n in after.nodes if n.target is cudnn.cudnn_batch_norm)
+    again, _, _ = second_call(norm)
+    assert again is cudnn.cudnn_batch_norm_again
+    assert second_call_outputs(norm) == 4
+
+
+def test_elsewhere_batch_norm_stays():
+    _, text = changed(CleanupPass().apply(batch_norm()), CudnnBatchNormPass())
+    assert text == ""
 
 
 def test_an_input_that_the_step_changes_is_copied_for_the_backward():
