@@ -14,13 +14,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
 from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.convert_frame import fullgraph_capture
-from torch._dynamo.functional_export import _compiling_state_context
+from torch._dynamo.hooks import Hooks
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._dynamo.variables.torch import tracing_state_functions
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._functorch.aot_autograd import (
     aot_compile_joint_with_descriptors,
@@ -35,6 +37,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
+
+from fxmem import _transformers
 
 CHECKED_VERSIONS = ("2.13.0",)
 
@@ -53,6 +57,16 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
     Raises whatever Dynamo raises when the function does not fit into one graph.
     """
+    with _transformers.one_sequence_a_row() as told:
+        output = _dynamo_capture(function, args)
+    if not told or output.backend_input is None:
+        return output
+    if _transformers.are_right(output.backend_input.graph_module):
+        return output
+    return _dynamo_capture(function, args)
+
+
+def _dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     static = torch._dynamo.config.patch(
         # A float attribute turned into an input would make AOTAutograd ask for a second capture.
         specialize_float=True,
@@ -66,7 +80,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         _metrics_kept_to_themselves(),
         _unread_draws_kept(),
         torch_function_mode_stack_state_mgr,  # notes which modes are on, such as a default device
-        _compiling_state_context(),
+        _compiling_not_exporting(),
         get_metrics_context(),
         dynamo_timed("fxmem_capture"),
     ):
@@ -80,6 +94,20 @@ def _unread_draws_kept() -> contextlib.AbstractContextManager[Any]:
     """
     patch: contextlib.AbstractContextManager[Any] = inductor_config.patch(fallback_random=True)
     return patch
+
+
+@contextlib.contextmanager
+def _compiling_not_exporting() -> Iterator[None]:
+    """Models that are exported make masks that eager does without, and take slower kernels for them.
+
+    Before torch 2.13 Dynamo answers True to ``torch.compiler.is_exporting()`` whatever it does.
+    """
+    answers = tracing_state_functions()
+    with (
+        mock.patch.object(torch.compiler, "_is_compiling_flag", True),
+        mock.patch.dict(answers, {torch.compiler.is_exporting: False}),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -121,9 +149,15 @@ def dynamo_guards(
     # A hook that is put on a submodule later must not be passed over: the step is captured anew.
     hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
     with as_called(), hooks, get_metrics_context(), dynamo_timed("fxmem_guards"):
-        manager = output.graph_capture_output.build_guards(code).guard_manager
+        manager = output.graph_capture_output.build_guards(code, _OUR_HOOKS).guard_manager
     chosen = _attention_backends()
     return lambda local: manager.check(local) and _attention_backends() == chosen
+
+
+_OUR_HOOKS = Hooks(
+    # It was another function while the step was traced.
+    guard_filter_fn=lambda guards: [_transformers.ASKED not in g.name for g in guards]
+)
 
 
 def _attention_backends() -> tuple[bool, ...]:

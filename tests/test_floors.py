@@ -14,6 +14,7 @@ FLOORS = {
     "fxmem/errors.py": 0,
     "fxmem/gpus.py": 0,
     "fxmem/_torch.py": 0,
+    "fxmem/_transformers.py": 0,
     "fxmem/_torch_profiler.py": 0,
     # one tensor, one device, one number
     "fxmem/_torch_eager.py": 1,
