@@ -1,6 +1,6 @@
 """Every private function of torch that fxmem calls, each behind one small function of ours.
 
-Run on torch 2.13.0.  When a torch release moves one of these, this is the only file to mend.
+Run on torch 2.11.0 and 2.13.0.  When a torch release moves one of these, this is the only file to mend.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from torch.utils.module_tracker import ModuleTracker
 
 from fxmem import _transformers
 
-CHECKED_VERSIONS = ("2.13.0",)
+CHECKED_VERSIONS = ("2.11.0", "2.13.0")
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # torch's compiler stack is not thread-safe, so every capture and compilation holds this lock.
 COMPILE_LOCK = threading.RLock()
@@ -74,12 +75,14 @@ def _dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         automatic_dynamic_shapes=False,
         # A line in a log is no reason to refuse a model; it is written at the first call alone.
         ignore_logger_methods=_logging_functions(),
+        # Eager adds and multiplies in one kernel, which rounds once.
+        enable_dynamo_decompositions=False,
     )
     with (
         static,
         _metrics_kept_to_themselves(),
         _unread_draws_kept(),
-        torch_function_mode_stack_state_mgr,  # notes which modes are on, such as a default device
+        _function_modes_noted(),
         _compiling_not_exporting(),
         get_metrics_context(),
         dynamo_timed("fxmem_capture"),
@@ -94,6 +97,14 @@ def _unread_draws_kept() -> contextlib.AbstractContextManager[Any]:
     """
     patch: contextlib.AbstractContextManager[Any] = inductor_config.patch(fallback_random=True)
     return patch
+
+
+def _function_modes_noted() -> contextlib.AbstractContextManager[Any]:
+    """Let Dynamo know which modes are on, such as a default device; before torch 2.13 it looks itself."""
+    if _VERSION < (2, 13):
+        return contextlib.nullcontext()
+    noted: contextlib.AbstractContextManager[Any] = torch_function_mode_stack_state_mgr
+    return noted
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ def stays_real(tensor: torch.Tensor) -> bool:
 
 
 def is_small(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.numel() <= _LARGE
+    return tensor.device.type in ("cpu", "cuda") and tensor.numel() <= _LARGE
 
 
 def _like(tensor: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:
