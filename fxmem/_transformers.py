@@ -6,7 +6,7 @@ it makes a mask of every position with every other, and attention takes the kern
 slower, holds more and rounds otherwise.  Where the positions are computed from nothing but sizes they
 can be computed while tracing; only then is eager's answer taken.
 
-Checked with transformers 5.17.  Without that package, or where it has no such function, nothing happens.
+Checked with transformers 5.23.  Without that package, or where it has no such function, nothing happens.
 """
 
 from __future__ import annotations

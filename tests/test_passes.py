@@ -619,6 +619,9 @@ def test_a_sum_that_is_skipped_leaves_the_layout_of_what_remains():
     assert total.meta["val"].stride() == (5, 1)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="earlier releases trace this gradient in another layout"
+)
 def test_zeros_are_made_where_a_view_needs_the_old_layout():
     _, text = changed(transposed_result(2, 5, 4), UndefinedTangentsPass(("tangents_2",)))
     assert_expected_inline(
@@ -631,6 +634,9 @@ def test_zeros_are_made_where_a_view_needs_the_old_layout():
     )
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="earlier releases trace this gradient in another layout"
+)
 def test_zeros_are_made_where_only_fake_tensors_accept_the_view():
     def body(m, x):
         h = (x @ m.w).transpose(0, 2)
