@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxmem import encodings
 from fxmem._torch import run_and_save_rng_state
 from fxmem.fakes import look
 from fxmem.graph import JointGraph, is_backward, is_view
@@ -49,6 +50,7 @@ DESTINATIONS: dict[Any, tuple[Any, str | None]] = {
     aten.softplus_backward.default: (aten.softplus_backward.grad_input, "grad_input"),
     aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
     aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
+    encodings.threshold_backward: (encodings.threshold_backward_out, "grad_input"),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -14,7 +16,6 @@ from fxmem._torch_eager import compiling
 from fxmem.baseline import eager_peak
 from fxmem.budget import Budget
 from fxmem.capture import StepCall, capture
-from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
 from fxmem.decisions import explain, find_choice, infeasible, too_large
@@ -28,6 +29,7 @@ from fxmem.passes.base import Pass
 from fxmem.passes.cleanup import CleanupPass
 from fxmem.passes.cudnn_batch_norm import CudnnBatchNormPass
 from fxmem.passes.deduplicate import DeduplicatePass
+from fxmem.passes.encode import EncodePass
 from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
@@ -35,6 +37,7 @@ from fxmem.passes.order import OrderPass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.split_convolution import SplitConvolutionPass
 from fxmem.passes.tangents import UndefinedTangentsPass
+from fxmem.passes.unread import UnreadPass
 from fxmem.plan import Plan, fingerprint
 from fxmem.planner import Choice, Planner
 from fxmem.standins import without_meta
@@ -110,11 +113,37 @@ class Analysis:
     @cached_property
     def split(self) -> Analysis:
         """The step with its convolutions split, for less memory at once; itself if none can be."""
-        graph = SplitConvolutionPass().apply(self.graph)
-        if not any(n.target is convolution_input_backward for n in graph.nodes):
+        return self._rewritten(SplitConvolutionPass())
+
+    @cached_property
+    def coded(self) -> Analysis:
+        """The step with codes for all that the backward can read as such; itself if that is nothing."""
+        return self._rewritten(EncodePass())
+
+    @cached_property
+    def coded_alone(self) -> Analysis:
+        """The step with codes for what the backward reads in no other way; itself if that is nothing."""
+        return self._rewritten(EncodePass(alone=True))
+
+    def forms(self, options: Options) -> Iterator[Analysis]:
+        """The step, and what else could run in its place; each is made when its turn comes."""
+        yield self
+        yield self.split
+        if "lossless" in options.allow:
+            yield self.coded_alone
+            yield self.coded
+            yield self.coded.split
+
+    def smallest_form(self, options: Options) -> Analysis:
+        return (self.coded if "lossless" in options.allow else self).split
+
+    def _rewritten(self, a_pass: Pass) -> Analysis:
+        graph = a_pass.apply(self.graph)
+        if len(graph.nodes) == len(self.graph.nodes):
             return self
         unchanged = Unchanged(self.device, self.baseline_peak, self.workspaces)
-        return replace(_numbers(graph, self.call, unchanged, self.cost_asked), whole=self)
+        form = _numbers(graph, self.call, unchanged, self.cost_asked)
+        return replace(form, whole=self.whole or self)
 
 
 @dataclass(frozen=True)
@@ -152,6 +181,7 @@ def analyze(
     for a_pass in BEFORE_PLANNING:
         graph = a_pass.apply(graph)
     graph, workspaces = _ordered(graph, unchanged.workspaces, unchanged.device)
+    graph = UnreadPass().apply(graph)  # by strides that the order's figures brought along
     return _numbers(graph, call, replace(unchanged, workspaces=workspaces), cost)
 
 
@@ -268,31 +298,42 @@ def _choose(
     A loaded plan is of either form, and its fingerprint says of which.
     """
     if options.plan is not None:
-        whole = options.plan.fingerprint == fingerprint(analysis.expected)
-        form = analysis if whole else analysis.split
+        form = _form_of(analysis, options.plan, options)
         return form, find_choice(form, options.plan), None
     fitting = None if budget is None else _fitting(analysis, options, budget)
     if fitting is not None:
         return *fitting, None
-    planner = analysis.split.planner
+    form = analysis.smallest_form(options)
     if "recompute" not in options.allow:
-        return analysis.split, planner.keep_all(), None
-    smallest = planner.smallest()
-    return analysis.split, smallest, smallest.outcome.peak
+        return form, form.planner.keep_all(), None
+    smallest = form.planner.smallest()
+    return form, smallest, smallest.outcome.peak
+
+
+def _form_of(analysis: Analysis, plan: Plan, options: Options) -> Analysis:
+    """The form that the plan is of; the step itself if it is of none."""
+    for form in analysis.forms(options):
+        if plan.fingerprint == fingerprint(form.expected):
+            return form
+    return analysis
 
 
 def _fitting(analysis: Analysis, options: Options, budget: int) -> tuple[Analysis, Choice] | None:
-    """The fastest plan that fits: of the step with its convolutions whole, or split, if that pays."""
-    whole = _fit(analysis.planner, options, budget)
-    if whole is not None and (analysis.split is analysis or not whole.outcome.recomputed):
-        return analysis, whole
-    more = analysis.split.flow.seconds - analysis.flow.seconds
-    if whole is not None and whole.outcome.seconds <= more:
-        return analysis, whole
-    split = _fit(analysis.split.planner, options, budget)
-    if split is None or (whole and whole.outcome.seconds <= split.outcome.seconds + more):
-        return None if whole is None else (analysis, whole)
-    return analysis.split, split
+    """The fastest plan that fits, of all forms of the step; the first of these among equals."""
+    best: tuple[Analysis, Choice] | None = None
+    least = math.inf
+    seen: list[Analysis] = []
+    for form in analysis.forms(options):
+        more = form.flow.seconds - analysis.flow.seconds
+        if more >= least or any(form is other for other in seen):
+            continue
+        seen.append(form)
+        choice = _fit(form.planner, options, budget)
+        if choice is not None and more + choice.outcome.seconds < least:
+            best, least = (form, choice), more + choice.outcome.seconds
+        if least <= 0:
+            break
+    return best
 
 
 def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
