@@ -134,8 +134,13 @@ class Analysis:
             yield self.coded
             yield self.coded.split
 
-    def smallest_form(self, options: Options) -> Analysis:
-        return (self.coded if "lossless" in options.allow else self).split
+    def small_forms(self, options: Options) -> Iterator[Analysis]:
+        """Those of the forms that a smallest peak may be of."""
+        if "lossless" in options.allow:
+            yield self.coded_alone.split
+            yield self.coded.split
+        else:
+            yield self.split
 
     def _rewritten(self, a_pass: Pass) -> Analysis:
         graph = a_pass.apply(self.graph)
@@ -303,11 +308,27 @@ def _choose(
     fitting = None if budget is None else _fitting(analysis, options, budget)
     if fitting is not None:
         return *fitting, None
-    form = analysis.smallest_form(options)
-    if "recompute" not in options.allow:
-        return form, form.planner.keep_all(), None
-    smallest = form.planner.smallest()
-    return form, smallest, smallest.outcome.peak
+    form, smallest = _smallest(analysis, options)
+    return form, smallest, smallest.outcome.peak if "recompute" in options.allow else None
+
+
+def _smallest(analysis: Analysis, options: Options) -> tuple[Analysis, Choice]:
+    """The smallest plan, of all forms of the step; the first of these among equals."""
+    best: tuple[Analysis, Choice] | None = None
+    for form in analysis.small_forms(options):
+        if best is not None and (form is best[0] or _least(form) >= best[1].outcome.peak):
+            continue
+        recompute = "recompute" in options.allow
+        choice = form.planner.smallest() if recompute else form.planner.keep_all()
+        if best is None or choice.outcome.peak < best[1].outcome.peak:
+            best = form, choice
+    assert best is not None
+    return best
+
+
+def _least(form: Analysis) -> int:
+    """Bytes that no plan of this form goes below."""
+    return form.planner.simulator.least.nbytes
 
 
 def _form_of(analysis: Analysis, plan: Plan, options: Options) -> Analysis:

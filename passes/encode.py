@@ -80,10 +80,12 @@ class EncodePass:
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
-        found = {node: how for node in graph.nodes if (how := _encoded(node)) is not None}
+        found = {node: None for node in graph.nodes if _encoded(node) is not None}
         held, readers = _held(graph), _backward_readers(graph)
         codes: dict[tuple[Any, ...], fx.Node] = {}
-        for node, how in found.items():
+        for node in found:
+            how = _encoded(node)  # one of its operands may have changed meanwhile
+            assert how is not None
             keys = set(storages_in(how.source.meta["val"]))
             others = {r for key in keys for r in readers[key]} - found.keys()
             if keys & held or (self.alone and others):
