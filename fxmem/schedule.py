@@ -183,16 +183,17 @@ class Schedule:
         """Go back to how things were at ``mark``."""
         while len(self._journal) > mark.length:
             container, key, old = self._journal.pop()
-            if container is self.kept:
-                (self.kept.discard if key == "add" else self.kept.add)(old)
-            elif isinstance(container, np.ndarray):
+            kind = type(container)
+            if kind is list or (kind is dict and old is not None):
+                container[key] = old
+            elif kind is dict:
+                del container[key]
+            elif kind is np.ndarray:
                 container[key] -= old
             elif container is self:
                 setattr(self, key, old)
-            elif old is None:
-                container.pop(key, None)
             else:
-                container[key] = old
+                (self.kept.discard if key == "add" else self.kept.add)(old)
 
     def commit(self) -> None:
         """Forget how to go back."""
@@ -494,7 +495,7 @@ class Schedule:
     # -- The journal -----------------------------------------------------------------------------------
 
     def _set(self, container: Any, key: Any, new: Any) -> None:
-        old = container[key] if isinstance(container, list) else container.get(key)
+        old = container[key] if type(container) is list else container.get(key)
         self._journal.append((container, key, old))
         container[key] = new
 
