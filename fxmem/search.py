@@ -30,6 +30,9 @@ _ROUNDS = 4
 _TRIED = 12
 """Values in whose favour one may be given up."""
 
+_MORE = 2.0
+"""A move may save so much more of what it saves alone after another value is given up."""
+
 _NEARLY = 0.95
 """A move that gains so much of what the best of the others may gain is as good as the best."""
 
@@ -168,20 +171,31 @@ class Search:
         for _ in range(_ROUNDS):
             before = schedule.seconds
             gains = self._by_density(self._increases(), -1.0)
-            losses = self._by_density(
-                (("remake", v, -1) for v in self.free if v in schedule.kept), 1.0
-            )
             slack = budget - schedule.peak
+            wanted = dict(self._worth_giving_up(gains, slack))
+            losses = self._by_density((("remake", v, -1) for v in wanted), 1.0)
             for loss, (_, v, _) in reversed(losses):
-                room = nbytes[v] + slack
-                if v not in schedule.kept:
-                    continue
-                fitting = (g for g in gains if nbytes[g[1][1]] <= room and g[1][1] != v)
-                wanted = list(itertools.islice(fitting, _TRIED))
-                if self._most(wanted, room) > loss * nbytes[v]:
-                    self._give_up(v, wanted, room, budget)
+                if v in schedule.kept and wanted[v][0] > loss * nbytes[v]:
+                    self._give_up(v, wanted[v][1], nbytes[v] + slack, budget)
             if self.exhausted or schedule.seconds >= before - _EPSILON:
                 return
+
+    def _worth_giving_up(
+        self, gains: list[tuple[float, Move]], slack: int
+    ) -> Iterator[tuple[int, tuple[float, list[tuple[float, Move]]]]]:
+        """The kept values that other moves may make up for: what those save at most, and those.
+
+        Making a value again takes no less than its operator's time.
+        """
+        schedule, step = self.schedule, self.schedule.step
+        for v in self.free:
+            if v in schedule.kept:
+                room = step.nbytes[v] + slack
+                fitting = (g for g in gains if step.nbytes[g[1][1]] <= room and g[1][1] != v)
+                wanted = list(itertools.islice(fitting, _TRIED))
+                most = self._most(wanted, room)
+                if most > step.seconds[step.producer[v]]:
+                    yield v, (most, wanted)
 
     def _by_density(self, moves: Iterable[Move], sign: float) -> list[tuple[float, Move]]:
         """Moves that change the seconds in this direction, the most for a byte first."""
@@ -217,7 +231,7 @@ class Search:
         schedule.remake(v)
         for n, (_, move) in enumerate(gains):
             tried, seconds = schedule.mark(), schedule.seconds
-            if self._most(gains[n:], room) <= seconds - before:
+            if _MORE * self._most(gains[n:], room) <= seconds - before:
                 break
             if self.exhausted or not self.make(move):
                 continue
