@@ -209,8 +209,8 @@ class Schedule:
             self.remade[j], self.arrives[j] = remade, arrives
             for v in arrives:
                 read_in[v].append(j)
+            self.seconds += sum(step.seconds[i] for i in remade)
             for i in remade:
-                self.seconds += step.seconds[i]
                 for v in step.remakes[i]:
                     self.made_in[v] = (*self.made_in.get(v, ()), j)
         self.read_in = {v: tuple(slots) for v, slots in read_in.items()}

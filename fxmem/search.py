@@ -176,7 +176,7 @@ class Search:
             losses = self._by_density((("remake", v, -1) for v in wanted), 1.0)
             for loss, (_, v, _) in reversed(losses):
                 if v in schedule.kept and wanted[v][0] > loss * nbytes[v]:
-                    self._give_up(v, wanted[v][1], nbytes[v] + slack, budget)
+                    self._give_up(v, wanted[v][1], budget)
             if self.exhausted or schedule.seconds >= before - _EPSILON:
                 return
 
@@ -216,30 +216,28 @@ class Search:
         """Seconds that moves may save in so many bytes, the best first, the last in part."""
         seconds = 0.0
         for density, (_, v, _) in gains:
-            nbytes = min(max(self.schedule.step.nbytes[v], 1), room)
-            seconds += density * nbytes
+            nbytes = max(self.schedule.step.nbytes[v], 1)
+            seconds += density * min(nbytes, max(room, 0))
             room -= nbytes
         return seconds
 
-    def _give_up(self, v: int, gains: list[tuple[float, Move]], room: int, budget: int) -> None:
+    def _give_up(self, v: int, gains: list[tuple[float, Move]], budget: int) -> None:
         """Make ``v`` again and as many of the moves as fit, if that saves time.
 
-        No further than they may make up for what ``v`` takes.
+        No further than the others in the room that is left may make up for what ``v`` takes.
         """
         schedule = self.schedule
         mark, before = schedule.mark(), schedule.seconds
         schedule.remake(v)
         for n, (_, move) in enumerate(gains):
             tried, seconds = schedule.mark(), schedule.seconds
-            if _MORE * self._most(gains[n:], room) <= seconds - before:
+            if _MORE * self._most(gains[n:], budget - schedule.peak) <= seconds - before:
                 break
             if self.exhausted or not self.make(move):
                 continue
             schedule.work += 1
             if schedule.peak > budget or schedule.seconds >= seconds - _EPSILON:
                 schedule.undo(tried)
-            else:
-                room -= schedule.step.nbytes[move[1]]
         if schedule.peak > budget or schedule.seconds >= before - _EPSILON:
             schedule.undo(mark)
 
