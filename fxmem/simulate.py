@@ -389,9 +389,10 @@ class Numbers:
     A slot is one backward operator with what is made again before it.  The generator state of the
     random operator i counts as a value: number ``len(flow.values) + i``, kept while i runs again.
 
-    reads: forward values, by slot; read_last: the same to look one up in.  static_before, static_at: bytes that no choice changes, while a
-    slot makes values again and while its operator runs.  inputs, remakes, workspace, seconds: by
-    forward operator.  producer, nbytes, saved_nbytes (none for what the caller holds): by value.
+    reads: forward values, by slot; read_last: the same, to look one up.  static_before, static_at:
+    bytes that no choice changes, while a slot makes values again and while its operator runs.
+    inputs, remakes, workspace, seconds: by forward operator.  producer, nbytes, saved_nbytes (none
+    for what the caller holds): by value.
     """
 
     reads: list[tuple[int, ...]]
