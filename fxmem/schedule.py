@@ -367,11 +367,10 @@ class Schedule:
             return ((_FORWARD, readers[-1]),) if readers else ()
         made = self.made_in.get(v, ())
         found = []
-        for p, start in enumerate(made):
-            until = made[p + 1] if p + 1 < len(made) else len(self.remade)
+        for start, until in itertools.pairwise((*made, len(self.remade))):
             q = bisect_left(readers, until)
             last = readers[q - 1] if q else start
-            found.append((start, max(last, start)))
+            found.append((start, last if last > start else start))
         return tuple(found)
 
     def _respan(self, v: int) -> set[int]:
@@ -420,7 +419,7 @@ class Schedule:
                 delta[p] += step.nbytes[v]
                 if v in self.kept:  # a copy that nobody reads
                     delta[p + 1] -= step.nbytes[v]
-                elif v not in step.read_last[j] and (j, j) in self._span_from(v, j):
+                elif v not in step.read_last[j] and self._dies_at(v, j) == j:
                     delta[last.get(v, p) + 1] -= step.nbytes[v]
         return self._fullest(j, delta)
 
@@ -432,23 +431,19 @@ class Schedule:
             return self._nbytes(v, spans[p - 1][0])
         return 0
 
-    def _span_from(self, v: int, j: int) -> tuple[Span, ...]:
-        """The life of the copy of ``v`` that slot ``j`` makes."""
+    def _dies_at(self, v: int, j: int) -> int:
+        """The slot in which the copy of ``v`` that slot ``j`` makes dies."""
         spans = self.spans[v]
-        p = bisect_left(spans, (j,))
-        return spans[p : p + 1]
+        return spans[bisect_left(spans, (j,))][1]
 
     def _nbytes(self, v: int, start: int) -> int:
         return (self.step.saved_nbytes if start == _FORWARD else self.step.nbytes)[v]
 
     def _fullest(self, j: int, delta: list[int]) -> int:
         step, remade = self.step, self.remade[j]
-        live, fullest = 0, 0
-        for p, i in enumerate(remade):
-            live += delta[p]
-            fullest = max(fullest, live + step.workspace[i])
-        live += delta[len(remade)]
-        return max(step.static_before[j] + fullest, step.static_at[j] + live)
+        *lives, last = itertools.accumulate(delta)
+        fullest = max(live + step.workspace[i] for live, i in zip(lives, remade, strict=True))
+        return max(step.static_before[j] + fullest, step.static_at[j] + last)
 
     # -- The forward -----------------------------------------------------------------------------------
 
