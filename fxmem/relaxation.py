@@ -49,7 +49,7 @@ _TOLERANCE = 1e-3
 """Of the budget: how far above it a solution may be."""
 
 _COLUMNS = 9_000
-"""No more cuts in programs that are larger: solving them takes long and they hardly change."""
+"""No second cut in programs that are larger: solving them takes long and they hardly change."""
 
 _SMALL = 300
 """Columns up to which a program is solved in whole numbers with nothing fixed."""
@@ -446,7 +446,7 @@ class Program:
         over = self._slots() - limit
         over[list(self.cuts)] = 0  # as full as they are allowed to be
         cuts = worst(over)
-        left = self.most_cuts - len(self.cuts) if self._has_room() else 0
+        left = self.most_cuts - len(self.cuts) if self._has_room() else not self.cuts
         cuts = cuts[: max(0, min(_CUTS_A_ROUND, left))]
         for j in cuts:
             self._cut(j)

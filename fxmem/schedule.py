@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import bisect_left, bisect_right, insort
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,11 +65,11 @@ class Schedule:
         self._journal: list[tuple[Any, Any, Any]] = []
         self._through = np.zeros(slots, dtype=np.int64)
         self._local = np.zeros(slots, dtype=np.int64)
+        self._dying = [0] * slots
         self._extras = frozenset(filter(simulator.is_extra, self.kept))
-        self._forward_live = np.zeros(0, dtype=np.int64)
-        self._update({j: set() for j in range(slots)}, ())
+        self._plan_all()
+        self._count_all()
         self._start_forward()
-        self.commit()
 
     # -- What a choice costs -------------------------------------------------------------------------
 
@@ -182,20 +183,52 @@ class Schedule:
         """Go back to how things were at ``mark``."""
         while len(self._journal) > mark.length:
             container, key, old = self._journal.pop()
-            if container is self.kept:
-                (self.kept.discard if key == "add" else self.kept.add)(old)
-            elif isinstance(container, np.ndarray):
+            kind = type(container)
+            if kind is list or (kind is dict and old is not None):
+                container[key] = old
+            elif kind is dict:
+                del container[key]
+            elif kind is np.ndarray:
                 container[key] -= old
             elif container is self:
                 setattr(self, key, old)
-            elif old is None:
-                container.pop(key, None)
             else:
-                container[key] = old
+                (self.kept.discard if key == "add" else self.kept.add)(old)
 
     def commit(self) -> None:
         """Forget how to go back."""
         self._journal.clear()
+
+    # -- From nothing --------------------------------------------------------------------------------
+
+    def _plan_all(self) -> None:
+        """Find out what is made and read in each slot, the first slot first."""
+        step, read_in = self.step, defaultdict[int, list[int]](list)
+        for j in range(len(self.remade)):
+            remade, arrives = self._needed(j, {})
+            self.remade[j], self.arrives[j] = remade, arrives
+            for v in arrives:
+                read_in[v].append(j)
+            self.seconds += sum(step.seconds[i] for i in remade)
+            for i in remade:
+                for v in step.remakes[i]:
+                    self.made_in[v] = (*self.made_in.get(v, ()), j)
+        self.read_in = {v: tuple(slots) for v, slots in read_in.items()}
+
+    def _count_all(self) -> None:
+        """Count every value's bytes."""
+        change = np.zeros(len(self.remade) + 1, dtype=np.int64)
+        for v in self.read_in.keys() | self.made_in.keys():
+            self.spans[v] = self._spans_of(v)
+            for start, end in self.spans[v]:
+                if end > start:
+                    nbytes = self._nbytes(v, start)
+                    change[start + 1] += nbytes
+                    change[end] -= nbytes
+                    self._dying[end] += nbytes
+        self._through = np.cumsum(change)[:-1]
+        for j in range(len(self.remade)):
+            self._local[j] = self._local_peak(j)
 
     # -- Keeping up ----------------------------------------------------------------------------------
 
@@ -205,9 +238,18 @@ class Schedule:
             self._set_attribute("_extras", self._extras ^ {v})
             self._set_attribute("_forward", self._forward)
             self._set_attribute("_forward_live", np.zeros(0, dtype=np.int64))
-        self._update({j: {v} for j in self.read_in.get(v, ())}, (v,))
+        self._update({j: {v} for j in self._may_miss(v)}, (v,))
         if extra:
             self._start_forward()
+
+    def _may_miss(self, v: int) -> set[int]:
+        """The readers of ``v`` to which its copy may not come unless it is kept.
+
+        The first reader makes it; what comes after a drop may make it again.
+        """
+        readers = self.read_in.get(v, ())
+        after_drops = (self._next_reader(v, j) for j in self.dropped.get(v, ()))
+        return {*readers[:1], *itertools.chain.from_iterable(after_drops)}
 
     def _drops_changed(self, v: int, j: int, slots: tuple[int, ...]) -> None:
         self._set(self.dropped, v, slots)
@@ -236,7 +278,8 @@ class Schedule:
             differ = {v for v in doubts if v in before and self._arrives(v, j) != before[v]}
             if before and not differ:
                 continue
-            remade, arrives = self._needed(j)
+            known = {**before, **{v: not before[v] for v in differ}}
+            remade, arrives = self._needed(j, known)
             self.work += len(arrives)
             values |= self._record_reads(j, before, arrives)
             made = self._record_makes(j, self.remade[j], remade)
@@ -273,24 +316,26 @@ class Schedule:
         q = bisect_left(dropped, made[p - 1])
         return q == len(dropped) or dropped[q] >= j
 
-    def _needed(self, j: int) -> tuple[tuple[int, ...], dict[int, bool]]:
-        """What slot ``j`` makes again, in order; and for all that it reads, whether it arrives."""
+    def _needed(self, j: int, known: dict[int, bool]) -> tuple[tuple[int, ...], dict[int, bool]]:
+        """What slot ``j`` makes again, in order; and for all that it reads, whether it arrives.
+
+        known: of some values, whether they do.
+        """
         step = self.step
         arrives: dict[int, bool] = {}
         operators: set[int] = set()
-        stack = list(step.reads[j])
-        while stack:
-            v = stack.pop()
-            if v in arrives:
-                continue
-            there = self._arrives(v, j)
-            arrives[v] = there
-            if there:
-                continue
-            i = step.producer[v]
-            if i not in operators:
-                operators.add(i)
-                stack += step.inputs[i]
+        reads: Iterable[int] = step.reads[j]
+        while reads:
+            stack: list[int] = []
+            for v in reads:
+                if v in arrives:
+                    continue
+                there = known[v] if v in known else self._arrives(v, j)
+                arrives[v] = there
+                if not there and (i := step.producer[v]) not in operators:
+                    operators.add(i)
+                    stack += step.inputs[i]
+            reads = stack
         return tuple(sorted(operators)), arrives
 
     def _record_reads(self, j: int, old: dict[int, bool], new: dict[int, bool]) -> set[int]:
@@ -322,11 +367,10 @@ class Schedule:
             return ((_FORWARD, readers[-1]),) if readers else ()
         made = self.made_in.get(v, ())
         found = []
-        for p, start in enumerate(made):
-            until = made[p + 1] if p + 1 < len(made) else len(self.remade)
+        for start, until in itertools.pairwise((*made, len(self.remade))):
             q = bisect_left(readers, until)
             last = readers[q - 1] if q else start
-            found.append((start, max(last, start)))
+            found.append((start, last if last > start else start))
         return tuple(found)
 
     def _respan(self, v: int) -> set[int]:
@@ -341,16 +385,18 @@ class Schedule:
                 touched.add(end)
                 if start != _FORWARD:
                     touched.add(start)
-                self._add_through(v, start, end, sign)
+                if end > start:
+                    nbytes = sign * self._nbytes(v, start)
+                    self._set(self._dying, end, self._dying[end] + nbytes)
+                    self._add_through(start, end, nbytes)
         was, now = bool(old) and old[0][0] == _FORWARD, bool(new) and new[0][0] == _FORWARD
         if was != now:
             self._add_saved(v, 1 if now else -1)
         self._set(self.spans, v, new)
         return touched
 
-    def _add_through(self, v: int, start: int, end: int, sign: int) -> None:
+    def _add_through(self, start: int, end: int, nbytes: int) -> None:
         """A copy fills the slots between the one that it comes from and the one that it dies in."""
-        nbytes = sign * self._nbytes(v, start)
         if nbytes and end > start + 1:
             between = slice(start + 1, end)
             self._through[between] += nbytes
@@ -360,22 +406,20 @@ class Schedule:
         """Bytes at the fullest step of a slot, without the copies that pass through."""
         step, remade = self.step, self.remade[j]
         if not remade:
-            return step.static_at[j] + sum(self._ending(v, j) for v in self.arrives[j])
+            return step.static_at[j] + self._dying[j]
         self.work += len(remade)
         last = {v: p for p, i in enumerate(remade) for v in step.inputs[i]}
-        size = len(remade)
-        last.update(dict.fromkeys(step.reads[j], size))
-        delta = [0] * (size + 2)
+        delta = [0] * (len(remade) + 1)
+        delta[0] = self._dying[j]
         for v, p in last.items():
-            ending = self._ending(v, j)
-            delta[0] += ending
-            delta[p + 1] -= ending
+            if v not in step.read_last[j]:
+                delta[p + 1] -= self._ending(v, j)
         for p, i in enumerate(remade):
             for v in step.remakes[i]:
                 delta[p] += step.nbytes[v]
                 if v in self.kept:  # a copy that nobody reads
                     delta[p + 1] -= step.nbytes[v]
-                elif (j, j) in self._span_from(v, j):
+                elif v not in step.read_last[j] and self._dies_at(v, j) == j:
                     delta[last.get(v, p) + 1] -= step.nbytes[v]
         return self._fullest(j, delta)
 
@@ -387,23 +431,19 @@ class Schedule:
             return self._nbytes(v, spans[p - 1][0])
         return 0
 
-    def _span_from(self, v: int, j: int) -> tuple[Span, ...]:
-        """The life of the copy of ``v`` that slot ``j`` makes."""
+    def _dies_at(self, v: int, j: int) -> int:
+        """The slot in which the copy of ``v`` that slot ``j`` makes dies."""
         spans = self.spans[v]
-        p = bisect_left(spans, (j,))
-        return spans[p : p + 1]
+        return spans[bisect_left(spans, (j,))][1]
 
     def _nbytes(self, v: int, start: int) -> int:
         return (self.step.saved_nbytes if start == _FORWARD else self.step.nbytes)[v]
 
     def _fullest(self, j: int, delta: list[int]) -> int:
         step, remade = self.step, self.remade[j]
-        live, fullest = 0, 0
-        for p, i in enumerate(remade):
-            live += delta[p]
-            fullest = max(fullest, live + step.workspace[i])
-        live += delta[len(remade)]
-        return max(step.static_before[j] + fullest, step.static_at[j] + live)
+        *lives, last = itertools.accumulate(delta)
+        fullest = max(live + step.workspace[i] for live, i in zip(lives, remade, strict=True))
+        return max(step.static_before[j] + fullest, step.static_at[j] + last)
 
     # -- The forward -----------------------------------------------------------------------------------
 
@@ -413,8 +453,10 @@ class Schedule:
         self._forward: Forward = simulator.forward_with(self._extras)
         live = simulator.forward_bytes(self._forward)
         saved = {v for v in self.spans if self._is_saved(v)}
+        change = np.zeros(len(live) + 1, dtype=np.int64)
         for v in saved:
-            live[self._saved_from(v) :] += self.step.saved_nbytes[v]
+            change[self._saved_from(v)] += self.step.saved_nbytes[v]
+        live += np.cumsum(change)[:-1]
         for p in self._forward.needs_room(saved):
             live[p] += self.step.nbytes[self._forward.takes[p][0]]
         self._forward_live = live
@@ -448,7 +490,7 @@ class Schedule:
     # -- The journal -----------------------------------------------------------------------------------
 
     def _set(self, container: Any, key: Any, new: Any) -> None:
-        old = container[key] if isinstance(container, list) else container.get(key)
+        old = container[key] if type(container) is list else container.get(key)
         self._journal.append((container, key, old))
         container[key] = new
 

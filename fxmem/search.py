@@ -30,6 +30,9 @@ _ROUNDS = 4
 _TRIED = 12
 """Values in whose favour one may be given up."""
 
+_MORE = 2.0
+"""A move may save so much more of what it saves alone after another value is given up."""
+
 _NEARLY = 0.95
 """A move that gains so much of what the best of the others may gain is as good as the best."""
 
@@ -59,6 +62,7 @@ class Search:
         """Make the moves that take most off the overflow a second, until none is left."""
         schedule = self.schedule
         ranking = Ranking()
+        unranked = set(self.free)
         while (overflow := schedule.overflow(budget)) > 0:
             seconds = schedule.seconds
 
@@ -69,10 +73,15 @@ class Search:
                 return removed / max(schedule.seconds - seconds, _LEAST_SECONDS)
 
             fullest = int(schedule.slot_peaks().argmax())
-            ranking.offer(self._reductions(budget, fullest))
+            ranking.offer(self._reductions(budget, fullest, sorted(unranked)))
+            unranked = {v for v in unranked if not ranking.knows(self._opposite(v))}
             move = self._take(ranking, gain)
-            if move is None:
-                move = self._take(Ranking(_unknown(self._last_resorts(fullest))), gain)
+            if move is not None:
+                self.make(move)
+                unranked.add(move[1])
+                continue
+            unranked.update(self.free)
+            move = self._take(Ranking(_unknown(self._last_resorts(fullest))), gain)
             if move is not None:
                 self.make(move)
             elif not self._reduce_by_two(budget):
@@ -86,8 +95,10 @@ class Search:
         overflow = self.schedule.overflow(budget)
         return self._change_two(lambda: self.schedule.overflow(budget) < overflow)
 
-    def _reductions(self, budget: int, fullest: int) -> Iterator[tuple[Move, float]]:
-        """Keep something or not; let a copy go that is there in the fullest slot, but not read.
+    def _reductions(
+        self, budget: int, fullest: int, values: Iterable[int]
+    ) -> Iterator[tuple[Move, float]]:
+        """Keep a value or not; let a copy go that is there in the fullest slot, but not read.
 
         With each, what it gains at most: making again what is kept takes no more than its bytes off
         each slot above the budget that it is there in, and takes no less than its operator's time.
@@ -95,14 +106,14 @@ class Search:
         schedule, step = self.schedule, self.schedule.step
         full = np.concatenate([[0], np.cumsum(schedule.slot_peaks() > budget)])
         forward = int((schedule.forward_peaks() > budget).sum())
-        for v in self.free:
+        for v in values:
             if v not in schedule.kept:
-                yield ("keep", v, -1), math.inf
+                yield self._opposite(v), math.inf
                 continue
             spans = schedule.spans.get(v, ())
             slots = forward + sum(int(full[end + 1] - full[max(start, 0)]) for start, end in spans)
             seconds = max(step.seconds[step.producer[v]], _LEAST_SECONDS)
-            yield ("remake", v, -1), slots * step.nbytes[v] / seconds
+            yield self._opposite(v), slots * step.nbytes[v] / seconds
         for v, j in schedule.passing(fullest, self.copies):
             yield ("drop", v, j), math.inf
 
@@ -160,18 +171,31 @@ class Search:
         for _ in range(_ROUNDS):
             before = schedule.seconds
             gains = self._by_density(self._increases(), -1.0)
-            losses = self._by_density(
-                (("remake", v, -1) for v in self.free if v in schedule.kept), 1.0
-            )
             slack = budget - schedule.peak
+            wanted = dict(self._worth_giving_up(gains, slack))
+            losses = self._by_density((("remake", v, -1) for v in wanted), 1.0)
             for loss, (_, v, _) in reversed(losses):
-                room = nbytes[v] + slack
-                fitting = (g for g in gains if nbytes[g[1][1]] <= room and g[1][1] != v)
-                wanted = list(itertools.islice(fitting, _TRIED))
-                if v in schedule.kept and wanted and wanted[0][0] * room > loss * nbytes[v] / 2:
-                    self._give_up(v, [move for _, move in wanted], budget)
+                if v in schedule.kept and wanted[v][0] > loss * nbytes[v]:
+                    self._give_up(v, wanted[v][1], budget)
             if self.exhausted or schedule.seconds >= before - _EPSILON:
                 return
+
+    def _worth_giving_up(
+        self, gains: list[tuple[float, Move]], slack: int
+    ) -> Iterator[tuple[int, tuple[float, list[tuple[float, Move]]]]]:
+        """The kept values that other moves may make up for: what those save at most, and those.
+
+        Making a value again takes no less than its operator's time.
+        """
+        schedule, step = self.schedule, self.schedule.step
+        for v in self.free:
+            if v in schedule.kept:
+                room = step.nbytes[v] + slack
+                fitting = (g for g in gains if step.nbytes[g[1][1]] <= room and g[1][1] != v)
+                wanted = list(itertools.islice(fitting, _TRIED))
+                most = self._most(wanted, room)
+                if most > step.seconds[step.producer[v]]:
+                    yield v, (most, wanted)
 
     def _by_density(self, moves: Iterable[Move], sign: float) -> list[tuple[float, Move]]:
         """Moves that change the seconds in this direction, the most for a byte first."""
@@ -188,13 +212,27 @@ class Search:
                 found.append((change / max(nbytes[move[1]], 1), move))
         return sorted(found, key=lambda one: -one[0])
 
-    def _give_up(self, v: int, moves: Iterable[Move], budget: int) -> None:
-        """Make ``v`` again and as many of the moves as fit, if that saves time."""
+    def _most(self, gains: Iterable[tuple[float, Move]], room: float) -> float:
+        """Seconds that moves may save in so many bytes, the best first, the last in part."""
+        seconds = 0.0
+        for density, (_, v, _) in gains:
+            nbytes = max(self.schedule.step.nbytes[v], 1)
+            seconds += density * min(nbytes, max(room, 0))
+            room -= nbytes
+        return seconds
+
+    def _give_up(self, v: int, gains: list[tuple[float, Move]], budget: int) -> None:
+        """Make ``v`` again and as many of the moves as fit, if that saves time.
+
+        No further than the others in the room that is left may make up for what ``v`` takes.
+        """
         schedule = self.schedule
         mark, before = schedule.mark(), schedule.seconds
         schedule.remake(v)
-        for move in moves:
+        for n, (_, move) in enumerate(gains):
             tried, seconds = schedule.mark(), schedule.seconds
+            if _MORE * self._most(gains[n:], budget - schedule.peak) <= seconds - before:
+                break
             if self.exhausted or not self.make(move):
                 continue
             schedule.work += 1
@@ -222,17 +260,17 @@ class Search:
             if self.exhausted:
                 return False
             mark = self.schedule.mark()
-            self._change(v)
-            self._change(w)
+            self.make(self._opposite(v))
+            self.make(self._opposite(w))
             self.schedule.work += 1
             if better():
                 return True
             self.schedule.undo(mark)
         return False
 
-    def _change(self, v: int) -> None:
+    def _opposite(self, v: int) -> Move:
         """Keep what is made again, make again what is kept."""
-        (self.schedule.remake if v in self.schedule.kept else self.schedule.keep)(v)
+        return ("remake" if v in self.schedule.kept else "keep", v, -1)
 
     # -- Moves ---------------------------------------------------------------------------------------
 
@@ -290,6 +328,10 @@ class Ranking:
         self._known: set[Move] = set()
         self._offers = 0
         self.offer(moves)
+
+    def knows(self, move: Move) -> bool:
+        """Is it there?"""
+        return move in self._known
 
     def offer(self, moves: Iterable[tuple[Move, float]]) -> None:
         """Add moves that are not there yet, with what each gains at most."""

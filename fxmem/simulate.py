@@ -389,12 +389,14 @@ class Numbers:
     A slot is one backward operator with what is made again before it.  The generator state of the
     random operator i counts as a value: number ``len(flow.values) + i``, kept while i runs again.
 
-    reads: forward values, by slot.  static_before, static_at: bytes that no choice changes, while a
-    slot makes values again and while its operator runs.  inputs, remakes, workspace, seconds: by
-    forward operator.  producer, nbytes, saved_nbytes (none for what the caller holds): by value.
+    reads: forward values, by slot; read_last: the same, to look one up.  static_before, static_at:
+    bytes that no choice changes, while a slot makes values again and while its operator runs.
+    inputs, remakes, workspace, seconds: by forward operator.  producer, nbytes, saved_nbytes (none
+    for what the caller holds): by value.
     """
 
     reads: list[tuple[int, ...]]
+    read_last: list[frozenset[int]]
     static_before: list[int]
     static_at: list[int]
     inputs: list[tuple[int, ...]]
@@ -413,8 +415,10 @@ def _numbers(simulator: Simulator) -> Numbers:
     states = [op.rng_state for op in forward]
     nbytes = [v.nbytes for v in flow.values]
     before, at = _static_bytes(simulator)
+    sets = {reads: frozenset(reads) for reads in simulator.read_by_backward}
     return Numbers(
         reads=simulator.read_by_backward,
+        read_last=[sets[reads] for reads in simulator.read_by_backward],
         static_before=before.tolist(),
         static_at=at.tolist(),
         inputs=[

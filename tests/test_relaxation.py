@@ -6,6 +6,7 @@ import random
 import pytest
 from flows import random_flow
 
+from fxmem import relaxation
 from fxmem.planner import Choice, Planner
 
 SEEDS = range(60)
@@ -47,6 +48,22 @@ def test_less_room_never_lowers_the_bound(seed):
 def test_what_no_plan_can_do_is_not_feasible(seed):
     planner = Planner(random_flow(seed, forward=20))
     assert not planner.solver.program(planner.solver.least_possible - 1).feasible
+
+
+def test_a_large_program_gets_one_cut(monkeypatch):
+    """Without any its bound is low; with more it takes too long."""
+
+    def third(seed):
+        planner = Planner(random_flow(seed, forward=25))
+        high = planner.keep_all().outcome.peak
+        return planner.solver.program(high - (high - planner.solver.least_possible) // 3)
+
+    free = [third(seed) for seed in SEEDS[::5]]
+    monkeypatch.setattr(relaxation, "_COLUMNS", 0)
+    large = [third(seed) for seed in SEEDS[::5]]
+    assert max(len(program.cuts) for program in free) > 1
+    assert [len(program.cuts) for program in large] == [min(len(p.cuts), 1) for p in free]
+    assert sum(p.bound.seconds for p in large) > 0.5 * sum(p.bound.seconds for p in free)
 
 
 def test_the_bound_is_near_the_plans():
