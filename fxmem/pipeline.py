@@ -20,6 +20,7 @@ from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
 from fxmem.decisions import explain, find_choice, infeasible, too_large
 from fxmem.device import library_memory
+from fxmem.encodings import ENCODERS
 from fxmem.errors import VerificationError
 from fxmem.graph import JointGraph, Role
 from fxmem.liveness import MemoryTimeline, timeline
@@ -136,15 +137,14 @@ class Analysis:
 
     def small_forms(self, options: Options) -> Iterator[Analysis]:
         """Those of the forms that a smallest peak may be of."""
+        yield self.split
         if "lossless" in options.allow:
             yield self.coded_alone.split
             yield self.coded.split
-        else:
-            yield self.split
 
     def _rewritten(self, a_pass: Pass) -> Analysis:
         graph = a_pass.apply(self.graph)
-        if len(graph.nodes) == len(self.graph.nodes):
+        if [n.target for n in graph.nodes] == [n.target for n in self.graph.nodes]:
             return self
         unchanged = Unchanged(self.device, self.baseline_peak, self.workspaces)
         form = _numbers(graph, self.call, unchanged, self.cost_asked)
@@ -203,6 +203,7 @@ def _numbers(
     times = _times(expected, device, cost)
     flow = dataflow(expected, workspaces, times, recomputable_nodes(expected))
     keep, remake = tagged_values(flow)
+    keep |= {v for v, value in enumerate(flow.values) if value.node.target in ENCODERS}
     planner = Planner(flow, keep, remake)
     baseline = unchanged.peak
     if baseline is None:
