@@ -28,7 +28,8 @@ from fxmem.capture import StepCall
 from fxmem.errors import BudgetInfeasibleError, FxmemError
 from fxmem.pipeline import calibrate
 from fxmem.plan import Plan
-from fxmem.report import Report, clean
+from fxmem.report import Report
+from fxmem.tables import clean
 from fxmem.units import format_bytes, shown
 from fxmem.workspace import Entry, cache_path, device_at_hand
 

@@ -28,9 +28,10 @@ from fxmem.plan import (
     keys,
 )
 from fxmem.planner import Choice
-from fxmem.report import WIDTH, clean, cut, least_text, line_of, remedy_lines
+from fxmem.report import least_text, line_of, remedy_lines
 from fxmem.simulate import Drop
 from fxmem.sizes import evaluate, storage_nbytes, tensors_in
+from fxmem.tables import WIDTH, clean, cut
 from fxmem.units import format_bytes
 
 if TYPE_CHECKING:

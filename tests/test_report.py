@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fxmem.decisions import infeasible
 from fxmem.plan import Certificate, Decision, Key, LiveTensor, PeakPoint, Plan, Remedy
-from fxmem.report import MAX_ROWS, WIDTH, Report, clean, cut, folded, live_rows
+from fxmem.report import MAX_ROWS, Report, folded, live_rows
+from fxmem.tables import WIDTH, clean, cut
 
 MIB = 2**20
 
