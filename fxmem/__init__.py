@@ -20,6 +20,7 @@ from fxmem.operators import declare_pure
 from fxmem.plan import Plan
 from fxmem.report import Report
 from fxmem.runtime import OptimizedModule
+from fxmem.saved import Saved, saved
 
 __version__ = "0.1.0"
 
@@ -34,9 +35,11 @@ __all__ = [
     "Plan",
     "PlanMismatchError",
     "Report",
+    "Saved",
     "VerificationError",
     "declare_pure",
     "measure",
     "optimize",
     "plan",
+    "saved",
 ]
