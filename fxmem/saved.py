@@ -214,8 +214,10 @@ class _Watch:
 
     def _pack(self, tensor: torch.Tensor) -> _Record:
         source, operator = _place()
-        # Detached: an output that leads back to its own node would keep what nobody needs any more.
-        record = _Record(tensor.detach(), self.inside[-1] if self.inside else "", source, operator)
+        if tensor.grad_fn is not None:
+            # An output that leads back to its own node would keep what nobody needs any more.
+            tensor = tensor.detach()
+        record = _Record(tensor, self.inside[-1] if self.inside else "", source, operator)
         self.records.append(weakref.ref(record))
         return record
 
