@@ -16,6 +16,7 @@ from fxmem.errors import (
     VerificationError,
 )
 from fxmem.measure import Measurement, measure
+from fxmem.oom import Explanation, explain_oom
 from fxmem.operators import declare_pure
 from fxmem.plan import Plan
 from fxmem.report import Report
@@ -29,6 +30,7 @@ __all__ = [
     "BudgetInfeasibleError",
     "CaptureError",
     "CostModel",
+    "Explanation",
     "FxmemError",
     "Measurement",
     "OptimizedModule",
@@ -38,6 +40,7 @@ __all__ = [
     "Saved",
     "VerificationError",
     "declare_pure",
+    "explain_oom",
     "measure",
     "optimize",
     "plan",

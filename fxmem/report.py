@@ -50,7 +50,7 @@ class Report:
         return max(self.plan.predicted_peak, self.measured_peak or 0) <= self.plan.budget
 
     def __str__(self) -> str:
-        sections = (_verdict(self), _live(self.plan), _decisions(self.plan), _else(self.plan))
+        sections = (_verdict(self), live_lines(self.plan), _decisions(self.plan), _else(self.plan))
         text = "\n\n".join("\n".join(lines) for lines in sections if lines)
         return "\n".join(cut(line.rstrip(), WIDTH) for line in text.split("\n"))
 
@@ -164,7 +164,7 @@ def live_rows(plan: Plan) -> list[LiveRow]:
     return [*rows, rest] if rest.before or rest.after else rows
 
 
-def _live(plan: Plan) -> list[str]:
+def live_lines(plan: Plan) -> list[str]:
     rows = live_rows(plan)
     total = LiveRow("TOTAL", sum(r.before for r in rows), sum(r.after for r in rows))
     columns = [
