@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,16 @@ import torch
 from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
 from fxmem.dataflow import Dataflow
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
-from fxmem.graph import JointGraph, Role, module_name, operator_name, source_line, type_text
+from fxmem.graph import (
+    JointGraph,
+    Role,
+    is_backward,
+    module_name,
+    operator_name,
+    source_line,
+    type_text,
+)
+from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point, symbol
 from fxmem.liveness import MemoryTimeline, Step, Storage, timeline
 from fxmem.operators import refusal
 from fxmem.partition import split
@@ -30,7 +40,7 @@ from fxmem.plan import (
 from fxmem.planner import Choice
 from fxmem.report import least_text, line_of, remedy_lines
 from fxmem.simulate import Drop
-from fxmem.sizes import evaluate, storage_nbytes, tensors_in
+from fxmem.sizes import Size, evaluate, storage_nbytes, tensors_in
 from fxmem.tables import WIDTH, clean, cut
 from fxmem.units import format_bytes
 
@@ -160,7 +170,7 @@ def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int
     node = step.node
     live: Counter[str] = Counter()
     for storage in line.live_at(peak.step):
-        live[_category(storage, graph, line, peak.step)] += evaluate(storage.nbytes, bindings)
+        live[_category(storage, graph, line)] += evaluate(storage.nbytes, bindings)
     live[_workspace_name(step)] += evaluate(step.workspace, bindings)
     return PeakPoint(
         nbytes=peak.nbytes,
@@ -208,7 +218,7 @@ def _live_tensors(
                 name=info.name if info else node.name,
                 type=_type_of(storage),
                 nbytes=nbytes,
-                category=_category(storage, graph, line, step),
+                category=_category(storage, graph, line),
                 module=module_name(node),
                 source=source_line(node),
             )
@@ -234,7 +244,7 @@ def _workspace_name(step: Step) -> str:
 _ROLE_NAMES = {Role.PARAMETER: "parameters", Role.BUFFER: "buffers", Role.INPUT: "inputs"}
 
 
-def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline, step: int) -> str:
+def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline) -> str:
     """What a live storage is to the user."""
     if storage.resident:
         info = graph.inputs.get(storage.node.name)
@@ -242,10 +252,69 @@ def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline, step: i
     if storage.held:
         late = line.steps[storage.born].phase == "backward"
         return "gradients" if late else "outputs"
-    boundary = next(i for i, s in enumerate(line.steps) if s.phase == "boundary")
-    if storage.born < boundary < storage.dies:
+    if storage.born < line.boundary < storage.dies:
         return "saved activations"
     return "transients"
+
+
+# -- The memory of the whole step ----------------------------------------------------------------------
+
+
+def memory_of(analysis: Analysis, line: MemoryTimeline) -> BeforeAfter:
+    """The step with everything kept and as it was planned, without the graphs behind them."""
+    whole = analysis.whole or analysis
+    before = timeline(split(whole.expected), whole.workspaces)
+    return BeforeAfter(_memory(before, whole.expected), _memory(line, analysis.expected))
+
+
+def _memory(line: MemoryTimeline, graph: JointGraph) -> Memory:
+    words = _Words(graph)
+    return Memory(
+        tuple(words.point(step) for step in line.steps),
+        tuple(words.lifetime(storage, line) for storage in line.storages),
+        {info.name: info.hint for info in graph.symbols.values()},
+    )
+
+
+class _Words:
+    """Steps and storages of one graph in the user's words, symbols by the user's names."""
+
+    def __init__(self, graph: JointGraph) -> None:
+        self.graph = graph
+        self.names = {s: symbol(info.name) for s, info in graph.symbols.items()}
+        self.texts = {str(s): info.name for s, info in graph.symbols.items()}
+
+    def point(self, step: Step) -> Point:
+        node, workspace = step.node, self._size(step.workspace)
+        if node is None:
+            return Point("end of the forward", "", "", step.phase, workspace)
+        where = (operator_name(node), module_name(node), source_line(node))
+        return Point(*where, step.phase, workspace)
+
+    def lifetime(self, storage: Storage, line: MemoryTimeline) -> Lifetime:
+        node = storage.node
+        info = self.graph.inputs.get(node.name) if storage.resident else None
+        remade = is_backward(node) and node.name.startswith(f"{node.meta.get('fxmem_origin')}_rec")
+        return Lifetime(
+            name=info.name if info else node.name,
+            type=self._type(storage),
+            nbytes=self._size(storage.nbytes),
+            born=max(storage.born, 0),
+            dies=storage.dies,
+            category=_category(storage, self.graph, line),
+            module=module_name(node),
+            source=source_line(node),
+            origin=node.meta["fxmem_origin"] if remade else "",
+        )
+
+    def _size(self, size: Size) -> Size:
+        return size if isinstance(size, int) else size.xreplace(self.names)
+
+    def _type(self, storage: Storage) -> str:
+        text = _type_of(storage)
+        if not self.texts:
+            return text
+        return re.sub(r"\b\w+\b", lambda word: self.texts.get(word[0], word[0]), text)
 
 
 # -- Infeasible ------------------------------------------------------------------------------------------

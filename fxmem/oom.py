@@ -77,7 +77,7 @@ class Explanation:
 
     @property
     def budget(self) -> int | None:
-        """The largest that the device bears, less the plan's reserve; without a failure, the plan's peak."""
+        """The largest that the device bears, less the plan's reserve; without a failure, the plan's own."""
         if self.error is None:
             return None if self.plan is None else self.plan.predicted_peak
         room = self.error.room

@@ -17,9 +17,10 @@ from fxmem.capture import StepCall, capture
 from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
-from fxmem.decisions import explain, find_choice, infeasible, too_large
+from fxmem.decisions import explain, find_choice, infeasible, memory_of, too_large
 from fxmem.errors import VerificationError
 from fxmem.graph import JointGraph, Role
+from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
 from fxmem.operators import recomputable_nodes
 from fxmem.partition import Split, split
@@ -73,13 +74,15 @@ class Planned:
     """A step that is ready to run.
 
     plan: what was promised.  graph: the rewritten joint graph, for every tangent.  split: its two
-    halves.  undefined: names of the tangents that nobody is expected to send.
+    halves.  undefined: names of the tangents that nobody is expected to send.  memory: of each operator,
+    where it was asked for.
     """
 
     plan: Plan
     graph: JointGraph
     split: Split
     undefined: tuple[str, ...]
+    memory: BeforeAfter | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -228,8 +231,11 @@ _LOSS_SCALARS = 64
 """Bytes for a loss outside the model: itself, its weight and its gradient, held all along."""
 
 
-def decide(analysis: Analysis, options: Options) -> Planned:
-    """Choose, rewrite and check.  Raises ``BudgetInfeasibleError`` as ``options`` asks for."""
+def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Planned:
+    """Choose, rewrite and check.  Raises ``BudgetInfeasibleError`` as ``options`` asks for.
+
+    memory: keep that of each operator too, for reports.
+    """
     budget = options.budget.resolve(
         device=analysis.device, baseline_peak=analysis.baseline_peak, reserve=options.reserve
     )
@@ -243,7 +249,8 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     plan = explain(analysis, options, budget, choice, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise (infeasible if options.plan is None else too_large)(plan)
-    return Planned(plan, rewritten, halves, analysis.undefined)
+    watched = memory_of(analysis, line) if memory else None
+    return Planned(plan, rewritten, halves, analysis.undefined, watched)
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:

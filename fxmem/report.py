@@ -9,9 +9,12 @@ import html
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fxmem.charts import step_chart
+from fxmem.fits import Alternative, Fits, fit_lines
+from fxmem.lifetimes import BeforeAfter
 from fxmem.plan import Certificate, Decision, LiveTensor, PeakPoint, Plan
 from fxmem.tables import (
     BYTES,
@@ -37,12 +40,16 @@ class Report:
     """A plan beside what was measured.
 
     measured_peak: bytes that one step really held, or None.  gradients: the result of comparing
-    them, as a phrase such as "bitwise equal to the unchanged step", or None.
+    them, as a phrase such as "bitwise equal to the unchanged step", or None.  memory: of each step,
+    where the step itself was at hand.  alternatives: other budgets.  gpus: on which GPUs it runs.
     """
 
     plan: Plan
     measured_peak: int | None = None
     gradients: str | None = None
+    memory: BeforeAfter | None = field(default=None, repr=False)
+    alternatives: tuple[Alternative, ...] = ()
+    gpus: Fits | None = field(default=None, repr=False)
 
     @property
     def fits(self) -> bool:
@@ -50,8 +57,18 @@ class Report:
         return max(self.plan.predicted_peak, self.measured_peak or 0) <= self.plan.budget
 
     def __str__(self) -> str:
-        sections = (_verdict(self), live_lines(self.plan), _decisions(self.plan), _else(self.plan))
-        text = "\n\n".join("\n".join(lines) for lines in sections if lines)
+        sections = [
+            live_lines(self.plan),
+            step_chart(self.memory, None if self.plan.smallest else self.plan.budget)
+            if self.memory
+            else [],
+            _decisions(self.plan),
+            _else(self),
+        ]
+        parts = [_verdict(self)]
+        for number, (title, *lines) in enumerate(filter(None, sections), 1):
+            parts.append([f"{number}. {title}", *lines])
+        text = "\n\n".join("\n".join(lines) for lines in parts)
         return "\n".join(cut(line.rstrip(), WIDTH) for line in text.split("\n"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def _check(report: Report) -> list[str]:
     return [found, f"gradients {report.gradients}" if report.gradients else ""]
 
 
-# -- 1. Live at the peak ---------------------------------------------------------------------------
+# -- Live at the peak ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,7 +203,7 @@ def live_lines(plan: Plan) -> list[str]:
     ]
     share = "% of peak" if plan.smallest else "% of budget"
     lines = table(("category", "before", "after", "change", share), cells, "lrrrr")
-    return [f"1. Live at the peak ({unit.name})", *lines, *_live_notes(plan, unit)]
+    return [f"Live at the peak ({unit.name})", *lines, *_live_notes(plan, unit)]
 
 
 def _live_notes(plan: Plan, unit: Scale) -> list[str]:
@@ -199,7 +216,7 @@ def _live_notes(plan: Plan, unit: Scale) -> list[str]:
     return notes
 
 
-# -- 2. Decisions ----------------------------------------------------------------------------------
+# -- Decisions -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -264,7 +281,7 @@ def _where(group: Sequence[Decision]) -> str:
 def _decisions(plan: Plan) -> list[str]:
     rows = folded(plan)
     if not rows:
-        return ["2. Decisions", "none: the backward reads nothing that could be made again"]
+        return ["Decisions", "none: the backward reads nothing that could be made again"]
     size = scale(BYTES, [[r.before for r in rows], [r.after for r in rows]])
     time = scale(SECONDS, [[r.seconds for r in rows]])
     cells = [_decision_cells(r, size, time) for r in rows[:MAX_ROWS]]
@@ -273,7 +290,7 @@ def _decisions(plan: Plan) -> list[str]:
     cells.append(_sum_cells("TOTAL", "", rows, size, time))
     headers = ("where", "type", "each", "n", "before", "after", "decision", time.name, "source")
     lines = table(headers, cells, "llrrrrlrl", {0: 22, 1: 12, 8: 13})
-    title = f"2. Decisions ({size.name}; before and after over all n; added time in {time.name})"
+    title = f"Decisions ({size.name}; before and after over all n; added time in {time.name})"
     return [title, *lines, *_decision_notes(plan, rows, size, time)]
 
 
@@ -315,10 +332,11 @@ def _decision_notes(plan: Plan, rows: Sequence[DecisionRow], size: Scale, time: 
     return notes
 
 
-# -- 3. What else ----------------------------------------------------------------------------------
+# -- What else fits ----------------------------------------------------------------------------------
 
 
-def _else(plan: Plan) -> list[str]:
+def _else(report: Report) -> list[str]:
+    plan = report.plan
     hints = [
         *_floor_hints(plan),
         *_residents(plan),
@@ -326,9 +344,30 @@ def _else(plan: Plan) -> list[str]:
         *_ranges(plan),
         *_least(plan),
     ]
-    lines = [line for hint in hints for line in wrapped(hint)]
+    lines = [*_other_budgets(report), *(line for hint in hints for line in wrapped(hint))]
     lines += _tight(plan)
-    return ["3. What else", *lines] if lines else []
+    if report.gpus is not None:
+        lines += ["", *fit_lines(report.gpus)]
+    return ["What else fits", *lines] if lines else []
+
+
+def _other_budgets(report: Report) -> list[str]:
+    """A line a budget, from the most bytes to the least, the report's own among them."""
+    if not report.alternatives:
+        return []
+    plan = report.plan
+    mine = Alternative(plan.budget, plan.predicted_peak, plan.predicted_overhead, report.fits)
+    rows = sorted((mine, *report.alternatives), key=lambda row: -row.budget)
+    cells = [
+        (
+            format_bytes(row.budget),
+            format_bytes(row.peak),
+            f"{100 * row.overhead:+.1f} %" if row.overhead else "0",
+            "this plan" if row is mine else "" if row.fits else "does not fit: the smallest plan",
+        )
+        for row in rows
+    ]
+    return table(("budget", "peak", "time", ""), cells, "rrrl")
 
 
 def _floor_hints(plan: Plan) -> list[str]:

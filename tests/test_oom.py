@@ -47,7 +47,9 @@ CPU = (
 
 
 def test_who_held_what():
-    assert_expected_inline(str(fxmem.explain_oom(torch.OutOfMemoryError(CUDA))), """\
+    assert_expected_inline(
+        str(fxmem.explain_oom(torch.OutOfMemoryError(CUDA))),
+        """\
 Out of memory on CUDA device 0: 7.00 GiB were asked for; 5.88 GiB were free.
 
 when it failed                          GiB      %
@@ -62,7 +64,8 @@ Tensors can hold 139.07 GiB here at most: budget 149325275464 bytes ("1493252754
   everything, less where blocks of the allocator do not fit together.
 The program needed 140.19 GiB at that moment, or more later.
 What of it is the step's, and what a plan would save: fxmem.explain_oom(error, fxmem.plan(model,
-  "min", (x,)))""")
+  "min", (x,)))""",
+    )
 
 
 def test_other_processes_are_told_apart():
@@ -106,11 +109,14 @@ def test_the_cpus_allocator():
     found = fxmem.explain_oom(real.value)
     assert found.error == OutOfMemory("CPU", 10**15)
     assert found.budget is None
-    assert_expected_inline(str(found), """\
+    assert_expected_inline(
+        str(found),
+        """\
 Out of memory on CPU: 909.49 TiB were asked for.
 The message does not say who held the rest.
 What of it is the step's, and what a plan would save: fxmem.explain_oom(error, fxmem.plan(model,
-  "min", (x,)))""")
+  "min", (x,)))""",
+    )
 
 
 def test_the_error_below_another_is_found():
@@ -123,10 +129,12 @@ def test_a_plan():
     plan = make_plan(certificate=make_certificate())
     found = fxmem.explain_oom(plan)
     assert found.budget == plan.predicted_peak
-    assert_expected_inline(str(found), """\
+    assert_expected_inline(
+        str(found),
+        """\
 GPT: the step peaks at 29.0 MiB as it is, at 11.5 MiB with this plan (+1.4 % time).
 
-1. Live at the peak (MiB)
+Live at the peak (MiB)
 category           before  after  change  % of budget
 -----------------  ------  -----  ------  -----------
 parameters            4.0    4.0     0.0         33.3
@@ -139,7 +147,8 @@ The smallest that was shown to be in reach is 9437184 bytes ("min").
 What would lower it, each alone:
   about 5.0 MiB less: a batch of 4 for 8; the largest that fits is about 7
   up to 3.0 MiB less: the loss in parts
-  1.0 MiB less: 8-bit moments""")
+  1.0 MiB less: 8-bit moments""",
+    )
 
 
 def test_an_error_beside_the_steps_plan():
