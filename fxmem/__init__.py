@@ -15,6 +15,8 @@ from fxmem.errors import (
     PlanMismatchError,
     VerificationError,
 )
+from fxmem.fits import Fits
+from fxmem.looking import fits, report
 from fxmem.measure import Measurement, measure
 from fxmem.oom import Explanation, explain_oom
 from fxmem.operators import declare_pure
@@ -31,6 +33,7 @@ __all__ = [
     "CaptureError",
     "CostModel",
     "Explanation",
+    "Fits",
     "FxmemError",
     "Measurement",
     "OptimizedModule",
@@ -41,8 +44,10 @@ __all__ = [
     "VerificationError",
     "declare_pure",
     "explain_oom",
+    "fits",
     "measure",
     "optimize",
     "plan",
+    "report",
     "saved",
 ]
