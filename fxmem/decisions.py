@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +108,7 @@ def _gap(flow: Dataflow, choice: Choice) -> float | None:
 def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
     flow, simulator = analysis.flow, analysis.planner.simulator
     names = {node: key for key, node in keys(analysis.expected).items()}
+    words = _Words(analysis.expected)
     runs = Counter(i for i, _ in choice.outcome.recomputed)
     read = simulator.directly_read()
     drops: dict[int, tuple[int, ...]] = {}
@@ -120,7 +122,8 @@ def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
         if value.node not in names or not (remade or (kept and (v in read or runs))):
             continue
         dropped = () if kept else drops.get(v, ())
-        found.append(_decision(flow, v, names[value.node], kept, runs, dropped, v in read))
+        made = _decision(flow, v, names[value.node], kept, runs, dropped, v in read)
+        found.append(replace(made, type=words.named(made.type)))
     return found
 
 
@@ -210,13 +213,14 @@ def _live_tensors(
     line: MemoryTimeline, step: int, graph: JointGraph, bindings: dict[Any, int]
 ) -> Iterator[LiveTensor]:
     """Every storage with bytes that is live at a step, and what its operator works in."""
+    words = _Words(graph)
     for storage in line.live_at(step):
         if nbytes := evaluate(storage.nbytes, bindings):
             node = storage.node
             info = graph.inputs.get(node.name) if storage.resident else None
             yield LiveTensor(
                 name=info.name if info else node.name,
-                type=_type_of(storage),
+                type=words.named(_type_of(storage)),
                 nbytes=nbytes,
                 category=_category(storage, graph, line),
                 module=module_name(node),
@@ -294,7 +298,10 @@ class _Words:
     def lifetime(self, storage: Storage, line: MemoryTimeline) -> Lifetime:
         node = storage.node
         info = self.graph.inputs.get(node.name) if storage.resident else None
-        remade = is_backward(node) and node.name.startswith(f"{node.meta.get('fxmem_origin')}_rec")
+        names = [node.name, *storage.aliases]
+        origin = node.meta.get("fxmem_origin", "") if is_backward(node) else ""
+        if origin:  # made again: decided as what it is made again for
+            names = [name.rsplit("_recompute", 1)[0] for name in names]
         return Lifetime(
             name=info.name if info else node.name,
             type=self._type(storage),
@@ -304,14 +311,18 @@ class _Words:
             category=_category(storage, self.graph, line),
             module=module_name(node),
             source=source_line(node),
-            origin=node.meta["fxmem_origin"] if remade else "",
+            origin=origin,
+            values=tuple(names),
         )
 
     def _size(self, size: Size) -> Size:
         return size if isinstance(size, int) else size.xreplace(self.names)
 
     def _type(self, storage: Storage) -> str:
-        text = _type_of(storage)
+        return self.named(_type_of(storage))
+
+    def named(self, text: str) -> str:
+        """A type with the user's names in its shape."""
         if not self.texts:
             return text
         return re.sub(r"\b\w+\b", lambda word: self.texts.get(word[0], word[0]), text)

@@ -47,7 +47,7 @@ class Lifetime:
     """One storage.
 
     born, dies: steps, both included.  origin: the node that it is made again for; empty where it is
-    made for the first time.
+    made for the first time.  values: all that the storage is called, one of which a decision may be about.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Lifetime:
     module: str
     source: str
     origin: str = ""
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

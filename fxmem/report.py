@@ -6,6 +6,7 @@ No line is longer than ``WIDTH``.
 from __future__ import annotations
 
 import html
+import os
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fxmem.charts import step_chart
+from fxmem.errors import FxmemError
 from fxmem.fits import Alternative, Fits, fit_lines
 from fxmem.lifetimes import BeforeAfter
+from fxmem.page import page, write_page
 from fxmem.plan import Certificate, Decision, LiveTensor, PeakPoint, Plan
 from fxmem.tables import (
     BYTES,
@@ -79,8 +82,26 @@ class Report:
             "gradients": self.gradients,
             "live": [asdict(row) for row in live_rows(self.plan)],
             "decisions": [asdict(row) for row in folded(self.plan)],
+            "alternatives": [asdict(row) for row in self.alternatives],
+            "gpus": None if self.gpus is None else self.gpus.to_dict(),
             "plan": self.plan.to_dict(),
         }
+
+    def html(self, path: str | os.PathLike[str], other: Plan | None = None) -> None:
+        """Write the page: one file, to be opened in a browser, with no network.
+
+        other: another plan for the same step, to show what changes.  Raises ``FxmemError`` where there
+        is no memory to show or the file cannot be written, ``PlanMismatchError`` for another step's plan.
+        """
+        write_page(path, page(str(self), self.plan, self._memory("a page"), other))
+
+    def _memory(self, what: str) -> BeforeAfter:
+        if self.memory is None:
+            raise FxmemError(
+                f"{what} shows the memory of every operator, and a plan alone does not hold it\n"
+                "  try: opt.report(), or fxmem.report(model, (x,), budget)"
+            )
+        return self.memory
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"

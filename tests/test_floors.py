@@ -47,6 +47,7 @@ FLOORS = {
     "fxmem/overwriting.py": 4,
     "fxmem/standins.py": 4,
     "fxmem/timings.py": 4,
+    "fxmem/page.py": 4,
     "fxmem/dynamic.py": 4,
     "fxmem/dataflow.py": 5,
     # rewriting and choosing
