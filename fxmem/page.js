@@ -6,19 +6,12 @@
   const byId = (id) => document.getElementById(id);
   const text = (index) => (index < 0 ? "" : data.strings[index]);
 
-  // Okabe and Ito's colours, which people with any colour vision can tell apart; greys for what stays.
-  const COLOURS = {
-    parameters: "#999999",
-    buffers: "#bbbbbb",
-    inputs: "#dddddd",
-    constants: "#cccccc",
-    outputs: "#f0e442",
-    gradients: "#56b4e9",
-    "saved activations": "#0072b2",
-    transients: "#e69f00",
-    workspace: "#cc79a7",
-  };
-  const BUDGET = "#d55e00";
+  data.decisions = data.decisions.map(([bytes, times, ms, ...words]) => {
+    const [value, type, action, module, source, reason] = words.map(text);
+    return { bytes, times, ms, value, type, action, module, source, reason };
+  });
+
+  const BUDGET = data.budgetColour;
   const GHOST = "#000000";
 
   const state = {
@@ -37,7 +30,7 @@
     const [operator, ...parts] = tree;
     if (operator === "symbol") return sizes[parts[0]];
     const values = parts.map((part) => evaluate(part, sizes));
-    const [a, b] = values;
+    const [a, b, c] = values;
     switch (operator) {
       case "+": return values.reduce((x, y) => x + y, 0);
       case "*": return values.reduce((x, y) => x * y, 1);
@@ -45,6 +38,7 @@
       case "/": return a / b;
       case "//": return Math.floor(a / b);
       case "%": return a - b * Math.floor(a / b);
+      case "//%": return Math.floor(a / b) % c;
       case "max": return Math.max(...values);
       case "min": return Math.min(...values);
       default: throw new Error(`unknown operator ${operator}`);
@@ -147,6 +141,7 @@
       };
     });
     if (data.symbols.length) {
+      byId("fixed").hidden = false;
       const reset = element("button", "Sizes of the example", { type: "button" });
       reset.addEventListener("click", () => {
         state.sizes = data.symbols.map((symbol) => symbol.size);
@@ -228,7 +223,7 @@
         context.lineTo(x(i), y(below[i]));
       }
       context.closePath();
-      context.fillStyle = COLOURS[data.categories[category]] || "#666666";
+      context.fillStyle = data.colours[category];
       context.fill();
       below = above;
     });
@@ -289,7 +284,7 @@
     data.categories.forEach((category, index) => {
       if (!now[state.view].layers[index].some((bytes) => bytes > 0)) return;
       const mark = element("i");
-      mark.style.background = COLOURS[category] || "#666666";
+      mark.style.background = data.colours[index];
       const label = element("span");
       label.append(mark, category);
       place.append(label);
@@ -336,7 +331,7 @@
     bars.forEach((i, row) => {
       const from = x(lives.born[i]);
       const thin = lives.origin[i] >= 0;
-      context.fillStyle = COLOURS[data.categories[lives.category[i]]] || "#666666";
+      context.fillStyle = data.colours[lives.category[i]];
       context.fillRect(from, row * ROW + (thin ? 4 : 2), Math.max(1, x(lives.dies[i] + 1) - from), ROW - (thin ? 7 : 3));
       const module = lives.module[i];
       if (row === 0 || lives.module[bars[row - 1]] !== module) {

@@ -22,6 +22,7 @@ import sympy
 from fxmem.errors import FxmemError
 from fxmem.lifetimes import CATEGORIES, WORKSPACE, BeforeAfter, Memory
 from fxmem.plan import Decision, Plan
+from fxmem.plots import BUDGET_COLOUR, COLOURS
 from fxmem.sizes import Size
 from fxmem.tables import clean, cut
 
@@ -104,9 +105,11 @@ def page_data(plan: Plan, memory: BeforeAfter, other: Plan | None = None) -> dic
         "symbols": [{"name": _short(name), "size": known[name]} for name in names],
         "budget": None if plan.smallest else plan.budget,
         "categories": list(CATEGORIES),
+        "colours": [COLOURS[name] for name in CATEGORIES],
+        "budgetColour": BUDGET_COLOUR,
         "workspace": CATEGORIES.index(WORKSPACE),
         **steps,
-        "decisions": [_decision(decision) for decision in plan.decisions],
+        "decisions": [_decision(decision, strings) for decision in plan.decisions],
         "changes": None if other is None else _changes(plan, other),
         "strings": strings.all,
         "sizes": sizes.trees,
@@ -138,25 +141,22 @@ def _step(
             "module": strings.numbers(one.module for one in lives),
             "source": strings.numbers(one.source for one in lives),
             "origin": strings.numbers(one.origin for one in lives),
+            # Of values that write over one another, the last is the one that stays.
             "decision": [
-                next((decided[name] for name in one.values if name in decided), -1) for one in lives
+                next((decided[name] for name in reversed(one.values) if name in decided), -1)
+                for one in lives
             ],
         },
     }
 
 
-def _decision(decision: Decision) -> dict[str, Any]:
-    return {
-        "value": _short(decision.value),
-        "type": _short(decision.type),
-        "bytes": decision.nbytes,
-        "action": decision.action,
-        "times": decision.times,
-        "ms": round(1e3 * decision.seconds, 6),
-        "module": _short(decision.module),
-        "source": _short(decision.source),
-        "reason": _short(decision.reason),
-    }
+_WORDS = ("value", "type", "action", "module", "source", "reason")
+
+
+def _decision(decision: Decision, strings: _Strings) -> list[float]:
+    """Bytes, times, milliseconds, and the strings of ``_WORDS``."""
+    words = strings.numbers(getattr(decision, name) for name in _WORDS)
+    return [decision.nbytes, decision.times, round(1e3 * decision.seconds, 6), *words]
 
 
 def _changes(plan: Plan, other: Plan) -> dict[str, Any]:
@@ -168,9 +168,9 @@ def _changes(plan: Plan, other: Plan) -> dict[str, Any]:
     for key in dict.fromkeys((*mine, *theirs)):
         before, after = _action(mine.get(key)), _action(theirs.get(key))
         if before != after:
-            known = _decision(mine.get(key) or theirs[key])
-            shown = {name: known[name] for name in ("value", "bytes", "module", "source")}
-            rows.append({**shown, "from": before, "to": after})
+            known = mine.get(key) or theirs[key]
+            shown = {name: _short(getattr(known, name)) for name in ("value", "module", "source")}
+            rows.append({**shown, "bytes": known.nbytes, "from": before, "to": after})
     return {"totals": clean(totals), "rows": rows}
 
 
@@ -228,15 +228,11 @@ class _Sizes:
             return ["symbol", self.names[size.name]]
         if size.is_Rational:
             return ["/", int(size.p), int(size.q)]
-        kind = type(size).__name__
-        parts = [self._tree(part) for part in size.args]
-        if kind == "ModularIndexing":
-            return ["%", ["//", parts[0], parts[1]], parts[2]]
-        operator = _OPERATORS.get(kind)
+        operator = _OPERATORS.get(type(size).__name__)
         if operator is None:
             # A function of the sizes that the page does not know stays what it is in the example.
             return int(size.subs({s: self.example[s.name] for s in size.free_symbols}))
-        return [operator, *parts]
+        return [operator, *(self._tree(part) for part in size.args)]
 
 
 _OPERATORS = {
@@ -247,6 +243,7 @@ _OPERATORS = {
     "CleanDiv": "//",
     "Mod": "%",
     "PythonMod": "%",
+    "ModularIndexing": "//%",
     "Max": "max",
     "Min": "min",
 }

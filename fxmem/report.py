@@ -19,6 +19,7 @@ from fxmem.fits import Alternative, Fits, fit_lines
 from fxmem.lifetimes import BeforeAfter
 from fxmem.page import page, write_page
 from fxmem.plan import Certificate, Decision, LiveTensor, PeakPoint, Plan
+from fxmem.plots import draw
 from fxmem.tables import (
     BYTES,
     ROUNDED,
@@ -94,6 +95,20 @@ class Report:
         is no memory to show or the file cannot be written, ``PlanMismatchError`` for another step's plan.
         """
         write_page(path, page(str(self), self.plan, self._memory("a page"), other))
+
+    def png(self, path: str | os.PathLike[str]) -> None:
+        """Write the chart of the step.  Raises ``FxmemError`` without matplotlib (``fxmem[plot]``)."""
+        self._draw(path, "png")
+
+    def svg(self, path: str | os.PathLike[str]) -> None:
+        """``png`` with lines instead of pixels."""
+        self._draw(path, "svg")
+
+    def _draw(self, path: str | os.PathLike[str], form: str) -> None:
+        budget = None if self.plan.smallest else self.plan.budget
+        label, parts = _fit(self)
+        caption = "   ".join([self.plan.model, label, *filter(None, parts)])
+        draw(path, form, self._memory("a picture"), budget, caption)
 
     def _memory(self, what: str) -> BeforeAfter:
         if self.memory is None:

@@ -37,6 +37,7 @@ FLOORS = {
     "fxmem/workspace.py": 3,
     "fxmem/capture.py": 3,
     "fxmem/charts.py": 3,
+    "fxmem/plots.py": 3,
     "fxmem/partition.py": 3,
     "fxmem/plan.py": 3,
     "fxmem/readable.py": 3,
