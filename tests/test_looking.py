@@ -12,7 +12,7 @@ from torch import nn
 
 import fxmem
 from fxmem.charts import step_chart
-from fxmem.fits import CONTEXT, fit_lines, gpu_lines, gpu_rows, usable
+from fxmem.fits import CONTEXT, Alternative, Fit, Fits, fit_lines, gpu_lines, gpu_rows, usable
 from fxmem.gpus import GPUS, Gpu
 from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point
 from tests.test_report import MIB, make_plan
@@ -114,6 +114,82 @@ def test_an_empty_step_has_no_chart():
     assert step_chart(BeforeAfter(memory(0, 0), memory(0, 0)), None) == []
 
 
+def test_a_whole_report():
+    """Everything that a report can have."""
+    before = memory(*(n * MIB for n in (4, 12, 20, 28, 29, 24, 16, 8)))
+    after = memory(*(n * MIB for n in (4, 6, 8, 10, 11, 9, 7, 5)))
+    rows = (
+        Fit("RTX 2080", 8 * GIB, 7 * GIB, "no", 9 * GIB, None),
+        Fit("T4", 16 * GIB, 14 * GIB, "with a plan", 13 * GIB, 0.031),
+        Fit("L4", 24 * GIB, 21 * GIB, "as it is", 20 * GIB, 0.0),
+        Fit("H200", 141 * GIB, 129 * GIB, "as it is", 20 * GIB, 0.0),
+    )
+    report = fxmem.Report(
+        make_plan(gap=0.006),
+        make_plan().predicted_peak,
+        "bitwise equal to the unchanged step",
+        BeforeAfter(before, after),
+        (Alternative(15 * MIB, 14 * MIB, 0.005, True), Alternative(6 * MIB, 9 * MIB, 0.2, False)),
+        Fits("GPT", "cpu", 20 * GIB, 0, rows),
+    )
+    assert_expected_inline(str(report), """\
+fxmem  GPT   cpu   B=8 S=2048   budget 0.42x   plan 7c1e04d2   torch 2.13.0
+FITS   peak 11.5 MiB of 12.0 MiB (95.8 %)   was 29.0 MiB   slack 512.0 KiB
+PRICE  step 1.15 -> 1.17 s (+1.4 %, cost model cpu)   gap to optimum <= 0.6 %
+PEAK   nll_loss_backward   step 953 of 2904, backward   train.py:88 in compute_loss   module head
+CHECK  measured 11.5 MiB, as predicted to the byte   gradients bitwise equal to the unchanged step
+
+1. Live at the peak (MiB)
+category           before  after  change  % of budget
+-----------------  ------  -----  ------  -----------
+parameters            4.0    4.0     0.0         33.3
+saved activations    24.0    7.0   -17.0         58.3
+gradients             1.0    0.5    -0.5          4.2
+TOTAL                29.0   11.5   -17.5         95.8
+
+2. One step in program order (MiB)   : before   # after   - budget
+30.0 |                                                                                           |
+27.5 |                                   :::::::::::::::::::::::                                 |
+25.0 |                                   :::::::::::::::::::::::                                 |
+22.5 |                                   ::::::::::::::::::::::::::::::::::                      |
+20.0 |                       ::::::::::::::::::::::::::::::::::::::::::::::                      |
+17.5 |                       ::::::::::::::::::::::::::::::::::::::::::::::                      |
+15.0 |                       :::::::::::::::::::::::::::::::::::::::::::::::::::::::::           |
+12.5 |-----------------------:::::::::::::::::::::::::::::::::::::::::::::::::::::::::-----------|
+10.0 |            :::::::::::::::::::::::#######################::::::::::::::::::::::           |
+ 7.5 |            :::::::::::##############################################::::::::::::::::::::::|
+ 5.0 |            ###############################################################################|
+ 2.5 |###########################################################################################|
+      forward                                       backward
+
+3. Decisions (MiB; before and after over all n; added time in ms)
+where             type            each   n  before  after  decision         ms  source
+----------------  --------------  ----  --  ------  -----  ------------  -----  -----------
+h.*.attn softmax  f32[8,128,512]   3.0   4    12.0   12.0  keep            0.0  model.py:20
+h.*.mlp.act gelu  f32[8,128,512]   2.0   4     8.0    0.0  recompute      +8.0  model.py:31
+h.* add           f32[8,128,512]   1.0   4     4.0    0.0  recompute x3   +8.0  model.py:44
+TOTAL                                   12    24.0   12.0                +16.0
+
+4. What else fits
+  budget      peak     time
+--------  --------  -------  -------------------------------
+15.0 MiB  14.0 MiB   +0.5 %
+12.0 MiB  11.5 MiB   +1.4 %  this plan
+ 6.0 MiB   9.0 MiB  +20.0 %  does not fit: the smallest plan
+This plan fits every budget from 12,058,624 bytes up.
+Smallest peak shown to be in reach: 9,437,184 bytes (budget "min").
+4.0 MiB of the peak (34.8 %) are parameters, buffers and inputs, which no plan changes.
+
+GPU             GiB         usable  fits              peak    time
+--------  ---------  -------------  -----------  ---------  ------
+RTX 2080          8            7.0  no            9.00 GiB
+T4               16           14.0  with a plan  13.00 GiB  +3.1 %
+L4, H200  24 to 141  21.0 to 129.0  as it is     20.00 GiB       0
+usable: 8 % for the driver and 768.0 MiB for the process are taken off. time: added to the step by
+  that GPU's roofline. Operators are those of cpu. Where nothing fits, peak is the smallest that any
+  plan reached.""")
+
+
 # Other budgets
 
 
@@ -170,7 +246,7 @@ def test_a_name_in_a_picture_is_no_formula(report, tmp_path):
     pytest.importorskip("matplotlib")
     from dataclasses import replace
 
-    name = r"$\frac{</text><script>alert(1)</script>"
+    name = r"$\frac{$</text><script>alert(1)</script>"
     replace(report, plan=replace(report.plan, model=name)).svg(tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert "<script" not in text

@@ -313,7 +313,7 @@ def test_sliders_agree_with_python(report, text, tmp_path):
 @needs_browser
 def test_sliders_agree_where_sizes_are_no_polynomials(tmp_path):
     found = driven(
-        made_up_page(), tmp_path, DRIVE % json.dumps([(1, 1), (5, 9), (40, 13), (7, 70)])
+        made_up_page(), tmp_path, DRIVE % json.dumps([(2, 1), (5, 10), (40, 13), (7, 70)])
     )
     memory = made_up()
     for b, s, before, _ in found:
