@@ -161,6 +161,11 @@ def _declare_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
 
 
+def _declare_saved(parser: argparse.ArgumentParser) -> None:
+    _declare_model(parser)
+    parser.add_argument("--fold", action="store_true", help="equal blocks on one line")
+
+
 def _declare_gpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="say where it fits; " + MODEL_HELP
@@ -246,7 +251,7 @@ def _saved(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(found.to_dict())
     else:
-        print(found)
+        print(found.text(fold=options.fold))
     return FITS
 
 
@@ -360,8 +365,8 @@ _COMMANDS = (
     _Command(
         "saved",
         "list what the step saves for its backward, as it is",
-        "models.py:build\nmodels.py:build --json",
-        _declare_model,
+        "models.py:build\nmodels.py:build --fold",
+        _declare_saved,
         _saved,
     ),
     _Command(

@@ -30,6 +30,7 @@ from fxmem.tables import (
     cut,
     percent,
     scale,
+    starred,
     table,
     wrapped,
 )
@@ -306,8 +307,7 @@ def _row(group: Sequence[Decision]) -> DecisionRow:
 
 def _where(group: Sequence[Decision]) -> str:
     """``h.*.mlp gelu``; ``add#1`` is the module's second add, ``.1`` its second result."""
-    steps = zip(*(d.key.module.split(".") for d in group), strict=True)
-    module = ".".join(step[0] if len(set(step)) == 1 else "*" for step in steps)
+    module = starred([d.key.module for d in group])
     key = group[0].key
     ordinal = f"#{key.ordinal}" if key.ordinal else ""
     output = f".{key.output}" if key.output else ""

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxmem._torch import new_fake_mode, storage_key
+from fxmem._torch import is_fake, new_fake_mode, storage_key
 from fxmem._torch_eager import compiling
 from fxmem.capture import StepCall, training_step
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.graph import type_text
 from fxmem.sizes import hint, tensors_in
-from fxmem.standins import fake_call
-from fxmem.tables import BYTES, ROUNDED, clean, scale, table, wrapped
+from fxmem.standins import fake_call, without_meta
+from fxmem.tables import BYTES, ROUNDED, clean, scale, starred, table, wrapped
 from fxmem.units import format_bytes
 
 _OWN = str(Path(__file__).parent)
@@ -68,23 +68,31 @@ class Saved:
         return sum(row.nbytes for row in self.rows)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, fold: bool = False) -> str:
+        """The table.  fold: equal lines of equal blocks as one, with their number."""
         title = f"{clean(self.model)} saves {format_bytes(self.total)} for its backward"
         if not self.rows:
             return title + "."
-        size = scale(BYTES, [[row.nbytes for row in self.rows]])
+        groups = self._groups(fold)
+        size = scale(BYTES, [[sum(row.nbytes for row in group) for group in groups]])
         cells = [
             (
-                row.type.replace(", ", ","),
-                size.text(row.nbytes),
-                ", ".join((row.operator, *row.also)),
-                row.module,
-                row.source,
+                group[0].type.replace(", ", ","),
+                *([str(len(group))] if fold else []),
+                size.text(sum(row.nbytes for row in group)),
+                ", ".join((group[0].operator, *group[0].also)),
+                starred([row.module for row in group]),
+                group[0].source.split(" in ")[0],
             )
-            for row in self.rows
+            for group in groups
         ]
-        cells.append(("TOTAL", size.text(self.total), "", "", ""))
-        headers = ("type", size.name, "saved by", "module", "source")
-        lines = [title, *table(headers, cells, "lrlll", {0: 16, 2: 16, 4: 16})]
+        count = [str(len(self.rows))] if fold else []
+        cells.append(("TOTAL", *count, size.text(self.total), "", "", ""))
+        headers = ("type", *(["n"] if fold else []), size.name, "saved by", "module", "source")
+        needs = {0: 16, 2 + fold: 16, 3 + fold: 20, 4 + fold: 16}
+        lines = [title, *table(headers, cells, "l" + "r" * (1 + fold) + "lll", needs)]
         if not size.adds_up:
             lines.append(ROUNDED)
         if self.resident:
@@ -93,6 +101,15 @@ class Saved:
                 "inputs, which are there anyway."
             )
         return "\n".join(lines)
+
+    def _groups(self, fold: bool) -> list[list[SavedTensor]]:
+        """The rows in their order, those that differ in nothing but the number of their block together."""
+        groups: dict[object, list[SavedTensor]] = {}
+        for number, row in enumerate(self.rows):
+            place = tuple("*" if part.isdecimal() else part for part in row.module.split("."))
+            like = (row.type, row.nbytes, row.operator, row.also, place, row.source)
+            groups.setdefault(like if fold else number, []).append(row)
+        return list(groups.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; bytes are integers."""
@@ -131,8 +148,10 @@ def saved(
 
 
 def _watched(call: StepCall) -> Saved:
-    mode = new_fake_mode()
-    fake = fake_call(call, mode)
+    call = without_meta(call)  # whose kernels are not those of the device that it will run on
+    fakes = [t for t in tensors_in(list(_state(call))) if is_fake(t)]
+    mode: Any = getattr(fakes[0], "fake_mode", None) if fakes else new_fake_mode()
+    fake = call if fakes else fake_call(call, mode)
     resident = {storage_key(t) for t in tensors_in(list(_state(fake)))}
     watch = _Watch(_names(fake.model))
     with torch.random.fork_rng(devices=[]), mode, torch.enable_grad(), watch.watching(fake.model):

@@ -120,6 +120,12 @@ def wrapped(text: str) -> list[str]:
     return textwrap.wrap(clean(text), WIDTH, subsequent_indent="  ")
 
 
+def starred(names: Sequence[str]) -> str:
+    """Dotted names as one, ``*`` where they differ: ``h.*.mlp``."""
+    steps = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(step[0] if len(set(step)) == 1 else "*" for step in steps)
+
+
 _SEPARATOR = 2
 _SMALLEST = 6
 

@@ -132,7 +132,9 @@ def test_a_whole_report():
         (Alternative(15 * MIB, 14 * MIB, 0.005, True), Alternative(6 * MIB, 9 * MIB, 0.2, False)),
         Fits("GPT", "cpu", 20 * GIB, 0, rows),
     )
-    assert_expected_inline(str(report), """\
+    assert_expected_inline(
+        str(report),
+        """\
 fxmem  GPT   cpu   B=8 S=2048   budget 0.42x   plan 7c1e04d2   torch 2.13.0
 FITS   peak 11.5 MiB of 12.0 MiB (95.8 %)   was 29.0 MiB   slack 512.0 KiB
 PRICE  step 1.15 -> 1.17 s (+1.4 %, cost model cpu)   gap to optimum <= 0.6 %
@@ -187,7 +189,8 @@ T4               16           14.0  with a plan  13.00 GiB  +3.1 %
 L4, H200  24 to 141  21.0 to 129.0  as it is     20.00 GiB       0
 usable: 8 % for the driver and 768.0 MiB for the process are taken off. time: added to the step by
   that GPU's roofline. Operators are those of cpu. Where nothing fits, peak is the smallest that any
-  plan reached.""")
+  plan reached.""",
+    )
 
 
 # Other budgets

@@ -62,11 +62,11 @@ def test_one_line_a_storage():
         """\
 Block saves 544 B for its backward
 type       bytes  saved by                 module  source
----------  -----  -----------------------  ------  ---------------------------
-f32[4,16]    256  relu, native_layer_norm          test_saved.py:N in forward
-f32[4,1]      16  native_layer_norm        norm    test_saved.py:N in forward
-f32[4,1]      16  native_layer_norm        norm    test_saved.py:N in forward
-f32[4,16]    256  sigmoid                          test_saved.py:N in forward
+---------  -----  -----------------------  ------  ----------------
+f32[4,16]    256  relu, native_layer_norm          test_saved.py:N
+f32[4,1]      16  native_layer_norm        norm    test_saved.py:N
+f32[4,1]      16  native_layer_norm        norm    test_saved.py:N
+f32[4,16]    256  sigmoid                          test_saved.py:N
 TOTAL        544
 The backward also reads 256 B of parameters, buffers and inputs, which are there anyway.""",
     )
@@ -174,6 +174,20 @@ def test_text_is_at_most_100_columns_and_the_same_each_time():
     text = str(fxmem.saved(model, *args, **kwargs))
     assert text == str(fxmem.saved(model, *args, **kwargs))
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_equal_blocks_fold_to_one_line():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
+    found = fxmem.saved(model, torch.randn(4, 8))
+    assert_expected_inline(found.text(fold=True), """\
+Sequential saves 640 B for its backward
+type      n  bytes  saved by  module  source
+--------  -  -----  --------  ------  ------
+f32[4,8]  3    384  gelu      *.1
+f32[4,8]  2    256  addmm     *.0
+TOTAL     5    640
+The backward also reads 640 B of parameters, buffers and inputs, which are there anyway.""")
+    assert len(str(found).splitlines()) == len(found.rows) + 5
 
 
 def test_to_dict_is_json():
