@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,20 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxmem.categories import category, workspace_name
 from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
 from fxmem.dataflow import Dataflow
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
-from fxmem.graph import (
-    JointGraph,
-    Role,
-    is_backward,
-    module_name,
-    operator_name,
-    source_line,
-    type_text,
-)
-from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point, symbol
-from fxmem.liveness import MemoryTimeline, Step, Storage, timeline
+from fxmem.graph import JointGraph, module_name, operator_name, source_line, type_text
+from fxmem.liveness import MemoryTimeline, timeline
 from fxmem.operators import refusal
 from fxmem.partition import split
 from fxmem.plan import (
@@ -41,9 +32,10 @@ from fxmem.plan import (
 from fxmem.planner import Choice
 from fxmem.report import least_text, line_of, remedy_lines
 from fxmem.simulate import Drop
-from fxmem.sizes import Size, evaluate, storage_nbytes, tensors_in
+from fxmem.sizes import evaluate
 from fxmem.tables import WIDTH, clean, cut
 from fxmem.units import format_bytes
+from fxmem.words import Words, type_of
 
 if TYPE_CHECKING:
     from fxmem.pipeline import Analysis, Options
@@ -108,7 +100,7 @@ def _gap(flow: Dataflow, choice: Choice) -> float | None:
 def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
     flow, simulator = analysis.flow, analysis.planner.simulator
     names = {node: key for key, node in keys(analysis.expected).items()}
-    words = _Words(analysis.expected)
+    words = Words(analysis.expected)
     runs = Counter(i for i, _ in choice.outcome.recomputed)
     read = simulator.directly_read()
     drops: dict[int, tuple[int, ...]] = {}
@@ -173,8 +165,8 @@ def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int
     node = step.node
     live: Counter[str] = Counter()
     for storage in line.live_at(peak.step):
-        live[_category(storage, graph, line)] += evaluate(storage.nbytes, bindings)
-    live[_workspace_name(step)] += evaluate(step.workspace, bindings)
+        live[category(storage, graph, line)] += evaluate(storage.nbytes, bindings)
+    live[workspace_name(step)] += evaluate(step.workspace, bindings)
     return PeakPoint(
         nbytes=peak.nbytes,
         operator=operator_name(node) if node else "end of the forward",
@@ -213,16 +205,16 @@ def _live_tensors(
     line: MemoryTimeline, step: int, graph: JointGraph, bindings: dict[Any, int]
 ) -> Iterator[LiveTensor]:
     """Every storage with bytes that is live at a step, and what its operator works in."""
-    words = _Words(graph)
+    words = Words(graph)
     for storage in line.live_at(step):
         if nbytes := evaluate(storage.nbytes, bindings):
             node = storage.node
             info = graph.inputs.get(node.name) if storage.resident else None
             yield LiveTensor(
                 name=info.name if info else node.name,
-                type=words.named(_type_of(storage)),
+                type=words.named(type_of(storage)),
                 nbytes=nbytes,
-                category=_category(storage, graph, line),
+                category=category(storage, graph, line),
                 module=module_name(node),
                 source=source_line(node),
             )
@@ -231,101 +223,7 @@ def _live_tensors(
         name = operator_name(running.node) if running.node else "loss"
         module = module_name(running.node) if running.node else ""
         source = source_line(running.node) if running.node else ""
-        yield LiveTensor(name, "", nbytes, _workspace_name(running), module, source)
-
-
-def _type_of(storage: Storage) -> str:
-    """The type of the tensor in the storage; of several results, of the one that fills it."""
-    leaves = list(tensors_in(storage.node.meta.get("val")))
-    filling = [t for t in leaves if storage_nbytes(t) == storage.nbytes]
-    return type_text(next(iter((*filling, *leaves)), None))
-
-
-def _workspace_name(step: Step) -> str:
-    return "operator workspace" if step.node is not None else "loss outside the model"
-
-
-_ROLE_NAMES = {Role.PARAMETER: "parameters", Role.BUFFER: "buffers", Role.INPUT: "inputs"}
-
-
-def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline) -> str:
-    """What a live storage is to the user."""
-    if storage.resident:
-        info = graph.inputs.get(storage.node.name)
-        return _ROLE_NAMES.get(info.role, "inputs") if info else "constants"
-    if storage.held:
-        late = line.steps[storage.born].phase == "backward"
-        return "gradients" if late else "outputs"
-    if storage.born < line.boundary < storage.dies:
-        return "saved activations"
-    return "transients"
-
-
-# -- The memory of the whole step ----------------------------------------------------------------------
-
-
-def memory_of(analysis: Analysis, line: MemoryTimeline) -> BeforeAfter:
-    """The step with everything kept and as it was planned, without the graphs behind them."""
-    whole = analysis.whole or analysis
-    before = timeline(split(whole.expected), whole.workspaces)
-    return BeforeAfter(_memory(before, whole.expected), _memory(line, analysis.expected))
-
-
-def _memory(line: MemoryTimeline, graph: JointGraph) -> Memory:
-    words = _Words(graph)
-    return Memory(
-        tuple(words.point(step) for step in line.steps),
-        tuple(words.lifetime(storage, line) for storage in line.storages),
-        {info.name: info.hint for info in graph.symbols.values()},
-    )
-
-
-class _Words:
-    """Steps and storages of one graph in the user's words, symbols by the user's names."""
-
-    def __init__(self, graph: JointGraph) -> None:
-        self.graph = graph
-        self.names = {s: symbol(info.name) for s, info in graph.symbols.items()}
-        self.texts = {str(s): info.name for s, info in graph.symbols.items()}
-
-    def point(self, step: Step) -> Point:
-        node, workspace = step.node, self._size(step.workspace)
-        if node is None:
-            return Point("end of the forward", "", "", step.phase, workspace)
-        where = (operator_name(node), module_name(node), source_line(node))
-        return Point(*where, step.phase, workspace)
-
-    def lifetime(self, storage: Storage, line: MemoryTimeline) -> Lifetime:
-        node = storage.node
-        info = self.graph.inputs.get(node.name) if storage.resident else None
-        names = [node.name, *storage.aliases]
-        origin = node.meta.get("fxmem_origin", "") if is_backward(node) else ""
-        if origin:  # made again: decided as what it is made again for
-            names = [name.rsplit("_recompute", 1)[0] for name in names]
-        return Lifetime(
-            name=info.name if info else node.name,
-            type=self._type(storage),
-            nbytes=self._size(storage.nbytes),
-            born=max(storage.born, 0),
-            dies=storage.dies,
-            category=_category(storage, self.graph, line),
-            module=module_name(node),
-            source=source_line(node),
-            origin=origin,
-            values=tuple(names),
-        )
-
-    def _size(self, size: Size) -> Size:
-        return size if isinstance(size, int) else size.xreplace(self.names)
-
-    def _type(self, storage: Storage) -> str:
-        return self.named(_type_of(storage))
-
-    def named(self, text: str) -> str:
-        """A type with the user's names in its shape."""
-        if not self.texts:
-            return text
-        return re.sub(r"\b\w+\b", lambda word: self.texts.get(word[0], word[0]), text)
+        yield LiveTensor(name, "", nbytes, workspace_name(running), module, source)
 
 
 # -- Infeasible ------------------------------------------------------------------------------------------

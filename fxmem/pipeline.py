@@ -17,7 +17,7 @@ from fxmem.capture import StepCall, capture
 from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow
-from fxmem.decisions import explain, find_choice, infeasible, memory_of, too_large
+from fxmem.decisions import explain, find_choice, infeasible, too_large
 from fxmem.errors import VerificationError
 from fxmem.graph import JointGraph, Role
 from fxmem.lifetimes import BeforeAfter
@@ -39,6 +39,7 @@ from fxmem.planner import Choice, Planner
 from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
 from fxmem.timings import measured_cost
+from fxmem.words import memory_of
 from fxmem.workspace import Workspaces, load_workspaces, save_workspaces
 
 log = logging.getLogger(__name__)

@@ -179,14 +179,17 @@ def test_text_is_at_most_100_columns_and_the_same_each_time():
 def test_equal_blocks_fold_to_one_line():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
     found = fxmem.saved(model, torch.randn(4, 8))
-    assert_expected_inline(found.text(fold=True), """\
+    assert_expected_inline(
+        found.text(fold=True),
+        """\
 Sequential saves 640 B for its backward
 type      n  bytes  saved by  module  source
 --------  -  -----  --------  ------  ------
 f32[4,8]  3    384  gelu      *.1
 f32[4,8]  2    256  addmm     *.0
 TOTAL     5    640
-The backward also reads 640 B of parameters, buffers and inputs, which are there anyway.""")
+The backward also reads 640 B of parameters, buffers and inputs, which are there anyway.""",
+    )
     assert len(str(found).splitlines()) == len(found.rows) + 5
 
 
