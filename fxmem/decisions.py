@@ -15,9 +15,8 @@ from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
 from fxmem.dataflow import Dataflow
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
 from fxmem.graph import JointGraph, module_name, operator_name, source_line, type_text
-from fxmem.liveness import MemoryTimeline, timeline
+from fxmem.liveness import MemoryTimeline
 from fxmem.operators import refusal
-from fxmem.partition import split
 from fxmem.plan import (
     Certificate,
     Decision,
@@ -46,14 +45,17 @@ def explain(
     options: Options,
     budget: int | None,
     choice: Choice,
+    before: MemoryTimeline,
     line: MemoryTimeline,
     floor: int | None,
 ) -> Plan:
-    """Everything that was decided and predicted, as a value that outlives the graph."""
+    """Everything that was decided and predicted, as a value that outlives the graph.
+
+    before: the step with everything kept.  line: the step as it will run.
+    """
     graph, flow = analysis.expected, analysis.flow
     bindings = graph.bindings()
     whole = analysis.whole or analysis
-    before = timeline(split(whole.expected), whole.workspaces)
     symbols = {s.name: s.hint for s in graph.symbols.values()}
     peak = line.peak(bindings).nbytes
     tight = floor is not None or peak > (peak if budget is None else budget)

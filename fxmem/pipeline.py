@@ -247,10 +247,12 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
         choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
-    plan = explain(analysis, options, budget, choice, line, floor)
+    whole = analysis.whole or analysis
+    before = timeline(split(whole.expected), whole.workspaces)
+    plan = explain(analysis, options, budget, choice, before, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise (infeasible if options.plan is None else too_large)(plan)
-    watched = memory_of(analysis, line) if memory else None
+    watched = memory_of(analysis, before, line) if memory else None
     return Planned(plan, rewritten, halves, analysis.undefined, watched)
 
 

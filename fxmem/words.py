@@ -15,18 +15,16 @@ from fxmem.graph import (
     type_text,
 )
 from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point, symbol
-from fxmem.liveness import MemoryTimeline, Step, Storage, timeline
-from fxmem.partition import split
+from fxmem.liveness import MemoryTimeline, Step, Storage
 from fxmem.sizes import Size, storage_nbytes, tensors_in
 
 if TYPE_CHECKING:
     from fxmem.pipeline import Analysis
 
 
-def memory_of(analysis: Analysis, line: MemoryTimeline) -> BeforeAfter:
+def memory_of(analysis: Analysis, before: MemoryTimeline, line: MemoryTimeline) -> BeforeAfter:
     """The step with everything kept and as it was planned, without the graphs behind them."""
     whole = analysis.whole or analysis
-    before = timeline(split(whole.expected), whole.workspaces)
     return BeforeAfter(_memory(before, whole.expected), _memory(line, analysis.expected))
 
 
