@@ -262,6 +262,29 @@ def test_hostile_names_are_only_shown(tmp_path):
 
 
 @needs_browser
+def test_a_real_model_with_a_hostile_module(tmp_path):
+    """Its name goes through capture, planning and the report; no size is named, so nothing slides."""
+    name = "<img src=x onerror='document[`documentElement`][`id`]=`owned`'></script><script>"
+
+    class Hostile(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 64), nn.GELU())})
+
+        def forward(self, x):
+            return self.parts[name](x).square().mean()
+
+    path = tmp_path / "page.html"
+    fxmem.optimize(Hostile(), "0.9x", (torch.randn(64, 8),)).report().html(path)
+    dom, console = opened(path, tmp_path)
+    assert not console
+    assert attribute(dom, "data-ready") == "yes"
+    assert 'id="owned"' not in dom
+    assert "<img" not in dom
+    assert re.search(r'<section id="controls"[^>]*></section>', dom)
+
+
+@needs_browser
 def test_a_script_that_gets_in_does_not_run(tmp_path):
     path = tmp_path / "page.html"
     planted = "<script>document.documentElement.dataset.owned = 'yes'</script>"
