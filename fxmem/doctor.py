@@ -59,7 +59,9 @@ class Examination:
         width = max(len(found.name) for found in self.findings)
         lines = []
         for found in self.findings:
-            lines.append(f"{found.name:<{width}}  {clean(_text(found.value))}".rstrip())
+            first, *more = map(clean, _texts(found.value))
+            lines.append(f"{found.name:<{width}}  {first}".rstrip())
+            lines += [f"{'':{width}}  {text}" for text in more]
             if found.problem:
                 mark = "problem" if found.fatal else "note"
                 lines += [f"{'':{width}}  {mark}: {clean(found.problem)}"]
@@ -207,11 +209,12 @@ def _plan() -> str:
     return f"a step of {before} planned to {after}"
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+def _texts(value: Any) -> list[str]:
+    """A line, or one for each entry of a table."""
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {count}" for name, count in value.items()) or "none"
+        return [f"{name}: {_texts(count)[0]}" for name, count in value.items()] or ["none"]
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
     if isinstance(value, int) and value > 10**6:
-        return f"{format_bytes(value)} ({value} bytes)"
-    return "unknown" if value is None else str(value)
+        return [f"{format_bytes(value)} ({value} bytes)"]
+    return ["unknown" if value is None else str(value)]

@@ -71,10 +71,11 @@ def _alternatives(analysis: Analysis, options: Options, plan: Plan) -> Iterator[
     """What more or fewer bytes would buy: plans whose peak or price differs."""
     if plan.smallest:
         return
+    options = replace(options, on_infeasible="raise")
     seen = {(plan.predicted_peak, plan.added_seconds)}
     for share in _AROUND:
         budget = round(plan.budget * share)
-        asked = replace(options, budget=Budget.parse(budget + options.reserve), plan=None)
+        asked = replace(options, budget=Budget.parse(budget + options.reserve))
         try:
             other = decide(analysis, asked).plan
         except BudgetInfeasibleError as error:
@@ -129,6 +130,7 @@ def fits_of(analysis: Analysis, options: Options, gpus: tuple[Gpu, ...] = GPUS) 
 
 def _rows(analysis: Analysis, options: Options, gpus: tuple[Gpu, ...]) -> Iterator[Fit]:
     """One size of memory after the other, the largest first; below one that is too small all are."""
+    options = replace(options, on_infeasible="raise")
     too_small: int | None = None
     for size in sorted({usable(gpu) for gpu in gpus}, reverse=True):
         planned = None

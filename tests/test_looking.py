@@ -210,6 +210,20 @@ def test_other_budgets_are_plans_that_exist(report):
     assert "this plan" in str(report)
 
 
+def test_a_budget_that_nothing_fits_may_be_reported():
+    x = torch.ones(512, 64)
+    least = fxmem.plan(Tower(), "min", (x,)).predicted_peak
+    with pytest.warns(UserWarning, match="no plan fits"):
+        fxmem.plan(Tower(), least - 100, (x,), on_infeasible="best")
+    found = fxmem.report(Tower(), (x,), least - 100, on_infeasible="best")
+    assert not found.fits
+    assert [row.fits for row in found.alternatives] == [True, False]
+    assert found.alternatives[-1].peak == least
+    text = str(found)
+    assert text.splitlines()[1].startswith("OVER")
+    assert text.count("does not fit") == 1
+
+
 def test_a_report_needs_a_budget():
     with pytest.raises(fxmem.BudgetError, match="a report needs a budget"):
         fxmem.report(Tower(), (torch.ones(8, 64),))
