@@ -91,10 +91,26 @@ def planning(results: dict[str, Any]) -> str:
     return tabulate(lines, headers, "github", disable_numparse=True)
 
 
+def views(results: dict[str, Any]) -> str:
+    """One line a tool: what its figure is, as a share of the measured peak, and what it tells apart."""
+    headers = ["tool", *(f"{row['family']}" for row in results["rows"])]
+    headers += ["runs the step", "smallest unit", "other sizes"]
+    lines = []
+    for tool, facts in results["tools"].items():
+        figures = [said(row["says"][tool], row["measured"]) for row in results["rows"]]
+        lines.append([tool, *figures, *facts])
+    return tabulate(lines, headers, "github", disable_numparse=True)
+
+
+def said(figure: int | str, measured: int) -> str:
+    return f"{figure / measured:.2f}" if isinstance(figure, int) else "needs CUDA"
+
+
 TABLES = {
     "engine": ("engine-cpu.json", table),
     "pareto": ("pareto-cpu.json", pareto),
     "planning": ("planning-cpu.json", planning),
+    "views": ("views-cpu.json", views),
 }
 """Mark in README -> the results, and what is printed of them."""
 

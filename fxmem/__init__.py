@@ -15,11 +15,15 @@ from fxmem.errors import (
     PlanMismatchError,
     VerificationError,
 )
+from fxmem.fits import Fits
+from fxmem.looking import fits, report
 from fxmem.measure import Measurement, measure
+from fxmem.oom import Explanation, explain_oom
 from fxmem.operators import declare_pure
 from fxmem.plan import Plan
 from fxmem.report import Report
 from fxmem.runtime import OptimizedModule
+from fxmem.saved import Saved, saved
 
 __version__ = "0.1.0"
 
@@ -28,15 +32,22 @@ __all__ = [
     "BudgetInfeasibleError",
     "CaptureError",
     "CostModel",
+    "Explanation",
+    "Fits",
     "FxmemError",
     "Measurement",
     "OptimizedModule",
     "Plan",
     "PlanMismatchError",
     "Report",
+    "Saved",
     "VerificationError",
     "declare_pure",
+    "explain_oom",
+    "fits",
     "measure",
     "optimize",
     "plan",
+    "report",
+    "saved",
 ]

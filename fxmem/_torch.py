@@ -38,8 +38,6 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
-from fxmem import _transformers
-
 CHECKED_VERSIONS = ("2.11.0", "2.13.0")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -58,16 +56,6 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
     Raises whatever Dynamo raises when the function does not fit into one graph.
     """
-    with _transformers.one_sequence_a_row() as told:
-        output = _dynamo_capture(function, args)
-    if not told or output.backend_input is None:
-        return output
-    if _transformers.are_right(output.backend_input.graph_module):
-        return output
-    return _dynamo_capture(function, args)
-
-
-def _dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     static = torch._dynamo.config.patch(
         # A float attribute turned into an input would make AOTAutograd ask for a second capture.
         specialize_float=True,
@@ -150,25 +138,22 @@ def dynamo_guards(
     output: Any,
     function: Callable[..., Any],
     as_called: Callable[[], contextlib.AbstractContextManager[Any]],
+    replaced: str,
 ) -> Callable[[dict[str, Any]], bool]:
     """A predicate on the function's local variables: does the captured graph still apply to them?
 
     as_called: ``dispatch_state`` of the caller.  Guards compare tensors by the dispatch keys that
-    are active, and while the joint graph is traced others are.
+    are active, and while the joint graph is traced others are.  replaced: a global that was another
+    while the step was traced.
     """
     code = function.__code__
     # A hook that is put on a submodule later must not be passed over: the step is captured anew.
-    hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
-    with as_called(), hooks, get_metrics_context(), dynamo_timed("fxmem_guards"):
-        manager = output.graph_capture_output.build_guards(code, _OUR_HOOKS).guard_manager
+    watched = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+    hooks = Hooks(guard_filter_fn=lambda guards: [replaced not in g.name for g in guards])
+    with as_called(), watched, get_metrics_context(), dynamo_timed("fxmem_guards"):
+        manager = output.graph_capture_output.build_guards(code, hooks).guard_manager
     chosen = _attention_backends()
     return lambda local: manager.check(local) and _attention_backends() == chosen
-
-
-_OUR_HOOKS = Hooks(
-    # It was another function while the step was traced.
-    guard_filter_fn=lambda guards: [_transformers.ASKED not in g.name for g in guards]
-)
 
 
 def _attention_backends() -> tuple[bool, ...]:

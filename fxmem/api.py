@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from fxmem.cost import CostModel
 from fxmem.dynamic import dynamic_names, marked
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.graph import Role
-from fxmem.pipeline import Options, analyze, decide, device_of, unchanged_step
+from fxmem.pipeline import Analysis, Options, analyze, decide, device_of, unchanged_step
 from fxmem.plan import Plan
 from fxmem.runtime import OptimizedModule, Session
 from fxmem.standins import without_meta
@@ -122,12 +123,32 @@ def plan(
 
     Raises ``CaptureError`` also where nothing in the step needs a gradient.
     """
-    loss_inputs = _read_loss_inputs(loss_inputs)
     options = read_options(
         model, budget, allow=allow, noise=noise, reserve=reserve, on_infeasible=on_infeasible,
         compiler="eager", cost=cost, plan=plan,
     )  # fmt: skip
-    call = example_call(model, example_inputs, example_kwargs, loss_fn, loss_inputs)
+    with analyzed(
+        model, options, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
+    ) as analysis:
+        found = decide(analysis, options).plan
+    _warn_if_over(found)
+    return found
+
+
+@contextlib.contextmanager
+def analyzed(
+    model: nn.Module,
+    options: Options,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    loss_fn: Callable[..., Any] | None,
+    loss_inputs: Any,
+) -> Iterator[Analysis]:
+    """The captured step, to decide about while the context is open; arguments as in ``plan``."""
+    call = example_call(
+        model, example_inputs, example_kwargs, loss_fn, _read_loss_inputs(loss_inputs)
+    )
     if call is None:
         raise CaptureError(
             "plan needs the arguments of one call\n"
@@ -139,9 +160,7 @@ def plan(
     with torch.enable_grad(), capture(marked(call, names), names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             raise CaptureError(NOTHING_TO_PLAN)
-        found = decide(analyze(captured.graph, call, unchanged, options.cost), options).plan
-    _warn_if_over(found)
-    return found
+        yield analyze(captured.graph, call, unchanged, options.cost)
 
 
 # -- Reading what the user wrote ---------------------------------------------------------------------

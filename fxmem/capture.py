@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
-from fxmem import _torch
+from fxmem import _torch, _transformers
 from fxmem._torch_eager import compiling, eager_decompositions
 from fxmem.emit import boxed
 from fxmem.errors import CaptureError, FxmemError
@@ -97,7 +97,7 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
     with compiling():
         as_called = _torch.dispatch_state()
         try:
-            output = _torch.dynamo_capture(training_step, call.values())
+            output = _captured(call)
         except FxmemError:
             raise
         except Exception as error:
@@ -113,12 +113,24 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
                 with eager_decompositions():
                     exported = stack.enter_context(_torch.joint_export(output))
                 graph = _joint_graph(exported, roles, names or {})
-                matches = _torch.dynamo_guards(output, training_step, as_called)
+                matches = _torch.dynamo_guards(
+                    output, training_step, as_called, _transformers.ASKED
+                )
             except FxmemError:
                 raise
             except Exception as error:
                 raise _capture_error(error, call.model) from error
             yield Capture(graph, matches, output, exported)
+
+
+def _captured(call: StepCall) -> Any:
+    with _transformers.one_sequence_a_row() as told:
+        output = _torch.dynamo_capture(training_step, call.values())
+    if not told or output.backend_input is None:
+        return output
+    if _transformers.are_right(output.backend_input.graph_module):
+        return output
+    return _torch.dynamo_capture(training_step, call.values())
 
 
 # -- From the traced graph to ours ----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: demo, plan, report, diff, calibrate, doctor.
+"""The command line: one function a command.
 
 Exit status: 0 fits, 2 no plan fits the budget, 1 any other error.  With ``--json`` standard output
 is one JSON object and nothing else; messages go to standard error.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import importlib.util
 import json
-import platform
 import re
 import sys
 import traceback
@@ -23,12 +21,13 @@ from typing import Any, NoReturn
 import torch
 
 import fxmem
-from fxmem._torch import CHECKED_VERSIONS
 from fxmem.capture import StepCall
+from fxmem.doctor import examine
 from fxmem.errors import BudgetInfeasibleError, FxmemError
+from fxmem.fits import gpu_lines, gpu_rows
 from fxmem.pipeline import calibrate
 from fxmem.plan import Plan
-from fxmem.report import Report, clean
+from fxmem.tables import clean
 from fxmem.units import format_bytes, shown
 from fxmem.workspace import Entry, cache_path, device_at_hand
 
@@ -86,10 +85,11 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class _Command:
-    """One subcommand: what its help says, what it accepts, what it does."""
+    """One subcommand: what its help says, how it is used, what it accepts, what it does."""
 
     name: str
     help: str
+    examples: str
     declare: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
@@ -98,20 +98,46 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fxmem",
         description="Make a PyTorch training step fit a number of bytes.",
-        epilog="exit status: 0 fits, 2 no plan fits the budget, 1 any other error",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
-        one = commands.add_parser(command.name, help=command.help, description=command.help)
+        one = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog=_examples(command),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.declare(one)
         one.add_argument("--json", action="store_true", help="print one JSON object")
         one.set_defaults(run=command.run)
     return parser
 
 
+_EPILOG = """\
+exit status: 0 fits, 2 no plan fits the budget, 1 any other error
+
+examples:
+  fxmem demo
+  fxmem report models.py:build --budget 0.5x
+  fxmem COMMAND --help
+"""
+
+
+def _examples(command: _Command) -> str:
+    lines = [f"  fxmem {command.name} {line}".rstrip() for line in command.examples.splitlines()]
+    return "\n".join(["examples:", *lines])
+
+
 def _declare_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--budget", required=True, help=BUDGET_HELP)
+    _declare_allowed(parser)
+
+
+def _declare_allowed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow", metavar="ACTIONS", help='comma-separated, such as "recompute,lossless"'
     )
@@ -121,6 +147,34 @@ def _declare_planning(parser: argparse.ArgumentParser) -> None:
 def _declare_plan(parser: argparse.ArgumentParser) -> None:
     _declare_planning(parser)
     parser.add_argument("--out", metavar="FILE", help="save the plan as JSON")
+
+
+def _declare_report(parser: argparse.ArgumentParser) -> None:
+    _declare_planning(parser)
+    parser.add_argument("--gpus", action="store_true", help="also say on which GPUs it fits")
+    parser.add_argument("--html", metavar="FILE", help="write the page, one file without network")
+    parser.add_argument("--png", metavar="FILE", help="write the chart (pip install fxmem[plot])")
+    parser.add_argument("--svg", metavar="FILE", help="the same as lines instead of pixels")
+
+
+def _declare_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def _declare_saved(parser: argparse.ArgumentParser) -> None:
+    _declare_model(parser)
+    parser.add_argument("--fold", action="store_true", help="equal blocks on one line")
+
+
+def _declare_gpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="say where it fits; " + MODEL_HELP
+    )
+    _declare_allowed(parser)
+
+
+def _declare_validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", metavar="PLAN.json", help="a saved plan")
 
 
 def _declare_diff(parser: argparse.ArgumentParser) -> None:
@@ -174,12 +228,58 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    report = Report(_planned(options))
+    model, args, kwargs = load_model(options.model)
+    report = fxmem.report(
+        model, args, options.budget, example_kwargs=kwargs, gpus=options.gpus, **_allowed(options)
+    )
+    written = {"html": options.html, "png": options.png, "svg": options.svg}
+    for form, path in written.items():
+        if path:
+            getattr(report, form)(path)
     if options.json:
         _print_json(report.to_dict())
     else:
         print(report)
+        for path in filter(None, written.values()):
+            print(f"written to {clean(path)}")
     return FITS if report.fits else INFEASIBLE
+
+
+def _saved(options: argparse.Namespace) -> int:
+    model, args, kwargs = load_model(options.model)
+    found = fxmem.saved(model, *args, **kwargs)
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        print(found.text(fold=options.fold))
+    return FITS
+
+
+def _gpus(options: argparse.Namespace) -> int:
+    if options.model is None:
+        if options.json:
+            _print_json({"gpus": gpu_rows()})
+        else:
+            print("\n".join(gpu_lines()))
+        return FITS
+    model, args, kwargs = load_model(options.model)
+    found = fxmem.fits(model, args, example_kwargs=kwargs, **_allowed(options))
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        print(found)
+    return FITS if found.anywhere else INFEASIBLE
+
+
+def _validate(options: argparse.Namespace) -> int:
+    problems = Plan.validate(options.plan)
+    if options.json:
+        _print_json({"valid": not problems, "problems": problems})
+    elif problems:
+        print("\n".join(clean(problem) for problem in problems))
+    else:
+        print(f"{clean(options.plan)} is a plan of this version")
+    return ERROR if problems else FITS
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -199,14 +299,12 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    facts = _facts()
+    found = examine()
     if options.json:
-        _print_json(facts)
-        return FITS
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
-    return FITS
+        _print_json(found.to_dict())
+    else:
+        print(found)
+    return FITS if found.healthy else ERROR
 
 
 def _calibrate(options: argparse.Namespace) -> int:
@@ -243,28 +341,85 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = (
-    _Command("demo", "train a small model twice: as it is, and in a budget", _declare_demo, _demo),
-    _Command("plan", "plan a training step for a budget", _declare_plan, _plan),
-    _Command("report", "plan and print the full report", _declare_planning, _report),
-    _Command("diff", "what changes from one saved plan to another", _declare_diff, _diff),
+    _Command(
+        "demo",
+        "train a small model twice: as it is, and in a budget",
+        "\n--model resnet --budget 0.6x",
+        _declare_demo,
+        _demo,
+    ),
+    _Command(
+        "plan",
+        "plan a training step for a budget",
+        "models.py:build --budget 8GiB --out plan.json\nmypackage.models:build --budget 0.5x --json",
+        _declare_plan,
+        _plan,
+    ),
+    _Command(
+        "report",
+        "plan and print the full report",
+        "models.py:build --budget 0.5x\nmodels.py:build --budget 8GiB --html step.html --gpus",
+        _declare_report,
+        _report,
+    ),
+    _Command(
+        "saved",
+        "list what the step saves for its backward, as it is",
+        "models.py:build\nmodels.py:build --fold",
+        _declare_saved,
+        _saved,
+    ),
+    _Command(
+        "diff",
+        "what changes from one saved plan to another",
+        "loose.json tight.json",
+        _declare_diff,
+        _diff,
+    ),
+    _Command(
+        "validate",
+        "check the form of a saved plan",
+        "plan.json",
+        _declare_validate,
+        _validate,
+    ),
+    _Command(
+        "gpus",
+        "list common GPUs, or say on which a step fits",
+        "\nmodels.py:build --reserve 2GiB",
+        _declare_gpus,
+        _gpus,
+    ),
     _Command(
         "calibrate",
         "measure what operators hold while they run, on the device at hand",
+        "\nmodels.py:build --device cuda",
         _declare_calibrate,
         _calibrate,
     ),
-    _Command("doctor", "versions, devices and files that fxmem uses", _declare_nothing, _doctor),
+    _Command(
+        "doctor",
+        "examine this machine: versions, devices, files, and whether fxmem works here",
+        "\n--json",
+        _declare_nothing,
+        _doctor,
+    ),
 )
 
 
 def _planned(options: argparse.Namespace) -> Plan:
     model, args, kwargs = load_model(options.model)
+    return fxmem.plan(model, options.budget, args, example_kwargs=kwargs, **_allowed(options))
+
+
+def _allowed(options: argparse.Namespace) -> dict[str, Any]:
+    """The keywords that say what a plan may do."""
     more: dict[str, Any] = {}
     if options.allow is not None:
         more["allow"] = tuple(part.strip() for part in options.allow.split(",") if part.strip())
     if options.reserve is not None:
         more["reserve"] = _reserve(options.reserve)
-    return fxmem.plan(model, options.budget, args, example_kwargs=kwargs, **more)
+    return more
 
 
 def _reserve(text: str) -> int | str:
@@ -371,30 +526,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(type(part).__name__ for part in value) + ")"
     return type(value).__name__
-
-
-# -- doctor ----------------------------------------------------------------------------------------
-
-
-def _facts() -> dict[str, Any]:
-    device = device_at_hand()
-    cache = cache_path(device)
-    checked = ", ".join(CHECKED_VERSIONS)
-    is_checked = torch.__version__.split("+")[0] in CHECKED_VERSIONS
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch checked": "yes" if is_checked else f"no: fxmem was checked with {checked}",
-        "fxmem": _version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "calibration cache": str(cache),
-        "cache exists": cache.is_file(),
-    }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("fxmem")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed: run from a checkout"

@@ -5,17 +5,18 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxmem.categories import category, workspace_name
 from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
 from fxmem.dataflow import Dataflow
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
-from fxmem.graph import JointGraph, Role, module_name, operator_name, source_line, type_text
-from fxmem.liveness import MemoryTimeline, Step, Storage, timeline
+from fxmem.graph import JointGraph, module_name, operator_name, source_line, type_text
+from fxmem.liveness import MemoryTimeline
 from fxmem.operators import refusal
-from fxmem.partition import split
 from fxmem.plan import (
     Certificate,
     Decision,
@@ -28,10 +29,12 @@ from fxmem.plan import (
     keys,
 )
 from fxmem.planner import Choice
-from fxmem.report import WIDTH, clean, cut, least_text, line_of, remedy_lines
+from fxmem.report import least_text, line_of, remedy_lines
 from fxmem.simulate import Drop
-from fxmem.sizes import evaluate, storage_nbytes, tensors_in
+from fxmem.sizes import evaluate
+from fxmem.tables import WIDTH, clean, cut
 from fxmem.units import format_bytes
+from fxmem.words import Words, type_of
 
 if TYPE_CHECKING:
     from fxmem.pipeline import Analysis, Options
@@ -42,14 +45,17 @@ def explain(
     options: Options,
     budget: int | None,
     choice: Choice,
+    before: MemoryTimeline,
     line: MemoryTimeline,
     floor: int | None,
 ) -> Plan:
-    """Everything that was decided and predicted, as a value that outlives the graph."""
+    """Everything that was decided and predicted, as a value that outlives the graph.
+
+    before: the step with everything kept.  line: the step as it will run.
+    """
     graph, flow = analysis.expected, analysis.flow
     bindings = graph.bindings()
     whole = analysis.whole or analysis
-    before = timeline(split(whole.expected), whole.workspaces)
     symbols = {s.name: s.hint for s in graph.symbols.values()}
     peak = line.peak(bindings).nbytes
     tight = floor is not None or peak > (peak if budget is None else budget)
@@ -96,6 +102,7 @@ def _gap(flow: Dataflow, choice: Choice) -> float | None:
 def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
     flow, simulator = analysis.flow, analysis.planner.simulator
     names = {node: key for key, node in keys(analysis.expected).items()}
+    words = Words(analysis.expected)
     runs = Counter(i for i, _ in choice.outcome.recomputed)
     read = simulator.directly_read()
     drops: dict[int, tuple[int, ...]] = {}
@@ -109,7 +116,8 @@ def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
         if value.node not in names or not (remade or (kept and (v in read or runs))):
             continue
         dropped = () if kept else drops.get(v, ())
-        found.append(_decision(flow, v, names[value.node], kept, runs, dropped, v in read))
+        made = _decision(flow, v, names[value.node], kept, runs, dropped, v in read)
+        found.append(replace(made, type=words.named(made.type)))
     return found
 
 
@@ -159,8 +167,8 @@ def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int
     node = step.node
     live: Counter[str] = Counter()
     for storage in line.live_at(peak.step):
-        live[_category(storage, graph, line, peak.step)] += evaluate(storage.nbytes, bindings)
-    live[_workspace_name(step)] += evaluate(step.workspace, bindings)
+        live[category(storage, graph, line)] += evaluate(storage.nbytes, bindings)
+    live[workspace_name(step)] += evaluate(step.workspace, bindings)
     return PeakPoint(
         nbytes=peak.nbytes,
         operator=operator_name(node) if node else "end of the forward",
@@ -199,15 +207,16 @@ def _live_tensors(
     line: MemoryTimeline, step: int, graph: JointGraph, bindings: dict[Any, int]
 ) -> Iterator[LiveTensor]:
     """Every storage with bytes that is live at a step, and what its operator works in."""
+    words = Words(graph)
     for storage in line.live_at(step):
         if nbytes := evaluate(storage.nbytes, bindings):
             node = storage.node
             info = graph.inputs.get(node.name) if storage.resident else None
             yield LiveTensor(
                 name=info.name if info else node.name,
-                type=_type_of(storage),
+                type=words.named(type_of(storage)),
                 nbytes=nbytes,
-                category=_category(storage, graph, line, step),
+                category=category(storage, graph, line),
                 module=module_name(node),
                 source=source_line(node),
             )
@@ -216,35 +225,7 @@ def _live_tensors(
         name = operator_name(running.node) if running.node else "loss"
         module = module_name(running.node) if running.node else ""
         source = source_line(running.node) if running.node else ""
-        yield LiveTensor(name, "", nbytes, _workspace_name(running), module, source)
-
-
-def _type_of(storage: Storage) -> str:
-    """The type of the tensor in the storage; of several results, of the one that fills it."""
-    leaves = list(tensors_in(storage.node.meta.get("val")))
-    filling = [t for t in leaves if storage_nbytes(t) == storage.nbytes]
-    return type_text(next(iter((*filling, *leaves)), None))
-
-
-def _workspace_name(step: Step) -> str:
-    return "operator workspace" if step.node is not None else "loss outside the model"
-
-
-_ROLE_NAMES = {Role.PARAMETER: "parameters", Role.BUFFER: "buffers", Role.INPUT: "inputs"}
-
-
-def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline, step: int) -> str:
-    """What a live storage is to the user."""
-    if storage.resident:
-        info = graph.inputs.get(storage.node.name)
-        return _ROLE_NAMES.get(info.role, "inputs") if info else "constants"
-    if storage.held:
-        late = line.steps[storage.born].phase == "backward"
-        return "gradients" if late else "outputs"
-    boundary = next(i for i, s in enumerate(line.steps) if s.phase == "boundary")
-    if storage.born < boundary < storage.dies:
-        return "saved activations"
-    return "transients"
+        yield LiveTensor(name, "", nbytes, workspace_name(running), module, source)
 
 
 # -- Infeasible ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ on the line of its last use.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import sympy
@@ -69,6 +70,11 @@ class MemoryTimeline:
 
     steps: list[Step]
     storages: list[Storage]
+
+    @cached_property
+    def boundary(self) -> int:
+        """The step between the forward and the backward."""
+        return next(i for i, step in enumerate(self.steps) if step.phase == "boundary")
 
     def resident(self, bindings: dict[sympy.Symbol, int]) -> int:
         """Bytes of parameters, buffers and inputs: there before, during and after the step."""

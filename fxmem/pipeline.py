@@ -23,6 +23,7 @@ from fxmem.device import library_memory
 from fxmem.encodings import ENCODERS
 from fxmem.errors import VerificationError
 from fxmem.graph import JointGraph, Role
+from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
 from fxmem.operators import recomputable_nodes
 from fxmem.partition import Split, split
@@ -44,6 +45,7 @@ from fxmem.planner import Choice, Planner
 from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
 from fxmem.timings import measured_cost
+from fxmem.words import memory_of
 from fxmem.workspace import Workspaces, load_workspaces, save_workspaces
 
 log = logging.getLogger(__name__)
@@ -82,13 +84,15 @@ class Planned:
     """A step that is ready to run.
 
     plan: what was promised.  graph: the rewritten joint graph, for every tangent.  split: its two
-    halves.  undefined: names of the tangents that nobody is expected to send.
+    halves.  undefined: names of the tangents that nobody is expected to send.  memory: of each operator,
+    where it was asked for.
     """
 
     plan: Plan
     graph: JointGraph
     split: Split
     undefined: tuple[str, ...]
+    memory: BeforeAfter | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -259,7 +263,10 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
         for a_pass in BEFORE_PLANNING:
             graph = a_pass.apply(graph)
         graph, measured = _ordered(graph, Workspaces(), device)
-        _, measured = _measured(SplitConvolutionPass().apply(graph), measured, device)
+        graph = UnreadPass().apply(graph)
+        for form in (graph, EncodePass(alone=True).apply(graph), EncodePass().apply(graph)):
+            _, measured = _measured(form, measured, device)
+            _, measured = _measured(SplitConvolutionPass().apply(form), measured, device)
     known = load_workspaces(device)
     save_workspaces(Workspaces({**known.table, **measured.table}), device)
     return measured
@@ -269,8 +276,11 @@ _LOSS_SCALARS = 64
 """Bytes for a loss outside the model: itself, its weight and its gradient, held all along."""
 
 
-def decide(analysis: Analysis, options: Options) -> Planned:
-    """Choose, rewrite and check.  Raises ``BudgetInfeasibleError`` as ``options`` asks for."""
+def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Planned:
+    """Choose, rewrite and check.  Raises ``BudgetInfeasibleError`` as ``options`` asks for.
+
+    memory: keep that of each operator too, for reports.
+    """
     options = replace(options, library=library_memory(analysis.device))
     budget = options.budget.resolve(
         device=analysis.device,
@@ -284,10 +294,13 @@ def decide(analysis: Analysis, options: Options) -> Planned:
     rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
         choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
-    plan = explain(analysis, options, budget, choice, line, floor)
+    whole = analysis.whole or analysis
+    before = timeline(split(whole.expected), whole.workspaces)
+    plan = explain(analysis, options, budget, choice, before, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise (infeasible if options.plan is None else too_large)(plan)
-    return Planned(plan, rewritten, halves, analysis.undefined)
+    watched = memory_of(analysis, before, line) if memory else None
+    return Planned(plan, rewritten, halves, analysis.undefined, watched)
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +23,7 @@ from fxmem.graph import (
     operator_name,
     type_text,
 )
+from fxmem.schema import plan_schema, problems
 
 SCHEMA_VERSION = 3
 ACTIONS = ("keep", "recompute")
@@ -244,10 +246,7 @@ class Plan:
         Nothing in the file is ever run: its strings are only compared and printed.
         """
         try:
-            if Path(path).stat().st_size > _MAX_FILE_BYTES:
-                raise ValueError(f"larger than {_MAX_FILE_BYTES} bytes")
-            data = json.loads(Path(path).read_text(), object_pairs_hook=_no_duplicates)
-            return _plan_from(data)
+            return _plan_from(_read(path))
         except FileNotFoundError:
             raise PlanMismatchError(
                 f"no plan file at {path}\n  try: plan.save({str(path)!r}) first"
@@ -258,6 +257,24 @@ class Plan:
                 f"  accepted: JSON written by Plan.save, schema {SCHEMA_VERSION}\n"
                 "  try: make the plan again with fxmem.plan(...).save(path)"
             ) from error
+
+    @classmethod
+    def validate(cls, path: str | os.PathLike[str]) -> list[str]:
+        """What is wrong with a plan file, a line each; empty if ``load`` takes it.
+
+        The form is that of ``fxmem/plan.schema.json``.  Whether a plan fits a step is another question:
+        ``optimize(..., plan=path)`` asks it.
+        """
+        try:
+            found = problems(_read(path), plan_schema())
+        except (OSError, ValueError, RecursionError) as error:
+            return [str(error) or type(error).__name__]
+        if not found:
+            try:
+                cls.load(path)
+            except PlanMismatchError as error:
+                return [str(error).splitlines()[0]]
+        return found
 
     def __str__(self) -> str:
         counts = Counter(d.action for d in self.decisions)
@@ -309,10 +326,33 @@ def fingerprint(graph: JointGraph) -> str:
 # -- Reading, with every claim checked ---------------------------------------------------------------
 
 
+def _read(path: str | os.PathLike[str]) -> Any:
+    """The file as JSON.  Raises ``OSError``, ``ValueError`` or ``RecursionError``.
+
+    Only a regular file is read, and no more of it than a plan could have: a pipe or a device may never
+    end.
+    """
+    # Opening a pipe waits for a writer, unless told not to.
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(number, "rb") as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError("it is no regular file")
+        text = file.read(_MAX_FILE_BYTES + 1)
+    if len(text) > _MAX_FILE_BYTES:
+        raise ValueError(f"larger than {_MAX_FILE_BYTES} bytes")
+    return json.loads(
+        text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant
+    )
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError(f"an object names a field twice: {[k for k, _ in pairs]}")
+        raise ValueError(f"an object names a field twice: {[k for k, _ in pairs]!r:.200}")
     return found
 
 
@@ -323,7 +363,7 @@ def _plan_from(data: Any) -> Plan:
     version = data.pop("schema", None)
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema {version!r}")
-    data["decisions"] = tuple(_decision(d) for d in _list(data["decisions"], "decisions"))
+    data["decisions"] = _decisions(data["decisions"])
     data["peak"], data["before"] = (
         _record(PeakPoint, data["peak"]),
         _record(PeakPoint, data["before"]),
@@ -345,8 +385,15 @@ def _certificate(data: Any) -> Certificate | None:
     return found
 
 
+def _decisions(data: Any) -> tuple[Decision, ...]:
+    found = tuple(_decision(entry) for entry in _list(data, "decisions"))
+    if twice := [key for key, n in Counter(d.key for d in found).items() if n > 1]:
+        raise ValueError(f"two decisions about one value: {twice[0]!r:.200}")
+    return found
+
+
 def _decision(data: Any) -> Decision:
-    data = dict(data)
+    data = dict(_object(data, "a decision"))
     data["key"] = _record(Key, data["key"])
     data["dropped"] = _positions(data["dropped"])
     decision = _record(Decision, data)
@@ -372,7 +419,8 @@ def _record(kind: Any, data: Any) -> Any:
     names = {f.name for f in fields(kind)}
     if set(data) != names:
         raise ValueError(
-            f"{kind.__name__}: unknown {sorted(set(data) - names)}, missing {sorted(names - set(data))}"
+            f"{kind.__name__}: unknown {sorted(set(data) - names)!r:.200}, "
+            f"missing {sorted(names - set(data))}"
         )
     for f in fields(kind):
         _check(kind, f.name, str(f.type), data[f.name])

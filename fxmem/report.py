@@ -1,27 +1,41 @@
 """The report: does the step fit, what does it cost, what was decided, and where.
 
-Only what the plan holds is printed.  Names and source lines come from models and from plan files,
-so they are cleaned of whatever a terminal would act on, and no line is longer than ``WIDTH``.
+No line is longer than ``WIDTH``.
 """
 
 from __future__ import annotations
 
 import html
-import re
+import os
 import textwrap
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from decimal import Decimal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tabulate import tabulate
-
+from fxmem.charts import step_chart
+from fxmem.errors import FxmemError
+from fxmem.fits import Alternative, Fits, fit_lines
+from fxmem.lifetimes import BeforeAfter
+from fxmem.page import page, write_page
 from fxmem.plan import Certificate, Decision, LiveTensor, PeakPoint, Plan
+from fxmem.plots import draw
+from fxmem.tables import (
+    BYTES,
+    ROUNDED,
+    SECONDS,
+    WIDTH,
+    Scale,
+    clean,
+    cut,
+    percent,
+    scale,
+    starred,
+    table,
+    wrapped,
+)
 from fxmem.units import format_bytes
 
-WIDTH = 100
 MAX_ROWS = 20
 _INDENT = " " * 7
 
@@ -31,12 +45,16 @@ class Report:
     """A plan beside what was measured.
 
     measured_peak: bytes that one step really held, or None.  gradients: the result of comparing
-    them, as a phrase such as "bitwise equal to the unchanged step", or None.
+    them, as a phrase such as "bitwise equal to the unchanged step", or None.  memory: of each step,
+    where the step itself was at hand.  alternatives: other budgets.  gpus: on which GPUs it runs.
     """
 
     plan: Plan
     measured_peak: int | None = None
     gradients: str | None = None
+    memory: BeforeAfter | None = field(default=None, repr=False)
+    alternatives: tuple[Alternative, ...] = ()
+    gpus: Fits | None = field(default=None, repr=False)
 
     @property
     def fits(self) -> bool:
@@ -44,8 +62,18 @@ class Report:
         return max(self.plan.predicted_peak, self.measured_peak or 0) <= self.plan.budget
 
     def __str__(self) -> str:
-        sections = (_verdict(self), _live(self.plan), _decisions(self.plan), _else(self.plan))
-        text = "\n\n".join("\n".join(lines) for lines in sections if lines)
+        sections = [
+            live_lines(self.plan),
+            step_chart(self.memory, None if self.plan.smallest else self.plan.budget)
+            if self.memory
+            else [],
+            _decisions(self.plan),
+            _else(self),
+        ]
+        parts = [_verdict(self)]
+        for number, (title, *lines) in enumerate(filter(None, sections), 1):
+            parts.append([f"{number}. {title}", *lines])
+        text = "\n\n".join("\n".join(lines) for lines in parts)
         return "\n".join(cut(line.rstrip(), WIDTH) for line in text.split("\n"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,8 +84,40 @@ class Report:
             "gradients": self.gradients,
             "live": [asdict(row) for row in live_rows(self.plan)],
             "decisions": [asdict(row) for row in folded(self.plan)],
+            "alternatives": [asdict(row) for row in self.alternatives],
+            "gpus": None if self.gpus is None else self.gpus.to_dict(),
             "plan": self.plan.to_dict(),
         }
+
+    def html(self, path: str | os.PathLike[str], other: Plan | None = None) -> None:
+        """Write the page: one file, to be opened in a browser, with no network.
+
+        other: another plan for the same step, to show what changes.  Raises ``FxmemError`` where there
+        is no memory to show or the file cannot be written, ``PlanMismatchError`` for another step's plan.
+        """
+        write_page(path, page(str(self), self.plan, self._memory("a page"), other))
+
+    def png(self, path: str | os.PathLike[str]) -> None:
+        """Write the chart of the step.  Raises ``FxmemError`` without matplotlib (``fxmem[plot]``)."""
+        self._draw(path, "png")
+
+    def svg(self, path: str | os.PathLike[str]) -> None:
+        """``png`` with lines instead of pixels."""
+        self._draw(path, "svg")
+
+    def _draw(self, path: str | os.PathLike[str], form: str) -> None:
+        budget = None if self.plan.smallest else self.plan.budget
+        label, parts = _fit(self)
+        caption = "   ".join([self.plan.model, label, *filter(None, parts)])
+        draw(path, form, self._memory("a picture"), budget, caption)
+
+    def _memory(self, what: str) -> BeforeAfter:
+        if self.memory is None:
+            raise FxmemError(
+                f"{what} shows the memory of every operator, and a plan alone does not hold it\n"
+                "  try: opt.report(), or fxmem.report(model, (x,), budget)"
+            )
+        return self.memory
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -94,7 +154,7 @@ def _fit(report: Report) -> tuple[str, list[str]]:
     reserve = f"reserve {format_bytes(plan.reserve)} extra" if plan.reserve else ""
     if plan.smallest:
         return "LEAST", [f"peak {peak}, the smallest that was found", was, reserve]
-    of = f"peak {peak} of {format_bytes(budget)} ({_percent(plan.predicted_peak, budget)} %)"
+    of = f"peak {peak} of {format_bytes(budget)} ({percent(plan.predicted_peak, budget)} %)"
     return "FITS" if report.fits else "OVER", [of, was, _room(report, budget), reserve]
 
 
@@ -107,7 +167,7 @@ def _room(report: Report, budget: int) -> str:
 
 
 def _step_times(plan: Plan) -> str:
-    unit = _scale(_SECONDS, [[plan.seconds, plan.added_seconds]])
+    unit = scale(SECONDS, [[plan.seconds, plan.added_seconds]])
     before, after = unit.text(plan.seconds), unit.text(plan.seconds + plan.added_seconds)
     overhead = f"+{100 * plan.predicted_overhead:.1f} %"
     return f"step {before} -> {after} {unit.name} ({overhead}, cost model {plan.cost_model})"
@@ -134,7 +194,7 @@ def _check(report: Report) -> list[str]:
     return [found, f"gradients {report.gradients}" if report.gradients else ""]
 
 
-# -- 1. Live at the peak ---------------------------------------------------------------------------
+# -- Live at the peak ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,7 +218,7 @@ def live_rows(plan: Plan) -> list[LiveRow]:
     return [*rows, rest] if rest.before or rest.after else rows
 
 
-def _live(plan: Plan) -> list[str]:
+def live_lines(plan: Plan) -> list[str]:
     rows = live_rows(plan)
     total = LiveRow("TOTAL", sum(r.before for r in rows), sum(r.after for r in rows))
     columns = [
@@ -166,7 +226,7 @@ def _live(plan: Plan) -> list[str]:
         [r.after for r in rows],
         [r.after - r.before for r in rows],
     ]
-    unit = _scale(_BYTES, columns)
+    unit = scale(BYTES, columns)
     whole = total.after if plan.smallest else plan.budget
     cells = [
         (
@@ -174,26 +234,26 @@ def _live(plan: Plan) -> list[str]:
             unit.text(r.before),
             unit.text(r.after),
             unit.text(r.after - r.before, sign=True),
-            _percent(r.after, whole),
+            percent(r.after, whole),
         )
         for r in (*rows, total)
     ]
     share = "% of peak" if plan.smallest else "% of budget"
-    table = _table(("category", "before", "after", "change", share), cells, "lrrrr")
-    return [f"1. Live at the peak ({unit.name})", *table, *_live_notes(plan, unit)]
+    lines = table(("category", "before", "after", "change", share), cells, "lrrrr")
+    return [f"Live at the peak ({unit.name})", *lines, *_live_notes(plan, unit)]
 
 
-def _live_notes(plan: Plan, unit: _Scale) -> list[str]:
-    notes = [] if unit.adds_up else [_ROUNDED]
+def _live_notes(plan: Plan, unit: Scale) -> list[str]:
+    notes = [] if unit.adds_up else [ROUNDED]
     if plan.before.nbytes != plan.baseline_peak:
-        notes += _wrapped(
+        notes += wrapped(
             f"before: the captured step with everything kept, {plan.before.nbytes:,} bytes at its "
             f"peak; the step as it is today peaks at {plan.baseline_peak:,} bytes."
         )
     return notes
 
 
-# -- 2. Decisions ----------------------------------------------------------------------------------
+# -- Decisions -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -247,8 +307,7 @@ def _row(group: Sequence[Decision]) -> DecisionRow:
 
 def _where(group: Sequence[Decision]) -> str:
     """``h.*.mlp gelu``; ``add#1`` is the module's second add, ``.1`` its second result."""
-    steps = zip(*(d.key.module.split(".") for d in group), strict=True)
-    module = ".".join(step[0] if len(set(step)) == 1 else "*" for step in steps)
+    module = starred([d.key.module for d in group])
     key = group[0].key
     ordinal = f"#{key.ordinal}" if key.ordinal else ""
     output = f".{key.output}" if key.output else ""
@@ -258,24 +317,24 @@ def _where(group: Sequence[Decision]) -> str:
 def _decisions(plan: Plan) -> list[str]:
     rows = folded(plan)
     if not rows:
-        return ["2. Decisions", "none: the backward reads nothing that could be made again"]
-    size = _scale(_BYTES, [[r.before for r in rows], [r.after for r in rows]])
-    time = _scale(_SECONDS, [[r.seconds for r in rows]])
+        return ["Decisions", "none: the backward reads nothing that could be made again"]
+    size = scale(BYTES, [[r.before for r in rows], [r.after for r in rows]])
+    time = scale(SECONDS, [[r.seconds for r in rows]])
     cells = [_decision_cells(r, size, time) for r in rows[:MAX_ROWS]]
     if rest := rows[MAX_ROWS:]:
         cells.append(_sum_cells(f"{len(rest)} more", _at_most(rest, size), rest, size, time))
     cells.append(_sum_cells("TOTAL", "", rows, size, time))
     headers = ("where", "type", "each", "n", "before", "after", "decision", time.name, "source")
-    table = _table(headers, cells, "llrrrrlrl", {0: 22, 1: 12, 8: 13})
-    title = f"2. Decisions ({size.name}; before and after over all n; added time in {time.name})"
-    return [title, *table, *_decision_notes(plan, rows, size, time)]
+    lines = table(headers, cells, "llrrrrlrl", {0: 22, 1: 12, 8: 13})
+    title = f"Decisions ({size.name}; before and after over all n; added time in {time.name})"
+    return [title, *lines, *_decision_notes(plan, rows, size, time)]
 
 
-def _at_most(rows: Sequence[DecisionRow], size: _Scale) -> str:
+def _at_most(rows: Sequence[DecisionRow], size: Scale) -> str:
     return "each <= " + size.text(max(r.nbytes for r in rows))
 
 
-def _decision_cells(r: DecisionRow, size: _Scale, time: _Scale) -> tuple[str, ...]:
+def _decision_cells(r: DecisionRow, size: Scale, time: Scale) -> tuple[str, ...]:
     each, added = size.text(r.nbytes), time.text(r.seconds, sign=True)
     before, after = size.text(r.before), size.text(r.after)
     return (
@@ -292,7 +351,7 @@ def _decision_cells(r: DecisionRow, size: _Scale, time: _Scale) -> tuple[str, ..
 
 
 def _sum_cells(
-    label: str, note: str, rows: Sequence[DecisionRow], size: _Scale, time: _Scale
+    label: str, note: str, rows: Sequence[DecisionRow], size: Scale, time: Scale
 ) -> tuple[str, ...]:
     before, after = sum(r.before for r in rows), sum(r.after for r in rows)
     added = time.text(sum(r.seconds for r in rows), sign=True)
@@ -300,10 +359,8 @@ def _sum_cells(
     return (label, note, "", count, size.text(before), size.text(after), "", added, "")
 
 
-def _decision_notes(
-    plan: Plan, rows: Sequence[DecisionRow], size: _Scale, time: _Scale
-) -> list[str]:
-    notes = [] if size.adds_up and time.adds_up else [_ROUNDED]
+def _decision_notes(plan: Plan, rows: Sequence[DecisionRow], size: Scale, time: Scale) -> list[str]:
+    notes = [] if size.adds_up and time.adds_up else [ROUNDED]
     elsewhere = plan.added_seconds - sum(r.seconds for r in rows)
     if abs(elsewhere) > 0.005 * plan.added_seconds:
         added = time.text(plan.added_seconds, sign=True)
@@ -311,10 +368,11 @@ def _decision_notes(
     return notes
 
 
-# -- 3. What else ----------------------------------------------------------------------------------
+# -- What else fits ----------------------------------------------------------------------------------
 
 
-def _else(plan: Plan) -> list[str]:
+def _else(report: Report) -> list[str]:
+    plan = report.plan
     hints = [
         *_floor_hints(plan),
         *_residents(plan),
@@ -322,9 +380,30 @@ def _else(plan: Plan) -> list[str]:
         *_ranges(plan),
         *_least(plan),
     ]
-    lines = [line for hint in hints for line in _wrapped(hint)]
+    lines = [*_other_budgets(report), *(line for hint in hints for line in wrapped(hint))]
     lines += _tight(plan)
-    return ["3. What else", *lines] if lines else []
+    if report.gpus is not None:
+        lines += ["", *fit_lines(report.gpus)]
+    return ["What else fits", *lines] if lines else []
+
+
+def _other_budgets(report: Report) -> list[str]:
+    """A line a budget, from the most bytes to the least, the report's own among them."""
+    if not report.alternatives:
+        return []
+    plan = report.plan
+    mine = Alternative(plan.budget, plan.predicted_peak, plan.predicted_overhead, report.fits)
+    rows = sorted((mine, *report.alternatives), key=lambda row: -row.budget)
+    cells = [
+        (
+            format_bytes(row.budget),
+            format_bytes(row.peak),
+            f"{100 * row.overhead:+.1f} %" if row.overhead else "0",
+            "this plan" if row is mine else "" if row.fits else "does not fit: the smallest plan",
+        )
+        for row in rows
+    ]
+    return table(("budget", "peak", "time", ""), cells, "rrrl")
 
 
 def _floor_hints(plan: Plan) -> list[str]:
@@ -337,7 +416,7 @@ def _floor_hints(plan: Plan) -> list[str]:
 def _residents(plan: Plan) -> list[str]:
     if not plan.resident:
         return []
-    share = _percent(plan.resident, plan.predicted_peak)
+    share = percent(plan.resident, plan.predicted_peak)
     return [
         f"{format_bytes(plan.resident)} of the peak ({share} %) are parameters, buffers and "
         "inputs, which no plan changes."
@@ -372,7 +451,7 @@ def _tight(plan: Plan) -> list[str]:
 
 
 def _live_tensors(known: Certificate) -> list[str]:
-    unit = _scale(_BYTES, [[*(t.nbytes for t in known.tensors), known.others_nbytes]])
+    unit = scale(BYTES, [[*(t.nbytes for t in known.tensors), known.others_nbytes]])
     cells = [
         (t.name, t.type.replace(", ", ","), unit.text(t.nbytes), t.category, _place_of(t))
         for t in known.tensors
@@ -381,8 +460,8 @@ def _live_tensors(known: Certificate) -> list[str]:
         cells.append((f"{known.others} more", "", unit.text(known.others_nbytes), "", ""))
     cells.append(("TOTAL", "", unit.text(known.nbytes), "", ""))
     headers = ("largest at the peak", "type", unit.name, "category", "where")
-    table = _table(headers, cells, "llrll", {0: 19, 1: 12, 3: 17, 4: 20})
-    return [*table, *([] if unit.adds_up else [_ROUNDED])]
+    lines = table(headers, cells, "llrll", {0: 19, 1: 12, 3: 17, 4: 20})
+    return [*lines, *([] if unit.adds_up else [ROUNDED])]
 
 
 def _place_of(tensor: LiveTensor) -> str:
@@ -415,105 +494,6 @@ def _ranges(plan: Plan) -> list[str]:
     return [f"The plan holds for {', '.join(spans)}."] if spans else []
 
 
-# -- Figures in one unit ---------------------------------------------------------------------------
-
-_ROUNDED = "Figures are rounded; the totals are sums of the exact ones."
-_SECONDS = (("us", 1e-6), ("ms", 1e-3), ("s", 1.0))
-_BYTES = (("bytes", 1), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """A unit and its decimals.  adds_up: printed figures add up to the printed totals."""
-
-    name: str
-    size: float
-    decimals: int
-    adds_up: bool = True
-
-    def text(self, value: float, sign: bool = False) -> str:
-        mark = "+" if sign and value > 0 else ""
-        if self.size == 1 and isinstance(value, int):
-            return f"{mark}{value:,}"
-        text = f"{mark}{value / self.size:,.{self.decimals}f}"
-        return text if text.strip("+-0.,") else text.strip("+-")  # no "-0.0", no "+0.0"
-
-
-def _scale(units: Sequence[tuple[str, float]], columns: Sequence[Sequence[float]]) -> _Scale:
-    """The unit that the largest total fills, with the fewest decimals that hide all rounding."""
-    largest = max((sum(map(abs, column)) for column in columns), default=0)
-    # Whole bytes stay readable a good while; a time has no exact unit.
-    start = 10**6 if units is _BYTES else 0
-    name, size = units[0]
-    if largest >= start:
-        name, size = next((u for u in reversed(units) if largest >= u[1]), units[0])
-    for decimals in (1, 2, 3):
-        scale = _Scale(name, size, decimals)
-        if all(_adds_up(column, scale.text) for column in columns) and _rows_agree(columns, scale):
-            return scale
-    coarse = name in ("GiB", "TiB", "s")
-    return _Scale(name, size, 2 if coarse else 1, adds_up=False)
-
-
-def _adds_up(column: Iterable[float], text: Callable[[float], str]) -> bool:
-    column = list(column)
-    return sum(_number(text(value)) for value in column) == _number(text(sum(column)))
-
-
-def _rows_agree(columns: Sequence[Sequence[float]], scale: _Scale) -> bool:
-    """Where the third column is the second less the first, is it so in print too?"""
-    if len(columns) != 3:
-        return True
-    rows = [*zip(*columns, strict=True), tuple(map(sum, columns))]
-    texts = [[_number(scale.text(value)) for value in row] for row in rows]
-    return all(change == after - before for before, after, change in texts)
-
-
-def _number(text: str) -> Decimal:
-    return Decimal(text.replace(",", ""))
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f}" if whole else "-"
-
-
-# -- Text that a terminal can be trusted with ------------------------------------------------------
-
-_ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|\x1b.")
-_LONGEST = 2_000
-
-
-def clean(text: str) -> str:
-    """``text`` on one line, every character one column wide.
-
-    Control, bidirectional and other invisible characters go; wide and combining ones are escaped,
-    because a table cannot know how many columns a terminal gives them.
-    """
-    if len(text) > _LONGEST:
-        text = text[: _LONGEST // 2] + text[-_LONGEST // 2 :]
-    return "".join(map(_column, _ESCAPES.sub("", text)))
-
-
-def _column(char: str) -> str:
-    if char.isascii() and char.isprintable():
-        return char
-    category = unicodedata.category(char)
-    if char.isspace():
-        return " "
-    if category.startswith("C"):
-        return ""
-    wide = unicodedata.east_asian_width(char) in "WF" or category.startswith("M")
-    return f"\\u{ord(char):04x}" if wide else char
-
-
-def cut(text: str, width: int) -> str:
-    """``text``, or its two ends where it is longer than ``width``: the end tells more."""
-    if len(text) <= width:
-        return text
-    head = (width - 3) // 3
-    return text[:head] + "..." + text[len(text) - (width - 3 - head) :]
-
-
 def _line(label: str, parts: Sequence[str]) -> list[str]:
     """``FITS   part   part``: as many lines as it takes, later ones indented."""
     room = WIDTH - len(_INDENT)
@@ -522,39 +502,3 @@ def _line(label: str, parts: Sequence[str]) -> list[str]:
         joined = f"{lines[-1]}   {part}" if lines[-1] else part
         lines[-1:] = [joined] if len(joined) <= room else [lines[-1], part]
     return [f"{label:<7}{lines[0]}", *(_INDENT + line for line in lines[1:])]
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(clean(text), WIDTH, subsequent_indent="  ")
-
-
-_SEPARATOR = 2
-_SMALLEST = 6
-
-
-def _table(
-    headers: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    align: str,
-    needs: Mapping[int, int] | None = None,
-) -> list[str]:
-    """A table of at most WIDTH columns: text gives way, figures never do.
-
-    needs: column -> characters below which it shrinks only when nothing else can.
-    """
-    rows = [[clean(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    elastic = [i for i, side in enumerate(align) if side == "l"]
-    needs = needs or {}
-    while sum(widths) + _SEPARATOR * (len(widths) - 1) > WIDTH:
-        widest = max(elastic, key=lambda i: widths[i] - needs.get(i, len(headers[i])))
-        if widths[widest] <= _SMALLEST:
-            break
-        widths[widest] -= 1
-    rules = ["-" * width for width in widths]
-    cells = [[cut(c, w) for c, w in zip(row, widths, strict=True)] for row in rows]
-    sides = [{"l": "left", "r": "right"}[side] for side in align]
-    # Headers and rules go in as rows: tabulate pads its own headers by two columns each.
-    lines = [headers, rules, *cells]
-    table = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides)
-    return [line.rstrip() for line in table.splitlines()]

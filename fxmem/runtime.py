@@ -23,6 +23,7 @@ from fxmem.dynamic import Names, Sizes, marked, sizes_of
 from fxmem.emit import boxed
 from fxmem.errors import FxmemError
 from fxmem.graph import JointGraph, Role
+from fxmem.lifetimes import BeforeAfter
 from fxmem.pipeline import Options, Planned, analyze, backward_for, decide, unchanged_step
 from fxmem.plan import Plan
 from fxmem.readable import readable
@@ -39,6 +40,7 @@ class Program:
     forward_graph: fx.GraphModule | None
     backward_graph: fx.GraphModule | None
     sizes: Sizes = field(default_factory=dict)
+    memory: BeforeAfter | None = field(default=None, repr=False)
 
     def serves(self, call: StepCall, sizes: Sizes) -> bool:
         """Was the program captured for such a call, and planned for sizes at least as large?"""
@@ -135,12 +137,15 @@ def build_program(call: StepCall, options: Options, names: Names) -> Program:
     with capture(call, names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             return Program(captured.matches, _run_eagerly, None, None, None)
-        planned = decide(analyze(captured.graph, call, unchanged, options.cost), options)
+        analysis = analyze(captured.graph, call, unchanged, options.cost)
+        planned = decide(analysis, options, memory=True)
         backward = Backward(planned, captured.graph)
         forward = planned.split.forward
         shown = readable(captured.graph, forward, backward.module)
         run = captured.compile(forward, planned.split.backward, backward)
-        return Program(captured.matches, run, planned.plan, *shown, sizes_of(call, names))
+        return Program(
+            captured.matches, run, planned.plan, *shown, sizes_of(call, names), planned.memory
+        )
 
 
 def _run_eagerly(
@@ -260,7 +265,8 @@ class OptimizedModule(fx.GraphModule):
 
     def report(self) -> Report:
         """What was decided, why, and what it costs."""
-        return Report(self.plan, **self.__dict__.get("_fxmem_checked", {}))
+        memory = self._planned_program().memory
+        return Report(self.plan, memory=memory, **self.__dict__.get("_fxmem_checked", {}))
 
     # -- Being a module ------------------------------------------------------------------------------------
 

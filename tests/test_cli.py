@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fxmem import cli
 from fxmem.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +221,93 @@ def test_an_unwritable_plan_file(capsys, models, tmp_path):
     assert "cannot write the plan" in err
 
 
+# Looking
+
+
+def test_the_table_of_gpus(capsys):
+    status, out, _ = outcome(capsys, "gpus")
+    assert status == 0
+    assert "RTX 4090" in out
+    status, out, _ = outcome(capsys, "gpus", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["gpus"]}
+    assert rows["T4"]["nbytes"] == 16 * 2**30 > rows["T4"]["usable"]
+
+
+def test_where_a_model_fits(capsys, models):
+    status, out, err = outcome(capsys, "gpus", f"{models}:build")
+    assert status == 0, err
+    assert "as it is" in out
+    status, out, _ = outcome(capsys, "gpus", f"{models}:build", "--json")
+    assert {row["verdict"] for row in json.loads(out)["rows"]} == {"as it is"}
+    status, out, _ = outcome(capsys, "gpus", f"{models}:build", "--reserve", "500GiB")
+    assert status == 2
+    assert "as it is" not in out.split("\n", 1)[1]
+
+
+def test_what_a_model_saves(capsys, models):
+    status, out, _ = outcome(capsys, "saved", f"{models}:build_with_kwargs")
+    assert status == 0
+    assert out.startswith("Net saves ")
+    status, out, _ = outcome(capsys, "saved", f"{models}:build", "--json")
+    assert json.loads(out)["total"] > 0
+
+
+def test_report_writes_its_pages(capsys, models, tmp_path):
+    pytest.importorskip("matplotlib")
+    forms = [f"--{form}={tmp_path / f'step.{form}'}" for form in ("html", "png", "svg")]
+    status, out, err = outcome(
+        capsys, "report", f"{models}:build", "--budget", "0.8x", *forms, "--gpus"
+    )
+    assert status == 0, err
+    assert out.count("written to") == 3
+    assert "2. One step in program order" in out
+    assert "RTX 2080" in out
+    assert {p.name for p in tmp_path.glob("step.*")} == {"step.html", "step.png", "step.svg"}
+    page = tmp_path / "none" / "step.html"
+    status, out, err = outcome(
+        capsys, "report", f"{models}:build", "--budget", "0.8x", "--html", page
+    )
+    assert status == 1
+    assert "cannot write the page" in err
+
+
+def test_validate(capsys, models, tmp_path):
+    path = tmp_path / "plan.json"
+    outcome(capsys, "plan", f"{models}:build", "--budget", "0.8x", "--out", path)
+    status, out, _ = outcome(capsys, "validate", path)
+    assert status == 0
+    assert "is a plan of this version" in out
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "budget": -1, "\x1b[31m": 0}))
+    status, out, _ = outcome(capsys, "validate", path)
+    assert status == 1
+    assert "budget should be at least 0, not -1" in out
+    assert "\x1b" not in out
+    status, out, _ = outcome(capsys, "validate", path, "--json")
+    assert status == 1
+    assert len(json.loads(out)["problems"]) == 2
+
+
 # Help and doctor
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS, ids=lambda command: command.name)
+def test_each_command_has_help_and_examples_that_parse(capsys, command):
+    status, out, _ = outcome(capsys, command.name, "--help")
+    assert status == 0
+    assert command.help in out
+    lines = out.split("examples:\n")[1].splitlines()
+    assert lines
+    for line in lines:
+        fxmem, *arguments = shlex.split(line)
+        assert fxmem == "fxmem"
+        assert cli._parser().parse_args(arguments).run is command.run
+
+
+def test_all_help_is_listed(capsys):
+    status, out, _ = outcome(capsys, "--help")
+    assert status == 0
+    assert all(command.name in out for command in cli._COMMANDS)
 
 
 def test_help_says_that_the_models_code_runs(capsys):

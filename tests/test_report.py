@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fxmem.decisions import infeasible
 from fxmem.plan import Certificate, Decision, Key, LiveTensor, PeakPoint, Plan, Remedy
-from fxmem.report import MAX_ROWS, WIDTH, Report, clean, cut, folded, live_rows
+from fxmem.report import MAX_ROWS, Report, folded, live_rows
+from fxmem.tables import WIDTH, clean, cut
 
 MIB = 2**20
 
@@ -139,7 +140,7 @@ h.*.mlp.act gelu  f32[8,128,512]   2.0   4     8.0    0.0  recompute      +8.0  
 h.* add           f32[8,128,512]   1.0   4     4.0    0.0  recompute x3   +8.0  model.py:44
 TOTAL                                   12    24.0   12.0                +16.0
 
-3. What else
+3. What else fits
 This plan fits every budget from 12,058,624 bytes up.
 Smallest peak shown to be in reach: 9,437,184 bytes (budget "min").
 4.0 MiB of the peak (34.8 %) are parameters, buffers and inputs, which no plan changes.""",
@@ -217,7 +218,7 @@ before: the captured step with everything kept, 12,985 bytes at its peak; the st
 2. Decisions
 none: the backward reads nothing that could be made again
 
-3. What else
+3. What else fits
 This plan fits every budget from 12,058,624 bytes up.
 Smallest peak shown to be in reach: 9,437,184 bytes (budget "min").
 4.0 MiB of the peak (34.8 %) are parameters, buffers and inputs, which no plan changes.
@@ -241,7 +242,7 @@ def test_report_of_a_plan_above_its_budget():
     assert_expected_inline(
         text[text.index("3. What else") :],
         """\
-3. What else
+3. What else fits
 This plan fits every budget from 12,058,624 bytes up.
 Smallest peak shown to be in reach: 12,058,624 bytes (budget "min").
 4.0 MiB of the peak (34.8 %) are parameters, buffers and inputs, which no plan changes.
@@ -266,7 +267,7 @@ def test_report_of_a_plan_that_fits_names_the_bound_alone():
     assert_expected_inline(
         text[text.index("3. What else") :],
         """\
-3. What else
+3. What else fits
 This plan fits every budget from 12,058,624 bytes up.
 4.0 MiB of the peak (34.8 %) are parameters, buffers and inputs, which no plan changes.
 No recomputation goes below 6,291,456 bytes: mm (gpt.py:9 in f, module head) itself reads, makes and
