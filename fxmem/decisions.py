@@ -12,7 +12,8 @@ import torch
 
 from fxmem.categories import category, workspace_name
 from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
-from fxmem.dataflow import Dataflow
+from fxmem.dataflow import Dataflow, Value
+from fxmem.encodings import ENCODERS
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
 from fxmem.graph import JointGraph, module_name, operator_name, source_line, type_text
 from fxmem.liveness import MemoryTimeline
@@ -139,14 +140,23 @@ def _decision(
         type=type_text(value.node.meta.get("val")),
         module=module_name(value.node),
         source=source_line(value.node),
-        action="keep" if kept else "recompute",
+        action="recompute" if not kept else "encode" if _is_code(value) else "keep",
         nbytes=value.nbytes,
         nbytes_stored=value.nbytes if kept else 0,
         seconds=operator.seconds * times,
-        reason=_reason(operator, kept, read),
+        reason=_code_reason(value) if kept and _is_code(value) else _reason(operator, kept, read),
         times=times,
         dropped=dropped,
     )
+
+
+def _is_code(value: Value) -> bool:
+    return value.node.target in ENCODERS
+
+
+def _code_reason(value: Value) -> str:
+    source = value.node.all_input_nodes[0]
+    return f"in place of {type_text(source.meta.get('val'))}"
 
 
 def _reason(operator: Any, kept: bool, read: bool) -> str:
@@ -325,7 +335,7 @@ def find_choice(analysis: Analysis, plan: Plan) -> Choice:
         if node is None or node not in values:
             raise PlanMismatchError(f"the plan speaks of {decision.key}, which this step lacks")
         v = values[node]
-        if decision.action == "keep":
+        if decision.action in ("keep", "encode"):
             kept.add(v)
         elif v in planner.simulator.always_kept or v in planner.must_keep:
             raise PlanMismatchError(

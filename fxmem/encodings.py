@@ -168,9 +168,10 @@ def _pool_backward(
     left = _corners(offsets.shape[-1], stride[1], padding[1], offsets)
     for at in _images(offsets):
         code = offsets[at].long()
+        # Clamped, for the kernel trusts what it is given, also where an operator is tried on zeros.
         indices = code.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
-        code.remainder_(kernel[1]).mul_(dilation[1]).add_(left)
-        indices.mul_(size[-1]).add_(code)
+        code.remainder_(kernel[1]).mul_(dilation[1]).add_(left).clamp_(0, size[-1] - 1)
+        indices.clamp_(0, size[-2] - 1).mul_(size[-1]).add_(code)
         x = without_bytes([len(indices), *size[1:]], strides, grad)
         found[at] = aten.max_pool2d_with_indices_backward.default(
             grad[at], x, kernel, stride, padding, dilation, ceil_mode, indices

@@ -26,7 +26,7 @@ from fxmem.graph import (
 from fxmem.schema import plan_schema, problems
 
 SCHEMA_VERSION = 3
-ACTIONS = ("keep", "recompute")
+ACTIONS = ("keep", "recompute", "encode")
 _MAX_FILE_BYTES = 64 << 20
 _LARGEST = 2**63
 

@@ -98,6 +98,17 @@ def test_the_place_in_a_window_is_a_byte(kernel, channels_last):
     assert tried >= 8
 
 
+def test_codes_that_no_pool_made_do_no_harm():
+    """Workspaces are measured on zeros, and the first window's first place is in the padding."""
+    how = pool_shape([3, 3], [2, 2], [1, 1], [1, 1])
+    for value in (0, 8, 255):
+        codes = torch.full((1, 1, 4, 4), value, dtype=torch.uint8)
+        got = encodings.pool_backward(
+            torch.ones(1, 1, 4, 4), codes, [1, 1, 8, 8], [64, 64, 8, 1], *how, False
+        )
+        assert got.sum() == 16
+
+
 def test_a_window_of_more_than_a_byte_is_left_alone():
     assert pool_shape([16, 16], [], 0, 1) == [[16, 16], [16, 16], [0, 0], [1, 1]]
     assert pool_shape([16, 17], [], 0, 1) is None
@@ -252,7 +263,9 @@ def test_a_plan_with_codes_is_replayed(tmp_path):
     model, x = Convolutions(), torch.randn(8, 3, 48, 48)
     eager = gradients(model, model, x)
     plan = fxmem.plan(model, "min", (x,))
-    assert any(d.value.endswith("_code") for d in plan.decisions)
+    codes = [d for d in plan.decisions if d.action == "encode"]
+    assert codes
+    assert all(d.reason.startswith("in place of ") for d in codes)
     plan.save(tmp_path / "plan.json")
     opt = fxmem.optimize(model, plan.predicted_peak, (x,), plan=tmp_path / "plan.json")
     assert opt.plan.predicted_peak == plan.predicted_peak
