@@ -101,6 +101,28 @@ def _widened_how(
     return [1, *stride], [0, *padding], [1, *dilation], transposed, [0, *output_padding], groups
 
 
+_LIBRARY.define(
+    "convolution_relu(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups) -> Tensor"
+)
+
+
+def _convolution_relu(*args: Any) -> torch.Tensor:
+    found: torch.Tensor = aten.convolution.default(*args)
+    return found.relu_()
+
+
+def _fake_convolution_relu(*args: Any) -> torch.Tensor:
+    found: torch.Tensor = aten.convolution.default(*args)
+    return found
+
+
+_LIBRARY.impl("convolution_relu", _convolution_relu, "CompositeExplicitAutograd")
+torch.library.register_fake("fxmem::convolution_relu", _fake_convolution_relu, lib=_LIBRARY)
+
+convolution_relu = torch.ops.fxmem.convolution_relu.default
+"""A convolution, rectified where it lies; arguments as aten's."""
+
 _LIBRARY.impl("convolution_input_backward", _input_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fxmem::convolution_input_backward", _fake_input_backward, lib=_LIBRARY)
 

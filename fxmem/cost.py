@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from fxmem.convolution import convolution_input_backward
+from fxmem.convolution import convolution_input_backward, convolution_relu
 from fxmem.gpus import Gpu, find_gpu
 from fxmem.graph import is_view, operator_name
 from fxmem.sizes import hint, tensors_in
@@ -58,10 +58,17 @@ class CostModel:
             _nbytes(i.meta.get("val")) for i in node.all_input_nodes
         )
         again = _converted_again(node) / self.bandwidth
+        again += self._rectifying(node)
         return self.launch + max(flops(node) / self._rate(node), moved / self.bandwidth) + again
 
     def waiting(self, node: fx.Node) -> float:
         return 0.0
+
+    def _rectifying(self, node: fx.Node) -> float:
+        """Seconds of the second of two operators in one."""
+        if node.target is not convolution_relu:
+            return 0.0
+        return self.launch + 2 * _nbytes(node.meta.get("val")) / self.bandwidth
 
     def _rate(self, node: fx.Node) -> float:
         if _formula(node) is None:
@@ -143,6 +150,7 @@ def flop_formula(packet: Any) -> Callable[..., Any] | None:
 
 _ATEN: Any = torch.ops.aten
 _COUNTED_AS = {
+    convolution_relu.overloadpacket: _ATEN.convolution,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
         _ATEN._scaled_dot_product_flash_attention_backward

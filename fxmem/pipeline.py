@@ -37,6 +37,7 @@ from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.order import OrderPass
 from fxmem.passes.recompute import Recompute, RecomputePass
+from fxmem.passes.rectify import RectifyPass
 from fxmem.passes.split_convolution import SplitConvolutionPass
 from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.passes.unread import UnreadPass
@@ -123,7 +124,7 @@ class Analysis:
     @cached_property
     def coded(self) -> Analysis:
         """The step with codes for all that the backward can read as such; itself if that is nothing."""
-        return self._rewritten(EncodePass())
+        return self._rewritten(EncodePass(), RectifyPass())
 
     @cached_property
     def coded_alone(self) -> Analysis:
@@ -146,8 +147,10 @@ class Analysis:
             yield self.coded_alone.split
             yield self.coded.split
 
-    def _rewritten(self, a_pass: Pass) -> Analysis:
-        graph = a_pass.apply(self.graph)
+    def _rewritten(self, *passes: Pass) -> Analysis:
+        graph = self.graph
+        for a_pass in passes:
+            graph = a_pass.apply(graph)
         if [n.target for n in graph.nodes] == [n.target for n in self.graph.nodes]:
             return self
         unchanged = Unchanged(self.device, self.baseline_peak, self.workspaces)
@@ -264,7 +267,8 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
             graph = a_pass.apply(graph)
         graph, measured = _ordered(graph, Workspaces(), device)
         graph = UnreadPass().apply(graph)
-        for form in (graph, EncodePass(alone=True).apply(graph), EncodePass().apply(graph)):
+        coded = RectifyPass().apply(EncodePass().apply(graph))
+        for form in (graph, EncodePass(alone=True).apply(graph), coded):
             _, measured = _measured(form, measured, device)
             _, measured = _measured(SplitConvolutionPass().apply(form), measured, device)
     known = load_workspaces(device)

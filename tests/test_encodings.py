@@ -17,6 +17,7 @@ from fxmem import encodings
 from fxmem.encodings import pool_shape
 from fxmem.passes.encode import EncodePass
 from fxmem.passes.identities import IdentitiesPass
+from fxmem.passes.rectify import RectifyPass
 from fxmem.passes.unread import UnreadPass
 
 aten = torch.ops.aten
@@ -202,6 +203,37 @@ def test_a_max_pool_leaves_bytes():
 + convolution_backward: (NoneType, f32[8, 3, 3, 3], f32[8]) = convolution_backward(max_pool2d_with_indices_backward_unread_coded, primals_3, primals_1, [8], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, True])""",
     )
     assert_same_outputs(graph, after)
+
+
+def test_a_convolution_and_its_rectifier_are_one():
+    def body(m, x):
+        return F.relu(m.conv(x)).square().sum()
+
+    graph = captured(body, tensor(2, 3, 8, 8), conv=nn.Conv2d(3, 4, 3))
+    after, text = changed(IdentitiesPass().apply(graph), RectifyPass())
+    assert_expected_inline(
+        text,
+        """\
++ relu_joined: f32[2, 4, 6, 6] = convolution_relu(primals_3, primals_1, primals_2, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+- convolution: f32[2, 4, 6, 6] = convolution(primals_3, primals_1, primals_2, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+- relu: f32[2, 4, 6, 6] = relu(convolution)
+- pow_1: f32[2, 4, 6, 6] = pow(relu, 2)
++ pow_1: f32[2, 4, 6, 6] = pow(relu_joined, 2)
+- pow_2: f32[2, 4, 6, 6] = pow(relu, 1.0)
++ pow_2: f32[2, 4, 6, 6] = pow(relu_joined, 1.0)
+- threshold_backward: f32[2, 4, 6, 6] = threshold_backward(mul_1, relu, 0)
++ threshold_backward: f32[2, 4, 6, 6] = threshold_backward(mul_1, relu_joined, 0)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_a_convolution_that_others_read_stays():
+    def body(m, x):
+        y = m.conv(x)
+        return (F.relu(y) * y).sum()
+
+    graph = captured(body, tensor(2, 3, 8, 8), conv=nn.Conv2d(3, 4, 3))
+    assert changed(graph, RectifyPass())[1] == ""
 
 
 def test_what_is_too_small_or_the_callers_is_left_alone():

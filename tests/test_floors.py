@@ -71,6 +71,7 @@ FLOORS = {
     "passes/recompute.py": 5,
     "passes/cudnn_batch_norm.py": 5,
     "passes/encode.py": 5,
+    "passes/rectify.py": 5,
     "passes/split_convolution.py": 5,
     "passes/unread.py": 5,
     "passes/strides.py": 5,
