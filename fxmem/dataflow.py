@@ -6,8 +6,9 @@ Views and tuple accesses vanish here; what is left is what the planner may move.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import sympy
 from torch import fx
@@ -27,6 +28,9 @@ from fxmem.overwriting import overwritable
 from fxmem.sizes import evaluate, storages_in
 from fxmem.workspace import Workspaces
 
+INSTEAD_OF = "fxmem_instead_of"
+"""Node metadata: the name of the node of the step without codes that this one stands for."""
+
 
 @dataclass
 class Value:
@@ -35,6 +39,8 @@ class Value:
     producer: index of the operator that makes it, or -1 for a resident or a tangent.
     result: the caller holds it to the end.  update: copied into an input when the forward ends.
     held: a tangent that the autograd engine keeps to the end.  storage: its key in the graph.
+    code: what readers that could read its producer's operand read in its place, if it is kept; it takes
+    no time to make it again, for they can do without.  keeping: seconds that the step takes longer then.
     """
 
     nbytes: int
@@ -47,6 +53,8 @@ class Value:
     update: bool = False
     gradient: bool = False
     storage: int = -1
+    code: bool = False
+    keeping: float = 0.0
 
 
 @dataclass
@@ -147,6 +155,29 @@ def dataflow(
             flow.values[v].update |= kind is OutputKind.MUTATION
             flow.values[v].gradient |= kind is OutputKind.GRADIENT
     return flow
+
+
+def with_codes(flow: Dataflow, plain: Dataflow, encoders: Container[Any]) -> Dataflow:
+    """``flow`` priced as ``plain``, the same step without codes; what they cost is for keeping them.
+
+    A code that is not kept is none: what would read it reads what it is made of.
+    """
+    seconds = {op.node.name: op.seconds for op in plain.operators}
+    operators = list(flow.operators)
+    keeping: dict[int, float] = {}
+    for i, op in enumerate(flow.operators):
+        without = seconds.get(op.node.meta.get(INSTEAD_OF, ""), op.seconds)
+        if op.node.target in encoders and not op.backward:
+            without = 0.0
+            keeping[op.makes[0]] = op.seconds
+        elif without != op.seconds:
+            for v in keeping.keys() & op.reads:
+                keeping[v] += op.seconds - without
+        operators[i] = replace(op, seconds=without)
+    values = list(flow.values)
+    for v, more in keeping.items():
+        values[v] = replace(values[v], code=True, keeping=max(more, 0.0))
+    return replace(flow, operators=operators, values=values)
 
 
 def _add_operator(

@@ -13,7 +13,6 @@ import torch
 from fxmem.categories import category, workspace_name
 from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
 from fxmem.dataflow import Dataflow, Value
-from fxmem.encodings import ENCODERS
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
 from fxmem.graph import JointGraph, module_name, operator_name, source_line, type_text
 from fxmem.liveness import MemoryTimeline
@@ -105,7 +104,7 @@ def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
     names = {node: key for key, node in keys(analysis.expected).items()}
     words = Words(analysis.expected)
     runs = Counter(i for i, _ in choice.outcome.recomputed)
-    read = simulator.directly_read()
+    read = simulator.read_without(simulator.codes - choice.kept)
     drops: dict[int, tuple[int, ...]] = {}
     for v, j in sorted(choice.drops):
         drops[v] = (*drops.get(v, ()), j)
@@ -113,13 +112,28 @@ def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
     for v in sorted(simulator.readable):
         value = flow.values[v]
         kept = v in choice.kept or v in simulator.always_kept
+        if value.code and not kept:
+            continue  # what would read it reads what it is made of
         remade = runs[value.producer] > 0 and not kept
         if value.node not in names or not (remade or (kept and (v in read or runs))):
             continue
         dropped = () if kept else drops.get(v, ())
         made = _decision(flow, v, names[value.node], kept, runs, dropped, v in read)
         found.append(replace(made, type=words.named(made.type)))
-    return found
+    return list(_with_codes(flow, found))
+
+
+def _with_codes(flow: Dataflow, decisions: list[Decision]) -> Iterator[Decision]:
+    """A code takes the place of all bytes of its tensor, where nothing else is said of that."""
+    values = {value.node.name: value for value in flow.values}
+    decided = {decision.value for decision in decisions}
+    for decision in decisions:
+        value = values[decision.value]
+        if value.code:
+            operand = flow.values[flow.operators[value.producer].reads[0]]
+            nbytes = value.nbytes if operand.node.name in decided else operand.nbytes
+            decision = replace(decision, nbytes=nbytes, seconds=value.keeping)
+        yield decision
 
 
 def _decision(
@@ -140,18 +154,14 @@ def _decision(
         type=type_text(value.node.meta.get("val")),
         module=module_name(value.node),
         source=source_line(value.node),
-        action="recompute" if not kept else "encode" if _is_code(value) else "keep",
+        action="recompute" if not kept else "encode" if value.code else "keep",
         nbytes=value.nbytes,
         nbytes_stored=value.nbytes if kept else 0,
         seconds=operator.seconds * times,
-        reason=_code_reason(value) if kept and _is_code(value) else _reason(operator, kept, read),
+        reason=_code_reason(value) if value.code else _reason(operator, kept, read),
         times=times,
         dropped=dropped,
     )
-
-
-def _is_code(value: Value) -> bool:
-    return value.node.target in ENCODERS
 
 
 def _code_reason(value: Value) -> str:
@@ -345,7 +355,8 @@ def find_choice(analysis: Analysis, plan: Plan) -> Choice:
         else:
             drops.update((v, j) for j in decision.dropped)
     decided = {values[nodes[d.key]] for d in plan.decisions}
-    forgotten = planner.simulator.directly_read() - planner.simulator.always_kept - decided
+    simulator = planner.simulator
+    forgotten = simulator.read_without(simulator.codes - kept) - simulator.always_kept - decided
     if forgotten:
         names = sorted(flow.values[v].node.name for v in forgotten)
         raise PlanMismatchError(f"the plan says nothing of {', '.join(names[:5])}")

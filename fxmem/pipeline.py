@@ -17,7 +17,7 @@ from fxmem.baseline import eager_peak
 from fxmem.budget import Budget
 from fxmem.capture import StepCall, capture
 from fxmem.cost import Cost, CostModel, default_cost_model
-from fxmem.dataflow import Dataflow, dataflow
+from fxmem.dataflow import Dataflow, dataflow, with_codes
 from fxmem.decisions import explain, find_choice, infeasible, too_large
 from fxmem.device import library_memory
 from fxmem.encodings import ENCODERS
@@ -40,6 +40,7 @@ from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.rectify import RectifyPass
 from fxmem.passes.split_convolution import SplitConvolutionPass
 from fxmem.passes.tangents import UndefinedTangentsPass
+from fxmem.passes.uncode import UncodePass, plain_name, reader_of
 from fxmem.passes.unread import UnreadPass
 from fxmem.plan import Plan, fingerprint
 from fxmem.planner import Choice, Planner
@@ -123,20 +124,14 @@ class Analysis:
 
     @cached_property
     def coded(self) -> Analysis:
-        """The step with codes for all that the backward can read as such; itself if that is nothing."""
+        """The step with codes, if kept, of all that the backward can read so; itself if there are none."""
         return self._rewritten(EncodePass(), RectifyPass())
-
-    @cached_property
-    def coded_alone(self) -> Analysis:
-        """The step with codes for what the backward reads in no other way; itself if that is nothing."""
-        return self._rewritten(EncodePass(alone=True))
 
     def forms(self, options: Options) -> Iterator[Analysis]:
         """The step, and what else could run in its place; each is made when its turn comes."""
         yield self
         yield self.split
         if "lossless" in options.allow:
-            yield self.coded_alone
             yield self.coded
             yield self.coded.split
 
@@ -144,7 +139,6 @@ class Analysis:
         """Those of the forms that a smallest peak may be of."""
         yield self.split
         if "lossless" in options.allow:
-            yield self.coded_alone.split
             yield self.coded.split
 
     def _rewritten(self, *passes: Pass) -> Analysis:
@@ -154,7 +148,7 @@ class Analysis:
         if [n.target for n in graph.nodes] == [n.target for n in self.graph.nodes]:
             return self
         unchanged = Unchanged(self.device, self.baseline_peak, self.workspaces)
-        form = _numbers(graph, self.call, unchanged, self.cost_asked)
+        form = _numbers(graph, self.call, unchanged, self.cost_asked, (self.whole or self).flow)
         return replace(form, whole=self.whole or self)
 
 
@@ -202,15 +196,18 @@ def _numbers(
     call: StepCall,
     unchanged: Unchanged,
     cost: CostModel | Literal["measure"] | None,
+    plain: Dataflow | None = None,
 ) -> Analysis:
+    """plain: what is known of the step without codes, if this is one with them."""
     device = unchanged.device
     undefined = undefined_tangents(graph)
     expected, workspaces = _measured(graph, unchanged.workspaces, device)
     save_workspaces(workspaces, device)
     times = _times(expected, device, cost)
     flow = dataflow(expected, workspaces, times, recomputable_nodes(expected))
+    if plain is not None:
+        flow = with_codes(flow, plain, ENCODERS)
     keep, remake = tagged_values(flow)
-    keep |= {v for v, value in enumerate(flow.values) if value.node.target in ENCODERS}
     planner = Planner(flow, keep, remake)
     baseline = unchanged.peak
     if baseline is None:
@@ -268,7 +265,7 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
         graph, measured = _ordered(graph, Workspaces(), device)
         graph = UnreadPass().apply(graph)
         coded = RectifyPass().apply(EncodePass().apply(graph))
-        for form in (graph, EncodePass(alone=True).apply(graph), coded):
+        for form in (graph, coded):
             _, measured = _measured(form, measured, device)
             _, measured = _measured(SplitConvolutionPass().apply(form), measured, device)
     known = load_workspaces(device)
@@ -336,8 +333,10 @@ def _smallest(analysis: Analysis, options: Options) -> tuple[Analysis, Choice]:
     for form in analysis.small_forms(options):
         if best is not None and (form is best[0] or _least(form) >= best[1].outcome.peak):
             continue
-        recompute = "recompute" in options.allow
-        choice = form.planner.smallest() if recompute else form.planner.keep_all()
+        if "recompute" in options.allow:
+            choice = form.planner.smallest()
+        else:
+            choice = min(form.planner.without_remaking(), key=lambda found: found.outcome.peak)
         if best is None or choice.outcome.peak < best[1].outcome.peak:
             best = form, choice
     assert best is not None
@@ -378,13 +377,30 @@ def _fitting(analysis: Analysis, options: Options, budget: int) -> tuple[Analysi
 def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
     if "recompute" in options.allow:
         return planner.fit(budget)
-    unchanged = planner.keep_all()
-    return unchanged if unchanged.outcome.peak <= budget else None
+    choices = planner.without_remaking()
+    return next((choice for choice in choices if choice.outcome.peak <= budget), None)
 
 
 def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:
     """Apply a choice to the graph with every tangent, and time what is expected to run of it."""
     graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
+    rewritten, halves, line = _finished(analysis, UncodePass().apply(graph))
+    if line.peak(graph.bindings()).nbytes > choice.outcome.peak:
+        too_large = _above(line, graph, choice.outcome.peak)
+        return _finished(analysis, UncodePass(too_large).apply(graph))
+    return rewritten, halves, line
+
+
+def _above(line: MemoryTimeline, graph: JointGraph, peak: int) -> frozenset[str]:
+    """The readers of codes that take more bytes than they were planned to, now that they read none."""
+    live = line.live_bytes(graph.bindings())
+    full = {s.node.name for s, n in zip(line.steps, live, strict=True) if s.node and n > peak}
+    readers = filter(None, map(reader_of, graph.nodes))
+    return frozenset(r.name for r in readers if plain_name(r) in full)
+
+
+def _finished(analysis: Analysis, graph: JointGraph) -> tuple[JointGraph, Split, MemoryTimeline]:
+    """What is written over in both phases, the two halves, and what is expected to run of them."""
     table = analysis.workspaces.calibrated(graph.module.graph, analysis.device)
     graph = InPlacePass("forward").apply(graph)
     table = table.calibrated(graph.module.graph, analysis.device)

@@ -6,7 +6,7 @@ of them might be faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -68,6 +68,18 @@ class Planner:
     def keep_all(self) -> Choice:
         """Save what the backward reads: no time added."""
         return self._unchanged
+
+    def without_remaking(self) -> tuple[Choice, ...]:
+        """Choices that make nothing again, the fastest first: of codes none, some and all.
+
+        Some are those of values that nothing else reads, which go for them.
+        """
+        simulator = self.simulator
+        read = simulator.directly_read()
+        doubled = {v for v in simulator.codes if simulator.operand(v) in read}
+        without: tuple[Set[int], ...] = (doubled, frozenset()) if simulator.codes else ()
+        saved = map(self.solver.all_read_without, without)
+        return (self._unchanged, *map(self.choice, saved))
 
     def fit(self, budget: int) -> Choice | None:
         """The fastest choice found that peaks at or below ``budget`` bytes; None if none was.

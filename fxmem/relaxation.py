@@ -2,11 +2,11 @@
 
 The backward is cut at a few of its operators into segments:
 
-    kept[v]        v is saved in the forward
+    kept[v]        v is saved in the forward; takes time if it is a code
     made[s, o]     forward operator o runs again in segment s
     there[c, v]    v is in memory while the operator of cut c runs
 
-    minimise  sum of seconds[o] * made[s, o]
+    minimise  sum of seconds[o] * made[s, o] and of keeping[v] * kept[v]
     where     for o that makes v, and c, c' the cuts before and after segment s,
               made[s, r] <= there[c, v] + made[s, o]     for what reads v,
               1 <= there[c, v] + made[s, o]              if a backward operator of s reads v,
@@ -113,6 +113,7 @@ class Relaxation:
             [slots[-1] if slots else -1 for slots in self.read_at], dtype=np.int64
         )
         self.nbytes = np.array([numbers.saved_nbytes[v] for v in self.values], dtype=np.float64)
+        self.keeping = np.array([flow.values[v].keeping for v in self.values])
         always = (fixed | must_keep) & simulator.directly_read()  # what nobody reads is not saved
         self.least_kept = np.array([float(v in always) for v in self.values])
         self.most_kept = np.array([float(v not in must_remake) for v in self.values])
@@ -205,7 +206,8 @@ class Program:
         self.cuts: dict[int, int] = {}  # slot -> its row of bytes
         self.byte_rows: list[int] = []
         everything = np.ones(len(problem.values), dtype=bool)
-        self.kept = self._add_columns(everything, problem.least_kept, problem.most_kept)
+        cost = problem.keeping * self.price
+        self.kept = self._add_columns(everything, problem.least_kept, problem.most_kept, cost)
         one = np.ones(1, dtype=bool)
         self.missing = int(
             self._add_columns(one, upper=np.full(1, highspy.kHighsInf), cost=100 * _PENALTY)[0]

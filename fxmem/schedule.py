@@ -60,7 +60,7 @@ class Schedule:
         self.read_in: dict[int, tuple[int, ...]] = {}
         self.made_in: dict[int, tuple[int, ...]] = {}
         self.spans: dict[int, tuple[Span, ...]] = {}
-        self.seconds = 0.0
+        self.seconds = simulator.seconds_of_keeping(self.kept)
         self.work = 0
         self._journal: list[tuple[Any, Any, Any]] = []
         self._through = np.zeros(slots, dtype=np.int64)
@@ -234,6 +234,9 @@ class Schedule:
 
     def _kept_changed(self, v: int) -> None:
         extra = self.simulator.is_extra(v)
+        if v in self.simulator.codes:
+            keeping = self.flow.values[v].keeping
+            self._set_attribute("seconds", self.seconds + (keeping if v in self.kept else -keeping))
         if extra:
             self._set_attribute("_extras", self._extras ^ {v})
             self._set_attribute("_forward", self._forward)

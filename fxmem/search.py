@@ -16,10 +16,11 @@ import numpy as np
 
 from fxmem.schedule import Schedule
 
-Kind = Literal["keep", "remake", "drop", "retain", "forget", "clear"]
+Kind = Literal["keep", "remake", "drop", "retain", "forget", "clear", "encode", "decode"]
 Move = tuple[Kind, int, int]
 """What to do with a value: keep it, or make it again (and ``forget`` what that makes, too); let its
-copy go after a slot, or not.  Or ``clear`` a slot of the copies that it does not read."""
+copy go after a slot, or not.  Or ``clear`` a slot of the copies that it does not read.  Or keep a code of
+a value, named in the place of a slot, and the value no more; or the other way round."""
 
 _FEW = 20
 """Values of which any two may be changed at once to get into a budget."""
@@ -50,6 +51,9 @@ class Search:
         self.schedule = schedule
         self.free = list(free)
         self.copies = schedule.simulator.candidates()
+        self._movable = frozenset(self.free)
+        self.codes = sorted(schedule.simulator.codes & self._movable)
+        self._operand = schedule.simulator.operand
         self.until = schedule.work + limit
 
     @property
@@ -116,6 +120,9 @@ class Search:
             yield self._opposite(v), slots * step.nbytes[v] / seconds
         for v, j in schedule.passing(fullest, self.copies):
             yield ("drop", v, j), math.inf
+        for code in self.codes:
+            if code not in schedule.kept and (v := self._operand(code)) in schedule.kept:
+                yield ("encode", v, code), math.inf
 
     def _last_resorts(self, fullest: int) -> Iterator[Move]:
         """Let all copies go that pass the fullest slot, or forget a value that is kept for later."""
@@ -160,6 +167,9 @@ class Search:
                 yield ("keep", v, -1)
         for v, j in sorted(schedule.useful_drops()):
             yield ("retain", v, j)
+        for code in self.codes:
+            if code in schedule.kept:
+                yield ("decode", self._operand(code), code)
 
     def swap(self, budget: int) -> None:
         """Give one kept value up for others, where that saves time.
@@ -293,12 +303,30 @@ class Search:
                 for w, last in passing:
                     schedule.drop(w, last)
             return schedule.mark() != mark
+        elif kind in ("encode", "decode"):
+            return self._exchange_code(v, j, encode=kind == "encode")
         elif (j in schedule.dropped.get(v, ())) == (kind == "drop"):
             return False
         elif kind == "drop":
             schedule.drop(v, j)
         else:
             schedule.retain(v, j)
+        return True
+
+    def _exchange_code(self, v: int, code: int, encode: bool) -> bool:
+        schedule = self.schedule
+        if (code in schedule.kept) == encode:
+            return False
+        if v not in self._movable and (encode or v not in schedule.kept):
+            return False
+        if encode:
+            schedule.keep(code)
+            if v in schedule.kept:
+                schedule.remake(v)
+        else:
+            if v not in schedule.kept:
+                schedule.keep(v)
+            schedule.remake(code)
         return True
 
     def _take(self, ranking: Ranking, gain: Callable[[Move], float]) -> Move | None:

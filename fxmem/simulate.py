@@ -11,7 +11,7 @@ it goes after an earlier backward operator; then it is made once more for the ne
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,7 +69,10 @@ class Simulator:
             )
         )
         self.readable = self._readable()
-        self._base = self._forward_slice([*self._result_values(), *self._random_values()])
+        # A code that is not kept costs a moment's bytes here, and none when the step runs.
+        self.codes = frozenset(v for v, value in enumerate(flow.values) if value.code)
+        made = [*self._result_values(), *self._random_values(), *self.codes]
+        self._base = self._forward_slice(made)
         self._static = _Static(flow, self._base)
 
     # -- What may be chosen ------------------------------------------------------------------------
@@ -81,6 +84,15 @@ class Simulator:
     def directly_read(self) -> frozenset[int]:
         """Forward values that a backward operator reads: what is saved when nothing is recomputed."""
         return frozenset(v for reads in self.read_by_backward for v in reads)
+
+    def read_without(self, codes: Set[int]) -> frozenset[int]:
+        """The same if these codes are not kept, so that their readers read what they are made of."""
+        read = self.directly_read()
+        return read - codes | {self.operand(v) for v in read & codes}
+
+    def operand(self, code: int) -> int:
+        """What the code is made of."""
+        return self.flow.operators[self.flow.values[code].producer].reads[0]
 
     # -- Judging -------------------------------------------------------------------------------------
 
@@ -108,6 +120,10 @@ class Simulator:
         late = step - forward.steps
         operator = forward.order[step] if late < 0 else self.flow.num_forward + late
         return Least(int(needs[step]), operator)
+
+    def seconds_of_keeping(self, kept: Iterable[int]) -> float:
+        """What codes cost that are kept, beside what is made again."""
+        return sum(self.flow.values[v].keeping for v in sorted(self.codes.intersection(kept)))
 
     def is_extra(self, v: int) -> bool:
         """Does the forward make ``v`` only if it is kept?"""
@@ -267,7 +283,7 @@ class _Walk:
         self.closed: list[tuple[int, int, int]] = []  # value, born, last read
         self.kept_last: dict[int, int] = {}
         self.recomputed: list[tuple[int, int]] = []
-        self.seconds = 0.0
+        self.seconds = simulator.seconds_of_keeping(kept)
         for j, reads in enumerate(simulator.read_by_backward):
             self._backward_operator(j, reads)
         self.closed += [(v, born, last) for v, (born, last) in self.alive.items()]

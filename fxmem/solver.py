@@ -119,8 +119,12 @@ class Solver:
 
     @property
     def all_read(self) -> frozenset[int]:
-        """What is saved when nothing is made again that need not be."""
-        return self.simulator.directly_read() - self.must_remake | self.must_keep
+        """What is saved when nothing is made again that need not be, and there is no code."""
+        return self.all_read_without(self.simulator.codes)
+
+    def all_read_without(self, codes: Set[int]) -> frozenset[int]:
+        """The same with codes of whatever has one, but for these."""
+        return self.simulator.read_without(codes) - self.must_remake | self.must_keep
 
     @property
     def least_possible(self) -> int:
@@ -189,8 +193,9 @@ class Solver:
         return schedule
 
     def _extremes(self) -> Iterator[Schedule]:
-        """Everything kept that is read, and nothing."""
-        yield Schedule(self.simulator, self.all_read)
+        """Everything kept that is read, as it is and as codes; and nothing."""
+        for saved in dict.fromkeys((self.all_read, self.all_read_without(frozenset()))):
+            yield Schedule(self.simulator, saved)
         yield Schedule(self.simulator, self.must_keep)
 
     def _tight(self, relaxed: Relaxed, budget: int) -> Iterator[Schedule]:

@@ -23,14 +23,15 @@ Source of the idea: Jain et al. 2018, doi:10.1109/ISCA.2018.00070.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
+from fxmem.dataflow import INSTEAD_OF
 from fxmem.encodings import (
     dropout_backward,
     max_pool2d_backward,
@@ -73,27 +74,20 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodePass:
-    """alone: only where nothing else in the backward reads what is encoded, so that it may go."""
-
-    alone: bool = False
     name: ClassVar[str] = "encode"
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
-        found = {node: None for node in graph.nodes if _encoded(node) is not None}
-        held, readers = _held(graph), _backward_readers(graph)
+        held = _held(graph)
         codes: dict[tuple[Any, ...], fx.Node] = {}
-        for node in found:
-            how = _encoded(node)  # one of its operands may have changed meanwhile
-            assert how is not None
-            keys = set(storages_in(how.source.meta["val"]))
-            others = {r for key in keys for r in readers[key]} - found.keys()
-            if keys & held or (self.alone and others):
+        for node in graph.nodes:
+            how = _encoded(node)
+            if how is None or held.intersection(storages_in(how.source.meta["val"])):
                 continue
             call = (how.source, how.encoder, *map(str, how.more))
             if call not in codes:
                 codes[call] = _code(graph.module.graph, how)
-            _replace(graph.module.graph, node, how.reader, how.given(codes[call]))
+            _replace(graph.module.graph, node, how, codes[call])
         return graph.verified()
 
 
@@ -102,17 +96,6 @@ def _held(graph: JointGraph) -> set[int]:
     outputs = [o for o in graph.forward_outputs() if isinstance(o, fx.Node)]
     nodes = [*graph.placeholders(), *outputs]
     return {key for node in nodes for key in storages_in(node.meta.get("val"))}
-
-
-def _backward_readers(graph: JointGraph) -> dict[int, set[fx.Node]]:
-    """Storage -> the nodes of the backward that read it, through views of the forward or at once."""
-    readers: dict[int, set[fx.Node]] = defaultdict(set)
-    for node in graph.nodes:
-        if is_backward(node):
-            for source in node.all_input_nodes:
-                for key in storages_in(source.meta.get("val")):
-                    readers[key].add(node)
-    return readers
 
 
 # -- What can be encoded -----------------------------------------------------------------------------
@@ -176,18 +159,56 @@ def _are_alike(grad: Any, x: fx.Node) -> bool:
 
 # -- Rewriting ---------------------------------------------------------------------------------------
 
+PLAIN = "fxmem_plain"
+"""Node metadata of a node that reads a code: how to read what the code is made of."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One of the nodes that a node reads, by its place among them; None for what is encoded."""
+
+    place: int | None
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A call, with operands in place of nodes."""
+
+    target: Any
+    args: Any
+
+    def given(self, reader: fx.Node, source: fx.Node) -> Any:
+        """The arguments that read ``source``, and what else the reader of the code reads now."""
+        now = reader.all_input_nodes
+        return pytree.tree_map_only(
+            Operand, lambda o: source if o.place is None else now[o.place], self.args
+        )
+
+
+def _plain(node: fx.Node, source: fx.Node, coded: fx.Node) -> Plain:
+    read = coded.all_input_nodes
+    args = fx.node.map_arg(
+        tuple(node.args),
+        lambda n: Operand(None if n is source else read.index(n)),  # type: ignore[arg-type,return-value]
+    )
+    return Plain(node.target, args)
+
 
 def _code(graph: fx.Graph, how: Encoded) -> fx.Node:
     args = (how.source, *how.more)
     with graph.inserting_after(how.source):
         code = insert_like(graph, how.source, how.encoder, args, suffix="code", backward=False)
     del code.meta["fxmem_origin"]
+    code.meta.pop("recompute", None)  # what a checkpoint says of the tensor
     return code
 
 
-def _replace(graph: fx.Graph, node: fx.Node, reader: Any, args: tuple[Any, ...]) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, how: Encoded, code: fx.Node) -> None:
+    args = how.given(code)
     with graph.inserting_before(node):
-        ours = insert_like(graph, node, reader, args, suffix="coded", backward=True)
+        ours = insert_like(graph, node, how.reader, args, suffix="coded", backward=True)
     del ours.meta["fxmem_origin"]
+    ours.meta[INSTEAD_OF] = node.name
+    ours.meta[PLAIN] = _plain(node, how.source, ours)
     replace_uses(node, ours)
     graph.erase_node(node)

@@ -46,6 +46,34 @@ def random_flow(seed: int, forward: int | None = None) -> Dataflow:
     return Dataflow(operators, values, forward)
 
 
+def coded_flow(seed: int, forward: int | None = None) -> Dataflow:
+    """The same where half of what the backward reads of the forward may be read as a code."""
+    rng = random.Random(f"codes {seed}")
+    flow = random_flow(seed, forward)
+    backward = flow.operators[flow.num_forward :]
+    made = {v for op in flow.operators[: flow.num_forward] for v in op.remakes}
+    codes: dict[int, int] = {}
+    for op in backward:
+        for v in sorted(made.intersection(op.reads)):
+            if rng.random() < 0.5:
+                if v not in codes:
+                    codes[v] = len(flow.values)
+                    size = rng.randint(0, flow.values[v].nbytes)
+                    keeping = rng.randint(0, 3) * 1e-6
+                    flow.values.append(Value(size, NODE, code=True, keeping=keeping))
+                op.reads = tuple(sorted({codes[v], *op.reads} - {v}))
+    operators: list[Operator] = []
+    for op in flow.operators:
+        operators.append(op)
+        for v in sorted(codes.keys() & set(op.makes)):
+            code = (codes[v],)
+            operators.append(Operator(NODE, False, (v,), code, 0, 0.0, True, remakes=code))
+    for i, op in enumerate(operators):
+        for v in op.makes:
+            flow.values[v].producer = i
+    return Dataflow(operators, flow.values, flow.num_forward + len(codes))
+
+
 def _operator(rng: random.Random, i: int, ready: list[int], values: list[Value]) -> Operator:
     reads = {rng.choice(ready[-4:]) for _ in range(rng.randint(1, 3))}
     if rng.random() < 0.2:

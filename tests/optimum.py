@@ -1,18 +1,20 @@
 """The best choice of kept values there is, on steps small enough to try every one."""
 
 import itertools
+from collections.abc import Callable
 
 from flows import random_flow
 
+from fxmem.dataflow import Dataflow
 from fxmem.planner import Choice, Planner
 
 MOST = 9
 """Values that may be kept or not: all 2**9 choices are tried."""
 
 
-def small_planner(seed: int) -> Planner | None:
+def small_planner(seed: int, flow: Callable[[int], Dataflow] = random_flow) -> Planner | None:
     """A planner with something to choose; None where there is nothing, or too much."""
-    planner = Planner(random_flow(seed))
+    planner = Planner(flow(seed))
     return planner if 0 < len(planner.free) <= MOST and planner.keep_all() else None
 
 
@@ -40,9 +42,9 @@ def distance(planner: Planner, budget: int, choices: list[Choice]) -> float:
     return (whole + found.outcome.seconds) / (whole + best)
 
 
-def distances(seed: int) -> list[float]:
+def distances(seed: int, flow: Callable[[int], Dataflow] = random_flow) -> list[float]:
     """How far plans for one random step are from the best, for a few budgets."""
-    planner = small_planner(seed)
+    planner = small_planner(seed, flow)
     if planner is None:
         return []
     choices = every_choice(planner)

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from flows import random_flow
+from flows import coded_flow, random_flow
 from optimum import distances, every_choice, small_planner, spread
 
 from fxmem.planner import Choice, Planner
@@ -11,10 +11,11 @@ from fxmem.planner import Choice, Planner
 SEEDS = range(240)
 
 
-def test_plans_are_close_to_the_best_choice_of_kept_values():
+@pytest.mark.parametrize("flow", [random_flow, coded_flow])
+def test_plans_are_close_to_the_best_choice_of_kept_values(flow):
     """Of 973 searches (600 seeds) one ended further away today, without a plan: none of these."""
-    found = [distance for seed in SEEDS for distance in distances(seed)]
-    assert len(found) > 300
+    found = [distance for seed in SEEDS for distance in distances(seed, flow)]
+    assert len(found) > 200
     assert max(found) <= 1.01
 
 
@@ -46,10 +47,11 @@ def test_the_same_step_gets_the_same_plan(seed, forward):
     assert all(map(is_the_same, plans, reversed(again)))
 
 
+@pytest.mark.parametrize("flow", [random_flow, coded_flow])
 @pytest.mark.parametrize("forward", [8, 20, 40])
 @pytest.mark.parametrize("seed", SEEDS[::80])
-def test_more_room_is_never_slower(seed, forward):
-    planner = Planner(random_flow(seed, forward))
+def test_more_room_is_never_slower(seed, forward, flow):
+    planner = Planner(flow(seed, forward))
     smallest = planner.smallest()
     asked = [*spread(planner), smallest.outcome.peak]
     found = [(budget, plan) for budget in sorted(asked) if (plan := planner.fit(budget))]

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from flows import random_flow
+from flows import coded_flow, random_flow
 
 from fxmem import relaxation
 from fxmem.planner import Choice, Planner
@@ -26,9 +26,10 @@ def random_choices(planner: Planner, seed: int, number: int = 12) -> list[Choice
 
 
 @pytest.mark.parametrize("forward", [6, 25])
+@pytest.mark.parametrize("flow", [random_flow, coded_flow])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_plan_adds_less_than_the_bound(seed, forward):
-    planner = Planner(random_flow(seed, forward))
+def test_no_plan_adds_less_than_the_bound(seed, flow, forward):
+    planner = Planner(flow(seed, forward))
     for choice in random_choices(planner, seed):
         program = planner.solver.program(choice.outcome.peak)
         assert program.feasible

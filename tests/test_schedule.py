@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from flows import random_flow
+from flows import coded_flow, random_flow
 
 from fxmem.schedule import Schedule
 from fxmem.simulate import Outcome, Simulator
@@ -59,9 +59,10 @@ def state(schedule: Schedule) -> tuple[object, ...]:
     )
 
 
+@pytest.mark.parametrize("flow", [random_flow, coded_flow])
 @pytest.mark.parametrize("seed", range(150))
-def test_every_move_is_simulated_exactly_and_can_be_taken_back(seed):
-    simulator = Simulator(random_flow(seed))
+def test_every_move_is_simulated_exactly_and_can_be_taken_back(seed, flow):
+    simulator = Simulator(flow(seed))
     if not simulator.candidates() or not simulator.read_by_backward:
         pytest.skip("nothing to choose")
     rng = random.Random(seed)
