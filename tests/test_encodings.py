@@ -17,7 +17,9 @@ from fxmem import encodings
 from fxmem.encodings import pool_shape
 from fxmem.passes.encode import EncodePass
 from fxmem.passes.identities import IdentitiesPass
+from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.rectify import RectifyPass
+from fxmem.passes.uncode import UncodePass
 from fxmem.passes.unread import UnreadPass
 
 aten = torch.ops.aten
@@ -150,21 +152,29 @@ def test_a_rectifier_leaves_bits():
     assert_same_outputs(graph, after)
 
 
-def test_alone_only_what_nobody_else_reads():
-    graph = rectified()
-    after, text = changed(graph, EncodePass(alone=True))
+def test_what_reads_a_code_that_is_made_there_reads_its_operand():
+    coded = EncodePass().apply(rectified())
+    graph = RecomputePass(
+        (
+            Recompute("relu_1", "threshold_backward_coded"),
+            Recompute("relu_1_code", "threshold_backward_coded"),
+        ),
+        frozenset({"mm", "mm_1", "relu", "relu_code"}),
+    ).apply(coded)
+    after, text = changed(graph, UncodePass())
     assert_expected_inline(
         text,
         """\
-+ relu_1_code: u8[512] = pack_above(relu_1, 0)
-- threshold_backward: f32[64, 64] = threshold_backward(mul_1, relu_1, 0)
-+ threshold_backward_coded: f32[64, 64] = threshold_backward(mul_1, relu_1_code)
-- mm_2: f32[64, 64] = mm(t, threshold_backward)
-+ mm_2: f32[64, 64] = mm(t, threshold_backward_coded)
-- mm_3: f32[64, 64] = mm(threshold_backward, t_1)
-+ mm_3: f32[64, 64] = mm(threshold_backward_coded, t_1)""",
+- relu_1_code_recompute: u8[512] = pack_above(relu_1_recompute, 0)
+- threshold_backward_coded: f32[64, 64] = threshold_backward(mul_1, relu_1_code_recompute)
++ threshold_backward_coded_plain: f32[64, 64] = threshold_backward(mul_1, relu_1_recompute, 0)
+- mm_2: f32[64, 64] = mm(t, threshold_backward_coded)
++ mm_2: f32[64, 64] = mm(t, threshold_backward_coded_plain)
+- mm_3: f32[64, 64] = mm(threshold_backward_coded, t_1)
++ mm_3: f32[64, 64] = mm(threshold_backward_coded_plain, t_1)""",
     )
-    assert_same_outputs(graph, after)
+    assert_same_outputs(rectified(), after)
+    assert changed(graph, UncodePass(frozenset({"threshold_backward_coded"})))[1] == ""
 
 
 def pooled():
