@@ -5,7 +5,7 @@ loss = opt(batch)
 loss.backward()
 """
 
-from fxmem.api import optimize, plan
+from fxmem.api import liveness, optimize, plan
 from fxmem.cost import CostModel
 from fxmem.errors import (
     BudgetError,
@@ -15,6 +15,7 @@ from fxmem.errors import (
     PlanMismatchError,
     VerificationError,
 )
+from fxmem.inventory import Liveness
 from fxmem.measure import Measurement, measure
 from fxmem.operators import declare_pure
 from fxmem.plan import Plan
@@ -29,6 +30,7 @@ __all__ = [
     "CaptureError",
     "CostModel",
     "FxmemError",
+    "Liveness",
     "Measurement",
     "OptimizedModule",
     "Plan",
@@ -36,6 +38,7 @@ __all__ = [
     "Report",
     "VerificationError",
     "declare_pure",
+    "liveness",
     "measure",
     "optimize",
     "plan",

@@ -15,9 +15,18 @@ from torch.utils import _pytree as pytree
 from fxmem.budget import Budget, read_reserve
 from fxmem.capture import StepCall, capture
 from fxmem.cost import CostModel
-from fxmem.dynamic import dynamic_names, marked
+from fxmem.dynamic import (
+    Names,
+    default_names,
+    dynamic_names,
+    given_bounds,
+    marked,
+    with_likely,
+)
 from fxmem.errors import CaptureError, FxmemError
+from fxmem.footprint import liveness_of
 from fxmem.graph import Role
+from fxmem.inventory import Liveness
 from fxmem.pipeline import Options, analyze, decide, device_of, unchanged_step
 from fxmem.plan import Plan
 from fxmem.runtime import OptimizedModule, Session
@@ -141,6 +150,45 @@ def plan(
         found = decide(analyze(captured.graph, call, unchanged, options.cost), options).plan
     _warn_if_over(found)
     return found
+
+
+def liveness(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    loss_fn: Callable[..., Any] | None = None,
+    loss_inputs: Any = (),
+) -> Liveness:
+    """When each storage of one training step is born and dies, and closed forms of its peak.
+
+    Nothing is allocated and no budget is needed; the model may be on the meta device.  The step is the
+    captured one with everything kept, which is what ``optimize`` runs when the budget leaves room.
+
+    dynamic_shapes: names of sizes, ``{"input_ids": {0: "B", 1: "S"}}``; a ``torch.export.Dim`` with
+    bounds narrows the range.  Without it, B is the first dimension of the inputs, and S the second one
+    of token ids and sequences.  Another input's dimension that stands alike and is as long has the
+    same name; equal sizes elsewhere are chance and stay apart.
+    Raises ``CaptureError`` where the step cannot be captured, ``FxmemError`` for arguments it cannot read.
+    """
+    _check_model(model)
+    call = example_call(
+        model, example_inputs, example_kwargs, loss_fn, _read_loss_inputs(loss_inputs)
+    )
+    if call is None:
+        raise CaptureError(
+            "liveness needs the arguments of one call\n"
+            "  try: fxmem.liveness(model, (batch,)) or example_kwargs={...}"
+        )
+    names = _names_of(dynamic_shapes, model, call)
+    with torch.enable_grad():
+        return liveness_of(call, names, device_of(call), given_bounds(dynamic_shapes))
+
+
+def _names_of(dynamic_shapes: Any, model: nn.Module, call: StepCall) -> Names:
+    given = dynamic_names(dynamic_shapes, model, call)
+    return with_likely(given or default_names(call), call)
 
 
 # -- Reading what the user wrote ---------------------------------------------------------------------

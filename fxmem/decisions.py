@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxmem.categories import category, workspace_name
 from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
 from fxmem.dataflow import Dataflow
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
-from fxmem.graph import JointGraph, Role, module_name, operator_name, source_line, type_text
-from fxmem.liveness import MemoryTimeline, Step, Storage, timeline
+from fxmem.graph import JointGraph, module_name, operator_name, source_line, type_text
+from fxmem.liveness import MemoryTimeline, Storage, timeline
 from fxmem.operators import refusal
 from fxmem.partition import split
 from fxmem.plan import (
@@ -159,8 +160,8 @@ def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int
     node = step.node
     live: Counter[str] = Counter()
     for storage in line.live_at(peak.step):
-        live[_category(storage, graph, line, peak.step)] += evaluate(storage.nbytes, bindings)
-    live[_workspace_name(step)] += evaluate(step.workspace, bindings)
+        live[category(storage, graph, line)] += evaluate(storage.nbytes, bindings)
+    live[workspace_name(step)] += evaluate(step.workspace, bindings)
     return PeakPoint(
         nbytes=peak.nbytes,
         operator=operator_name(node) if node else "end of the forward",
@@ -207,7 +208,7 @@ def _live_tensors(
                 name=info.name if info else node.name,
                 type=_type_of(storage),
                 nbytes=nbytes,
-                category=_category(storage, graph, line, step),
+                category=category(storage, graph, line),
                 module=module_name(node),
                 source=source_line(node),
             )
@@ -216,7 +217,7 @@ def _live_tensors(
         name = operator_name(running.node) if running.node else "loss"
         module = module_name(running.node) if running.node else ""
         source = source_line(running.node) if running.node else ""
-        yield LiveTensor(name, "", nbytes, _workspace_name(running), module, source)
+        yield LiveTensor(name, "", nbytes, workspace_name(running), module, source)
 
 
 def _type_of(storage: Storage) -> str:
@@ -224,27 +225,6 @@ def _type_of(storage: Storage) -> str:
     leaves = list(tensors_in(storage.node.meta.get("val")))
     filling = [t for t in leaves if storage_nbytes(t) == storage.nbytes]
     return type_text(next(iter((*filling, *leaves)), None))
-
-
-def _workspace_name(step: Step) -> str:
-    return "operator workspace" if step.node is not None else "loss outside the model"
-
-
-_ROLE_NAMES = {Role.PARAMETER: "parameters", Role.BUFFER: "buffers", Role.INPUT: "inputs"}
-
-
-def _category(storage: Storage, graph: JointGraph, line: MemoryTimeline, step: int) -> str:
-    """What a live storage is to the user."""
-    if storage.resident:
-        info = graph.inputs.get(storage.node.name)
-        return _ROLE_NAMES.get(info.role, "inputs") if info else "constants"
-    if storage.held:
-        late = line.steps[storage.born].phase == "backward"
-        return "gradients" if late else "outputs"
-    boundary = next(i for i, s in enumerate(line.steps) if s.phase == "boundary")
-    if storage.born < boundary < storage.dies:
-        return "saved activations"
-    return "transients"
 
 
 # -- Infeasible ------------------------------------------------------------------------------------------

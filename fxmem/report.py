@@ -179,7 +179,7 @@ def _live(plan: Plan) -> list[str]:
         for r in (*rows, total)
     ]
     share = "% of peak" if plan.smallest else "% of budget"
-    table = _table(("category", "before", "after", "change", share), cells, "lrrrr")
+    table = narrow_table(("category", "before", "after", "change", share), cells, "lrrrr")
     return [f"1. Live at the peak ({unit.name})", *table, *_live_notes(plan, unit)]
 
 
@@ -266,7 +266,7 @@ def _decisions(plan: Plan) -> list[str]:
         cells.append(_sum_cells(f"{len(rest)} more", _at_most(rest, size), rest, size, time))
     cells.append(_sum_cells("TOTAL", "", rows, size, time))
     headers = ("where", "type", "each", "n", "before", "after", "decision", time.name, "source")
-    table = _table(headers, cells, "llrrrrlrl", {0: 22, 1: 12, 8: 13})
+    table = narrow_table(headers, cells, "llrrrrlrl", {0: 22, 1: 12, 8: 13})
     title = f"2. Decisions ({size.name}; before and after over all n; added time in {time.name})"
     return [title, *table, *_decision_notes(plan, rows, size, time)]
 
@@ -381,7 +381,7 @@ def _live_tensors(known: Certificate) -> list[str]:
         cells.append((f"{known.others} more", "", unit.text(known.others_nbytes), "", ""))
     cells.append(("TOTAL", "", unit.text(known.nbytes), "", ""))
     headers = ("largest at the peak", "type", unit.name, "category", "where")
-    table = _table(headers, cells, "llrll", {0: 19, 1: 12, 3: 17, 4: 20})
+    table = narrow_table(headers, cells, "llrll", {0: 19, 1: 12, 3: 17, 4: 20})
     return [*table, *([] if unit.adds_up else [_ROUNDED])]
 
 
@@ -532,7 +532,7 @@ _SEPARATOR = 2
 _SMALLEST = 6
 
 
-def _table(
+def narrow_table(
     headers: Sequence[str],
     rows: Sequence[Sequence[str]],
     align: str,

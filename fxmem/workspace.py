@@ -98,15 +98,18 @@ class Call:
         return cls(target, *_specs(target, (tuple(args), dict(kwargs))))
 
     @classmethod
-    def of_node(cls, node: fx.Node) -> Call:
-        """The operator that a node runs, looked at through random replay."""
+    def of_node(cls, node: fx.Node, specs: Callable[[fx.Node], Any] | None = None) -> Call:
+        """The operator that a node runs, looked at through random replay.
+
+        specs: what stands for the value of a node; by default ``node_specs``.
+        """
         target: Any = node.target
         args: Any = tuple(node.args)
         if target is run_and_save_rng_state:
             target, args = args[0], args[1:]
         elif target is run_with_rng_state:
             target, args = args[1], args[2:]
-        args, kwargs = pytree.tree_map_only(fx.Node, node_specs, (args, dict(node.kwargs)))
+        args, kwargs = pytree.tree_map_only(fx.Node, specs or node_specs, (args, dict(node.kwargs)))
         return cls(target, *_specs(target, (args, kwargs)))
 
     @property
