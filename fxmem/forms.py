@@ -35,12 +35,14 @@ class Bytes:
 class Work:
     """What the operator of a step holds beside them.
 
-    at: bytes at given sizes, where ``nbytes`` is only a bound; None where it is exact.
+    at: measures that at given sizes, None where it cannot.  loose: ``nbytes`` is no formula, only the
+    largest share of its operands that was seen.
     """
 
     nbytes: Size
     category: str = "operator workspace"
-    at: Callable[[Sizes], int] | None = None
+    at: Callable[[Sizes], int | None] | None = None
+    loose: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,24 +83,26 @@ class Forms:
         return self._live
 
     def live(self, sizes: Sizes) -> np.ndarray:
-        """Bytes while each step runs, Python integers; workspaces measured where they have no formula."""
-        values = self.monomials.values(sizes)
-        live, held = self._live @ values, self._held @ values
-        loose = [i for i, w in enumerate(self.work) if w.at is not None]
-        top = max((n for i, n in enumerate(live) if self.work[i].at is None), default=0)
-        for i in sorted(loose, key=lambda i: -live[i]):
-            exact = self.work[i].at
-            # What could not come near the peak at twice its bound is not run to be measured.
-            if exact is not None and 2 * live[i] - held[i] >= top:
-                live[i] = held[i] + exact(sizes)
-                top = max(top, live[i])
-        return live
+        """Bytes while each step runs, Python integers, by the forms."""
+        return self._live @ self.monomials.values(sizes)
+
+    def by_form(self, sizes: Sizes) -> int:
+        """Bytes at the peak as the forms say, which need not hold far from where they were fitted."""
+        return int(max(self._live[self._rulers] @ self.monomials.values(sizes), default=0))
 
     def peak_at(self, sizes: Sizes) -> int:
-        """Bytes at the peak."""
-        if any(w.at is not None for w in self.work):
-            return int(max(self.live(sizes), default=0))
-        return int(max(self._live[self._rulers] @ self.monomials.values(sizes), default=0))
+        """Bytes at the peak: the operators there are measured at these sizes, if they can be."""
+        values = self.monomials.values(sizes)
+        held, live = self._held @ values, self._live @ values
+        likely = live + np.array([w.loose for w in self.work], dtype=object) * (live - held)
+        best = 0
+        for i in sorted(range(len(live)), key=lambda i: -likely[i]):
+            if likely[i] <= best:
+                break
+            exact = self.work[i].at
+            work = exact(sizes) if exact is not None else None
+            best = max(best, int(live[i] if work is None else held[i] + work))
+        return best
 
     @cached_property
     def _rulers(self) -> list[int]:

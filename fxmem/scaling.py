@@ -29,6 +29,9 @@ from fxmem.workspace import LAYOUT, Call, Entry, TensorSpec, Workspaces, has_wor
 Rename = Callable[[Any], Any]
 """A size of a fake tensor -> an ``int``, or an expression in the user's symbols."""
 
+MOST = 1 << 30
+"""Bytes of operands beyond which an operator is not run to learn what it holds: formulas have to do."""
+
 TOLERANCE = 0.0005
 """Of the bytes that an operator reads and makes; what a formula may be off by."""
 
@@ -37,14 +40,16 @@ TOLERANCE = 0.0005
 class Form:
     """What an operator holds beyond operands and results, and bytes of its results' storages.
 
-    how: "constant", "fitted", "estimated" (nobody could measure it), or "measured": it has no formula
-    that fits, ``nbytes`` bounds what was seen, and ``call`` is to be measured at each size.
+    how: "constant", "fitted", "estimated" (nobody could measure it), or "measured": no formula fits,
+    and ``nbytes`` is the largest share of the operands that was seen.  call: what to measure at other
+    sizes; extra: bytes beside the operator's own, a generator's state.
     """
 
     nbytes: Size
     storages: tuple[Size, ...]
     how: str
     call: Call | None = None
+    extra: int = 0
 
 
 @dataclass
@@ -80,13 +85,16 @@ class Scaling:
                 found[storage_key(tensor)] = nbytes
         return found
 
-    def nbytes_at(self, form: Form, bindings: Mapping[sympy.Symbol, int]) -> int:
-        """The workspace at given sizes, measured there if there is no formula."""
-        if form.how == "measured" and form.call is not None:
-            entry = self.table.look_up(at(form.call, bindings), self.device)
-            if entry is not None:
-                return entry.nbytes
-        return evaluate(form.nbytes, dict(bindings))
+    def nbytes_at(self, node: fx.Node, bindings: Mapping[sympy.Symbol, int]) -> int | None:
+        """The workspace at given sizes, measured there; None where it cannot be."""
+        form = self.forms[node]
+        if form.call is None:
+            return None
+        call = at(form.call, bindings)
+        if call.signature not in self.table.table and call.operand_bytes() > MOST:
+            return None
+        entry = self.table.look_up(call, self.device)
+        return None if entry is None else entry.nbytes + form.extra
 
     # -- One operator ----------------------------------------------------------------------------------
 
@@ -119,10 +127,11 @@ class Scaling:
         storages = self._storages(node, measured, basis, points)
         found = _fit([e.nbytes for e in measured], basis, points, slack)
         if found is not None:
-            return Form(found + extra, storages, "constant" if found.is_Integer else "fitted")
+            how = "constant" if found.is_Integer else "fitted"
+            return Form(found + extra, storages, how, call, extra)
         worst = max(range(len(points)), key=lambda i: measured[i].nbytes / max(measured[i].held, 1))
         bound = _in_proportion(measured[worst].nbytes, self._held(node, call), points[worst])
-        return Form(bound + extra, storages, "measured", call)
+        return Form(bound + extra, storages, "measured", call, extra)
 
     def _measured(self, call: Call, points: list[dict[sympy.Symbol, int]]) -> list[Entry]:
         """What the operator does at these sizes, up to the first where it cannot be measured."""

@@ -205,12 +205,11 @@ def _work(line: MemoryTimeline, scaling: Scaling) -> list[Work]:
     found = []
     for step in line.steps:
         form = scaling.forms.get(step.node) if step.node is not None else None
-        exact: Callable[[Any], int] | None = None
-        if form is not None and form.how == "measured":
-            exact = _measure(scaling, form)
-        found.append(Work(step.workspace, workspace_name(step), exact))
+        exact = _measure(scaling, step.node) if form is not None and form.call is not None else None
+        loose = form is not None and form.how == "measured"
+        found.append(Work(step.workspace, workspace_name(step), exact, loose))
     return found
 
 
-def _measure(scaling: Scaling, form: Any) -> Callable[[Any], int]:
-    return lambda sizes: scaling.nbytes_at(form, sizes)
+def _measure(scaling: Scaling, node: Any) -> Callable[[Any], int | None]:
+    return lambda sizes: scaling.nbytes_at(node, sizes)
