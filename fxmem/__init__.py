@@ -21,6 +21,7 @@ from fxmem.operators import declare_pure
 from fxmem.plan import Plan
 from fxmem.report import Report
 from fxmem.runtime import OptimizedModule
+from fxmem.sizing import max_batch, min_budget
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,9 @@ __all__ = [
     "VerificationError",
     "declare_pure",
     "liveness",
+    "max_batch",
     "measure",
+    "min_budget",
     "optimize",
     "plan",
 ]

@@ -16,6 +16,7 @@ from fxmem.budget import Budget, read_reserve
 from fxmem.capture import StepCall, capture
 from fxmem.cost import CostModel
 from fxmem.dynamic import (
+    Bounds,
     Names,
     default_names,
     dynamic_names,
@@ -172,23 +173,11 @@ def liveness(
     same name; equal sizes elsewhere are chance and stay apart.
     Raises ``CaptureError`` where the step cannot be captured, ``FxmemError`` for arguments it cannot read.
     """
-    _check_model(model)
-    call = example_call(
-        model, example_inputs, example_kwargs, loss_fn, _read_loss_inputs(loss_inputs)
+    call, names, bounds = named_call(
+        model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
     )
-    if call is None:
-        raise CaptureError(
-            "liveness needs the arguments of one call\n"
-            "  try: fxmem.liveness(model, (batch,)) or example_kwargs={...}"
-        )
-    names = _names_of(dynamic_shapes, model, call)
     with torch.enable_grad():
-        return liveness_of(call, names, device_of(call), given_bounds(dynamic_shapes))
-
-
-def _names_of(dynamic_shapes: Any, model: nn.Module, call: StepCall) -> Names:
-    given = dynamic_names(dynamic_shapes, model, call)
-    return with_likely(given or default_names(call), call)
+        return liveness_of(call, names, device_of(call), bounds)
 
 
 # -- Reading what the user wrote ---------------------------------------------------------------------
@@ -293,6 +282,21 @@ def _read_plan(plan: Any) -> Plan | None:
     if plan == "":
         raise FxmemError('plan is the empty string; it should be the path of a plan, "plan.json"')
     raise FxmemError(f"plan should be a Plan or the path of one, not {type(plan).__name__}")
+
+
+def named_call(
+    model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any, loss_fn: Any, loss_inputs: Any
+) -> tuple[StepCall, Names, Bounds]:
+    """The call to trace, the names of its sizes, and the bounds that the user gave them."""
+    _check_model(model)
+    call = example_call(model, inputs, kwargs, loss_fn, _read_loss_inputs(loss_inputs))
+    if call is None:
+        raise CaptureError(
+            "the arguments of one call are needed\n"
+            "  try: fxmem.liveness(model, (batch,)) or example_kwargs={...}"
+        )
+    given = dynamic_names(dynamic_shapes, model, call)
+    return call, with_likely(given or default_names(call), call), given_bounds(dynamic_shapes)
 
 
 def example_call(

@@ -28,7 +28,8 @@ from fxmem.liveness import Step, Storage
 from fxmem.partition import Split
 from fxmem.sizes import evaluate, storages_in, tensors_in
 from fxmem.standins import at_sizes
-from fxmem.tracing import SMALLEST, Trace, kind_of, scores_in, symbols, trace
+from fxmem.symbolic import SMALLEST, Trace, kind_of, scores_in, symbols
+from fxmem.tracing import trace
 from fxmem.workspace import load_workspaces, save_workspaces
 
 

@@ -183,6 +183,12 @@ class Liveness:
         """
         return self.peak_of(self.sizes(sizes))
 
+    def form_at(self, sizes: Mapping[str, int]) -> int:
+        """``peak`` at these sizes of all symbols, whether it holds for them or not."""
+        values = {symbol: sizes[str(symbol)] for symbol in self.peak.free_symbols}
+        parts = self.peak.args if isinstance(self.peak, sympy.Max) else (self.peak,)
+        return max(int(part.subs(values)) for part in parts)
+
     def unchanged_at(self, **sizes: int) -> int:
         """Bytes at the peak of the model's own step, as eager PyTorch runs it without fxmem.
 

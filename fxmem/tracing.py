@@ -1,98 +1,17 @@
-"""A training step traced with symbolic sizes: its closed forms, and for which sizes they hold.
-
-One trace holds where the relations between sizes hold that it took for granted: a kernel that serves
-small batches alone, a dimension of 1 that broadcasts.  Other sizes need a trace of their own.
-"""
+"""A training step traced with symbolic sizes, on fake tensors and without a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
-import sympy
 import torch
 
-from fxmem._torch import ShapeGuard, shape_guards
 from fxmem.capture import StepCall, capture
-from fxmem.categories import category, workspace_name
-from fxmem.certificates import scores_of_losses
 from fxmem.dynamic import Bounds, Names, marked
-from fxmem.forms import Bytes, Forms, Work
-from fxmem.graph import JointGraph
-from fxmem.liveness import MemoryTimeline, Storage, timeline
-from fxmem.partition import Split
 from fxmem.pipeline import as_run, cleaned
-from fxmem.scaling import Scaling
-from fxmem.sizes import storages_in
 from fxmem.standins import at_sizes, stand_in_call
+from fxmem.symbolic import SMALLEST, Trace, traced
 from fxmem.workspace import load_workspaces, save_workspaces
-
-SMALLEST = 2
-"""Tracing takes sizes of 0 and 1 for constants."""
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """Why a trace does not hold for all sizes."""
-
-    relation: Any
-    place: str
-
-    def __str__(self) -> str:
-        return f"{self.relation}" + (f" ({self.place})" if self.place else "")
-
-
-@dataclass
-class Trace:
-    """One traced step.
-
-    fixed: symbols that are constants here.  assumed: what its sizes must meet.  here: the sizes that
-    it was traced at.  rename: sizes of its fake tensors -> expressions in the symbols.  how: of how
-    many operators the workspace is "constant", "fitted", "measured" or "estimated".
-    """
-
-    forms: Forms
-    line: MemoryTimeline
-    graph: JointGraph
-    run: Split
-    here: dict[str, int]
-    fixed: dict[str, int]
-    assumed: list[Assumption]
-    rename: Callable[[Any], Any]
-    how: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def ranges(self) -> dict[str, tuple[int, int | None]]:
-        return {str(s): r for s, r in self.forms.ranges.items()}
-
-    def covers(self, sizes: Mapping[str, int]) -> bool:
-        """Do the closed forms hold for these sizes?"""
-        if any(sizes[name] != size for name, size in self.fixed.items()):
-            return False
-        for name, (low, high) in self.ranges.items():
-            if sizes[name] < low or (high is not None and sizes[name] > high):
-                return False
-        return all(_holds(a.relation, symbols(sizes)) for a in self.assumed)
-
-    def peak_at(self, sizes: Mapping[str, int]) -> int:
-        return self.forms.peak_at(symbols(sizes))
-
-
-def symbol(name: str) -> sympy.Symbol:
-    return sympy.Symbol(name, integer=True, positive=True)
-
-
-def symbols(sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
-    return {symbol(name): size for name, size in sizes.items()}
-
-
-def _holds(relation: Any, sizes: Mapping[sympy.Symbol, int]) -> bool:
-    return bool(relation.subs(sizes)) if isinstance(relation, sympy.Basic) else bool(relation)
-
-
-Rewrite = Callable[[JointGraph, StepCall, Any], JointGraph]
-"""Joint graph, call, device -> the joint graph as a plan rewrites it."""
 
 
 def trace(
@@ -111,105 +30,6 @@ def trace(
     with capture(marked(call, free), names, guarded=False) as captured:
         graph, table = cleaned(captured.graph, load_workspaces(device), device)
         graph, _, run, table = as_run(graph, table, device)
-        guards, spans = shape_guards(captured.graph.module)
-        rename = _Rename(captured.graph)
-        ranges = _ranges(rename, spans, bounds or {})
-        here = {symbol(n): size for n, size in sizes.items()}
-        assumed = _assumed(guards, rename)
-        scaling = Scaling(
-            table, device, ranges, {s: here[s] for s in ranges}, rename,
-            lambda point: all(_holds(a.relation, point) for a in assumed),
-        )  # fmt: skip
-        for module in (run.forward, run.backward):
-            scaling.look_at(module.graph)
-        line = _renamed(timeline(run, scaling), rename, scaling.storages())
+        found = traced(graph, run, table, device, sizes, bounds)
         save_workspaces(table, device)
-    fixed = {n: size for n, size in sizes.items() if symbol(n) not in ranges}
-    forms = Forms(_bytes(line, graph), _work(line, scaling), ranges, here)
-    how: dict[str, int] = {}
-    for form in scaling.forms.values():
-        how[form.how] = how.get(form.how, 0) + 1
-    return Trace(forms, line, graph, run, dict(sizes), fixed, assumed, rename, how)
-
-
-class _Rename:
-    """Sizes of a traced graph -> expressions in the user's names."""
-
-    def __init__(self, graph: JointGraph) -> None:
-        self.names = {raw: symbol(info.name) for raw, info in graph.symbols.items()}
-        self._known: dict[Any, Any] = {}
-
-    def __call__(self, size: Any) -> Any:
-        expression = size.node.expr if isinstance(size, torch.SymInt) else size
-        if isinstance(expression, int):
-            return expression
-        if expression not in self._known:
-            found = sympy.expand(expression.xreplace(self.names))
-            self._known[expression] = int(found) if found.is_Integer else found
-        return self._known[expression]
-
-
-def _ranges(rename: _Rename, spans: Mapping[Any, tuple[int, Any]], bounds: Bounds) -> Any:
-    """Each symbol's smallest and largest size, of all dimensions that have its name."""
-    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
-    for raw, name in rename.names.items():
-        low, high = found.get(name, (SMALLEST, None))
-        for least, most in (spans.get(raw, (SMALLEST, None)), bounds.get(str(name), (0, None))):
-            low = max(low, least)
-            high = most if high is None else high if most is None else min(high, most)
-        found[name] = (low, high)
     return found
-
-
-def _assumed(guards: list[ShapeGuard], rename: _Rename) -> list[Assumption]:
-    """The relations that are not always true, each once."""
-    found: dict[str, Assumption] = {}
-    for guard in guards:
-        relation = guard.relation.xreplace(rename.names)
-        known = set(rename.names.values())
-        if relation in (sympy.true, True) or not relation.free_symbols <= known:
-            continue
-        simple = sympy.simplify(relation) if relation.count_ops() < 20 else relation
-        if simple not in (sympy.true, True):
-            found.setdefault(str(relation), Assumption(relation, guard.place))
-    return list(found.values())
-
-
-def _renamed(line: MemoryTimeline, rename: _Rename, real: Mapping[int, Any]) -> MemoryTimeline:
-    """The timeline in the user's symbols, storages as large as real ones."""
-    for storage in line.storages:
-        storage.nbytes = rename(real.get(storage.key, storage.nbytes))
-    steps = [
-        step if step.node is not None else type(step)(None, step.phase, rename(step.workspace))
-        for step in line.steps
-    ]
-    return MemoryTimeline(steps, line.storages)
-
-
-def _bytes(line: MemoryTimeline, graph: JointGraph) -> list[Bytes]:
-    scores = scores_in(graph)
-    return [Bytes(s.nbytes, s.born, s.dies, kind_of(s, graph, line, scores)) for s in line.storages]
-
-
-def scores_in(graph: JointGraph) -> set[int]:
-    """Keys of the storages that hold the scores of a loss over classes, or their gradients."""
-    return {key for node in scores_of_losses(graph) for key in storages_in(node.meta.get("val"))}
-
-
-def kind_of(storage: Storage, graph: JointGraph, line: MemoryTimeline, scores: set[int]) -> str:
-    known = category(storage, graph, line)
-    return "logits and loss" if storage.key in scores and not storage.resident else known
-
-
-def _work(line: MemoryTimeline, scaling: Scaling) -> list[Work]:
-    found = []
-    for step in line.steps:
-        form = scaling.forms.get(step.node) if step.node is not None else None
-        exact = _measure(scaling, step.node) if form is not None and form.call is not None else None
-        loose = form is not None and form.how == "measured"
-        found.append(Work(step.workspace, workspace_name(step), exact, loose))
-    return found
-
-
-def _measure(scaling: Scaling, node: Any) -> Callable[[Any], int | None]:
-    return lambda sizes: scaling.nbytes_at(node, sizes)

@@ -45,6 +45,7 @@ FLOORS = {
     "fxmem/timings.py": 4,
     "fxmem/dynamic.py": 4,
     "fxmem/report.py": 4,
+    "fxmem/boundary.py": 1,
     "fxmem/scaling.py": 4,
     "fxmem/dataflow.py": 5,
     "fxmem/categories.py": 5,
@@ -70,6 +71,7 @@ FLOORS = {
     "fxmem/schedule.py": 7,
     "fxmem/relaxation.py": 7,
     "fxmem/search.py": 8,
+    "fxmem/symbolic.py": 8,
     "fxmem/solver.py": 9,
     "fxmem/descent.py": 10,
     "fxmem/planner.py": 11,
@@ -80,12 +82,13 @@ FLOORS = {
     "fxmem/tracing.py": 14,
     "fxmem/footprint.py": 15,
     "fxmem/api.py": 16,
-    "fxmem/__init__.py": 17,
+    "fxmem/sizing.py": 17,
+    "fxmem/__init__.py": 18,
     # programs that use the library as everybody does
-    "fxmem/demo_models.py": 18,
-    "fxmem/demo.py": 19,
-    "fxmem/cli.py": 20,
-    "fxmem/__main__.py": 21,
+    "fxmem/demo_models.py": 19,
+    "fxmem/demo.py": 20,
+    "fxmem/cli.py": 21,
+    "fxmem/__main__.py": 22,
 }
 
 
