@@ -5,7 +5,7 @@ loss = opt(batch)
 loss.backward()
 """
 
-from fxmem.api import liveness, optimize, plan
+from fxmem.api import liveness, optimize, plan, report
 from fxmem.cost import CostModel
 from fxmem.errors import (
     BudgetError,
@@ -22,6 +22,7 @@ from fxmem.plan import Plan
 from fxmem.report import Report
 from fxmem.runtime import OptimizedModule
 from fxmem.sizing import max_batch, min_budget
+from fxmem.step_report import StepReport
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Plan",
     "PlanMismatchError",
     "Report",
+    "StepReport",
     "VerificationError",
     "declare_pure",
     "liveness",
@@ -45,4 +47,5 @@ __all__ = [
     "min_budget",
     "optimize",
     "plan",
+    "report",
 ]

@@ -30,8 +30,10 @@ from fxmem.graph import Role
 from fxmem.inventory import Liveness
 from fxmem.pipeline import Options, analyze, decide, device_of, unchanged_step
 from fxmem.plan import Plan
+from fxmem.report import Report
 from fxmem.runtime import OptimizedModule, Session
 from fxmem.standins import without_meta
+from fxmem.step_report import StepReport
 from fxmem.units import format_bytes, shown
 from fxmem.verify import verify_step
 
@@ -178,6 +180,47 @@ def liveness(
     )
     with torch.enable_grad():
         return liveness_of(call, names, device_of(call), bounds)
+
+
+def report(
+    model: nn.Module,
+    example_inputs: Any = None,
+    budget: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    loss_fn: Callable[..., Any] | None = None,
+    loss_inputs: Any = (),
+    reserve: Any = 0,
+    **options: Any,
+) -> Report | StepReport:
+    """What a training step holds: under the best plan for ``budget``, or as it is without one.
+
+    Nothing is allocated; the model may be on the meta device.  Other arguments as ``optimize`` takes
+    them; ``options`` are those that only a plan has.  Raises as ``plan`` and ``liveness`` do.
+    """
+    if budget is not None:
+        return Report(
+            plan(
+                model, budget, example_inputs, example_kwargs=example_kwargs,
+                dynamic_shapes=dynamic_shapes, loss_fn=loss_fn, loss_inputs=loss_inputs,
+                reserve=reserve, **options,
+            )
+        )  # fmt: skip
+    if options:
+        raise FxmemError(
+            f"without a budget there is no plan, so {', '.join(sorted(options))} has no meaning\n"
+            '  try: fxmem.report(model, inputs, "24GiB", ...)'
+        )
+    found = liveness(
+        model, example_inputs, example_kwargs=example_kwargs, dynamic_shapes=dynamic_shapes,
+        loss_fn=loss_fn, loss_inputs=loss_inputs,
+    )  # fmt: skip
+    try:
+        unchanged = found.unchanged_at()
+    except FxmemError:
+        unchanged = None
+    return StepReport(found, unchanged, read_reserve(reserve).nbytes)
 
 
 # -- Reading what the user wrote ---------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: demo, plan, report, diff, calibrate, doctor.
+"""The command line: demo, plan, report, liveness, max-batch, diff, calibrate, doctor.
 
 Exit status: 0 fits, 2 no plan fits the budget, 1 any other error.  With ``--json`` standard output
 is one JSON object and nothing else; messages go to standard error.
@@ -109,9 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _declare_planning(parser: argparse.ArgumentParser) -> None:
+def _declare_planning(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--budget", required=True, help=BUDGET_HELP)
+    parser.add_argument("--budget", required=required, help=BUDGET_HELP)
     parser.add_argument(
         "--allow", metavar="ACTIONS", help='comma-separated, such as "recompute,lossless"'
     )
@@ -121,6 +121,38 @@ def _declare_planning(parser: argparse.ArgumentParser) -> None:
 def _declare_plan(parser: argparse.ArgumentParser) -> None:
     _declare_planning(parser)
     parser.add_argument("--out", metavar="FILE", help="save the plan as JSON")
+
+
+def _declare_report(parser: argparse.ArgumentParser) -> None:
+    _declare_planning(parser, required=False)
+
+
+def _declare_liveness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--sort", default="born", help='such as "bytes", "born" or "life"')
+    parser.add_argument("--top", type=_positive, help="only so many rows")
+    parser.add_argument("--fold", action="store_true", help="equal blocks as one row")
+    parser.add_argument("--format", help='of tabulate, such as "github", "html" or "plain"')
+    parser.add_argument(
+        "--at", type=_sizes, metavar="B=8,S=2048", help="the peak at other sizes, too"
+    )
+
+
+def _declare_max_batch(parser: argparse.ArgumentParser) -> None:
+    _declare_planning(parser)
+    parser.add_argument("--symbol", default="B", help="the size to enlarge: B (default) or S")
+    parser.add_argument("--at", type=_sizes, default={}, metavar="S=2048", help="the other sizes")
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """``B=8,S=2048``"""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if not name.isidentifier() or not size.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} should be sizes, such as B=8,S=2048")
+        found[name] = int(size)
+    return found
 
 
 def _declare_diff(parser: argparse.ArgumentParser) -> None:
@@ -174,12 +206,66 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if options.budget is None:
+        return _step_report(options)
     report = Report(_planned(options))
     if options.json:
         _print_json(report.to_dict())
     else:
         print(report)
     return FITS if report.fits else INFEASIBLE
+
+
+def _step_report(options: argparse.Namespace) -> int:
+    if options.allow is not None:
+        raise FxmemError("--allow is about plans, and a plan needs a --budget")
+    model, args, kwargs = load_model(options.model)
+    reserve = _reserve(options.reserve) if options.reserve is not None else 0
+    report = fxmem.report(model, args, example_kwargs=kwargs, reserve=reserve)
+    if options.json:
+        _print_json(report.to_dict())
+    else:
+        print(report)
+    return FITS
+
+
+def _liveness(options: argparse.Namespace) -> int:
+    model, args, kwargs = load_model(options.model)
+    found = fxmem.liveness(model, args, example_kwargs=kwargs)
+    at = found.peak_at(**options.at) if options.at else None
+    if options.json:
+        _print_json(
+            {**found.to_dict(), **({} if at is None else {"at": options.at, "peak_at": at})}
+        )
+        return FITS
+    how = {"sort": options.sort, "top": options.top, "fold": options.fold}
+    print("\n".join(found.head()))
+    if at is not None:
+        sizes = ", ".join(f"{name}={size}" for name, size in options.at.items())
+        print(f"peak at {sizes}: {format_bytes(at)} ({at} bytes)")
+    print()
+    print(found.table(options.format, **how) if options.format else found.narrow(**how))
+    return FITS
+
+
+def _max_batch(options: argparse.Namespace) -> int:
+    model, args, kwargs = load_model(options.model)
+    allow = () if options.allow is None else _allowed(options.allow)
+    size = fxmem.max_batch(
+        model,
+        options.budget,
+        args,
+        example_kwargs=kwargs,
+        symbol=options.symbol,
+        sizes=options.at,
+        allow=allow,
+        reserve=0 if options.reserve is None else _reserve(options.reserve),
+    )
+    if options.json:
+        _print_json({"symbol": options.symbol, "largest": size, "at": options.at})
+    else:
+        print(f"{options.symbol} = {size} is the largest that fits {options.budget}")
+    return FITS
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -245,7 +331,16 @@ def _demo(options: argparse.Namespace) -> int:
 _COMMANDS = (
     _Command("demo", "train a small model twice: as it is, and in a budget", _declare_demo, _demo),
     _Command("plan", "plan a training step for a budget", _declare_plan, _plan),
-    _Command("report", "plan and print the full report", _declare_planning, _report),
+    _Command(
+        "report", "the full report: of a plan, or of the step as it is", _declare_report, _report
+    ),
+    _Command("liveness", "every storage of a step, and its peak", _declare_liveness, _liveness),
+    _Command(
+        "max-batch",
+        "the largest batch that fits a budget, as the model is or with --allow under a plan",
+        _declare_max_batch,
+        _max_batch,
+    ),
     _Command("diff", "what changes from one saved plan to another", _declare_diff, _diff),
     _Command(
         "calibrate",
@@ -261,10 +356,14 @@ def _planned(options: argparse.Namespace) -> Plan:
     model, args, kwargs = load_model(options.model)
     more: dict[str, Any] = {}
     if options.allow is not None:
-        more["allow"] = tuple(part.strip() for part in options.allow.split(",") if part.strip())
+        more["allow"] = _allowed(options.allow)
     if options.reserve is not None:
         more["reserve"] = _reserve(options.reserve)
     return fxmem.plan(model, options.budget, args, example_kwargs=kwargs, **more)
+
+
+def _allowed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _reserve(text: str) -> int | str:

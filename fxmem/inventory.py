@@ -314,9 +314,10 @@ class Liveness:
         return found
 
     def __str__(self) -> str:
-        return "\n".join((*self._head(), "", *self._rows_text()))
+        return "\n".join((*self.head(), "", self.narrow()))
 
-    def _head(self) -> list[str]:
+    def head(self) -> list[str]:
+        """The peak, its closed form and what to know about it, in lines of at most 100 columns."""
         sizes = ", ".join(f"{n}={info.hint}" for n, info in self.symbols.items())
         at = f" at {sizes}" if sizes else ""
         point = self.peaks[0].point
@@ -331,15 +332,30 @@ class Liveness:
         lines += [f"note: {note}" for note in self.notes]
         return [cut(clean(line), WIDTH) for line in lines]
 
-    def _rows_text(self) -> list[str]:
-        columns = ("node", "shape", "dtype", "bytes", "MiB", "born", "dies", "at peak", "aliases",
-                   "users", "module", "source")  # fmt: skip
-        rows = [[_cell(row, column) for column in columns] for row in self.storages]
+    def narrow(self, sort: str = "born", **filters: Any) -> str:
+        """The rows as a table of at most 100 columns, its text cut; arguments as ``rows`` takes them."""
+        columns = (
+            "node",
+            "shape",
+            "dtype",
+            "bytes",
+            "MiB",
+            "born",
+            "dies",
+            "at peak",
+            "aliases",
+            "users",
+            "module",
+            "source",
+        )
+        rows = [[_cell(row, column) for column in columns] for row in self.rows(sort, **filters)]
+        if not rows:
+            return "no storages"
         needs = {0: 12, 1: 10, 2: 4, 3: 9, 7: 4, 8: 6, 9: 8, 10: 8, 11: 8}
-        return narrow_table(columns, rows, "llllrrrlllll", needs)
+        return "\n".join(narrow_table(columns, rows, "llllrrrlllll", needs))
 
     def _repr_html_(self) -> str:
-        head = html.escape("\n".join(self._head()))
+        head = html.escape("\n".join(self.head()))
         return f"<pre>{head}</pre>{self.table('html', sort='bytes', top=50, fold=True)}"
 
 

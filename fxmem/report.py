@@ -69,11 +69,11 @@ class Report:
 def _verdict(report: Report) -> list[str]:
     plan = report.plan
     return [
-        *_line("fxmem", _header(plan)),
-        *_line(*_fit(report)),
-        *_line("PRICE", [_step_times(plan), _gap(plan)]),
-        *_line("PEAK", _place(plan.peak)),
-        *_line("CHECK", _check(report)),
+        *labelled("fxmem", _header(plan)),
+        *labelled(*_fit(report)),
+        *labelled("PRICE", [_step_times(plan), _gap(plan)]),
+        *labelled("PEAK", _place(plan.peak)),
+        *labelled("CHECK", _check(report)),
     ]
 
 
@@ -94,7 +94,7 @@ def _fit(report: Report) -> tuple[str, list[str]]:
     reserve = f"reserve {format_bytes(plan.reserve)} extra" if plan.reserve else ""
     if plan.smallest:
         return "LEAST", [f"peak {peak}, the smallest that was found", was, reserve]
-    of = f"peak {peak} of {format_bytes(budget)} ({_percent(plan.predicted_peak, budget)} %)"
+    of = f"peak {peak} of {format_bytes(budget)} ({percent(plan.predicted_peak, budget)} %)"
     return "FITS" if report.fits else "OVER", [of, was, _room(report, budget), reserve]
 
 
@@ -174,7 +174,7 @@ def _live(plan: Plan) -> list[str]:
             unit.text(r.before),
             unit.text(r.after),
             unit.text(r.after - r.before, sign=True),
-            _percent(r.after, whole),
+            percent(r.after, whole),
         )
         for r in (*rows, total)
     ]
@@ -186,7 +186,7 @@ def _live(plan: Plan) -> list[str]:
 def _live_notes(plan: Plan, unit: _Scale) -> list[str]:
     notes = [] if unit.adds_up else [_ROUNDED]
     if plan.before.nbytes != plan.baseline_peak:
-        notes += _wrapped(
+        notes += wrapped(
             f"before: the captured step with everything kept, {plan.before.nbytes:,} bytes at its "
             f"peak; the step as it is today peaks at {plan.baseline_peak:,} bytes."
         )
@@ -322,7 +322,7 @@ def _else(plan: Plan) -> list[str]:
         *_ranges(plan),
         *_least(plan),
     ]
-    lines = [line for hint in hints for line in _wrapped(hint)]
+    lines = [line for hint in hints for line in wrapped(hint)]
     lines += _tight(plan)
     return ["3. What else", *lines] if lines else []
 
@@ -337,7 +337,7 @@ def _floor_hints(plan: Plan) -> list[str]:
 def _residents(plan: Plan) -> list[str]:
     if not plan.resident:
         return []
-    share = _percent(plan.resident, plan.predicted_peak)
+    share = percent(plan.resident, plan.predicted_peak)
     return [
         f"{format_bytes(plan.resident)} of the peak ({share} %) are parameters, buffers and "
         "inputs, which no plan changes."
@@ -455,6 +455,11 @@ def _scale(units: Sequence[tuple[str, float]], columns: Sequence[Sequence[float]
     return _Scale(name, size, 2 if coarse else 1, adds_up=False)
 
 
+def byte_scale(column: Sequence[int]) -> _Scale:
+    """The unit for bytes of one column and its total."""
+    return _scale(_BYTES, [column])
+
+
 def _adds_up(column: Iterable[float], text: Callable[[float], str]) -> bool:
     column = list(column)
     return sum(_number(text(value)) for value in column) == _number(text(sum(column)))
@@ -473,7 +478,7 @@ def _number(text: str) -> Decimal:
     return Decimal(text.replace(",", ""))
 
 
-def _percent(part: float, whole: float) -> str:
+def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f}" if whole else "-"
 
 
@@ -514,7 +519,7 @@ def cut(text: str, width: int) -> str:
     return text[:head] + "..." + text[len(text) - (width - 3 - head) :]
 
 
-def _line(label: str, parts: Sequence[str]) -> list[str]:
+def labelled(label: str, parts: Sequence[str]) -> list[str]:
     """``FITS   part   part``: as many lines as it takes, later ones indented."""
     room = WIDTH - len(_INDENT)
     lines = [""]
@@ -524,7 +529,7 @@ def _line(label: str, parts: Sequence[str]) -> list[str]:
     return [f"{label:<7}{lines[0]}", *(_INDENT + line for line in lines[1:])]
 
 
-def _wrapped(text: str) -> list[str]:
+def wrapped(text: str) -> list[str]:
     return textwrap.wrap(clean(text), WIDTH, subsequent_indent="  ")
 
 
