@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from fxmem.boundary import largest
+from fxmem.boundary import FARTHEST, largest
 from fxmem.inventory import Liveness, Row
 from fxmem.report import (
     WIDTH,
@@ -193,7 +193,11 @@ def _fitting(report: StepReport) -> list[str]:
     for gib in _COMMON_GIB:
         limit = gib * 2**30 - report.reserve
         most = largest(_form_of(found, name), limit, found.hint[name], 1, None)
+        if most == FARTHEST:
+            break
         fits.append(f"{gib} GiB: {name} <= {most}" if most else f"{gib} GiB: not even {name}=1")
+    if not fits:
+        return []
     at = f" at {others}" if others else ""
     return wrapped(
         f"By the closed form of the peak{at}: {'; '.join(fits)}. fxmem.max_batch settles the boundary."

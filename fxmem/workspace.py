@@ -35,7 +35,7 @@ from fxmem._torch_profiler import SESSION, is_recording, sizes_apart
 from fxmem.device import free_memory
 from fxmem.graph import is_view, operator_name
 from fxmem.measure import cpu_allocations
-from fxmem.sizes import hint, storages_in, tensors_in
+from fxmem.sizes import hint, tensors_in
 
 T = TypeVar("T")
 
@@ -210,7 +210,11 @@ class Workspaces:
         if not self._kin:
             for signature, entry in self.table.items():
                 self._kin.setdefault(signature.partition("(")[0], []).append(entry)
-        held = call.operand_bytes() + sum(map(hint, storages_in(node.meta.get("val")).values()))
+        made = {
+            storage_key(t): hint(t.untyped_storage().nbytes())
+            for t in tensors_in(node.meta.get("val"))
+        }
+        held = call.operand_bytes() + sum(made.values())
         known = self._kin.get(str(call.target), [])
 
         def distance(entry: Entry) -> float:
