@@ -328,7 +328,10 @@ class Liveness:
             f"peak = {self.peak}" if len(self.peaks) == 1 else f"peak = Max of {len(self.peaks)}:",
         ]
         if len(self.peaks) > 1:
-            lines += [f"  {p.expression}   {p.point.operator}: {p.where()}" for p in self.peaks]
+            shown = [p for p in self.peaks if any(p.rules.values())]
+            lines += [f"  {p.expression}   {p.point.operator}: {p.where()}" for p in shown]
+            if rest := len(self.peaks) - len(shown):
+                lines.append(f"  {rest} more, each the largest at other sizes, if anywhere")
         lines += [f"note: {note}" for note in self.notes]
         return [cut(clean(line), WIDTH) for line in lines]
 
@@ -351,7 +354,7 @@ class Liveness:
         rows = [[_cell(row, column) for column in columns] for row in self.rows(sort, **filters)]
         if not rows:
             return "no storages"
-        needs = {0: 12, 1: 10, 2: 4, 3: 9, 7: 4, 8: 6, 9: 8, 10: 8, 11: 8}
+        needs = {0: 12, 1: 9, 2: WIDTH, 3: 9, 7: WIDTH, 8: 6, 9: 8, 10: 8, 11: 8}
         return "\n".join(narrow_table(columns, rows, "llllrrrlllll", needs))
 
     def _repr_html_(self) -> str:

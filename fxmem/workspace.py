@@ -193,18 +193,25 @@ class Workspaces:
         self.on_disk = on_disk  # how many of the entries came from the file
         self._refused: set[str] = set()  # signatures that throwaway values cannot run
         self._kin: dict[str, list[Entry]] = {}
+        self._guesses: dict[str, int] = {}  # by signature
 
     def nbytes(self, node: fx.Node) -> int:
         """Largest bytes that the operator holds beyond its inputs and outputs."""
         if not self.table or not has_workspace(node):
             return 0
         call = Call.of_node(node)
-        entry = self.table.get(call.signature)
+        key = call.signature
+        entry = self.table.get(key)
         if entry is not None:
             workspace = entry.nbytes
         else:
-            workspace = 0 if call.signature in self._refused else self._estimated(call, node)
+            workspace = 0 if key in self._refused else self._guess(key, call, node)
         return workspace + _saved_generator_state(node)
+
+    def _guess(self, key: str, call: Call, node: fx.Node) -> int:
+        if key not in self._guesses:
+            self._guesses[key] = self._estimated(call, node)
+        return self._guesses[key]
 
     def _estimated(self, call: Call, node: fx.Node) -> int:
         if not self._kin:
@@ -248,6 +255,7 @@ class Workspaces:
             else:
                 self.table[key] = entry
                 self._kin.clear()
+                self._guesses.clear()
         return self.table.get(key)
 
 
