@@ -28,10 +28,10 @@ from fxmem.errors import CaptureError, FxmemError
 from fxmem.footprint import liveness_of
 from fxmem.graph import Role
 from fxmem.inventory import Liveness
-from fxmem.pipeline import Options, analyze, decide, device_of, unchanged_step
+from fxmem.pipeline import Options, analyze, device_of, unchanged_step
 from fxmem.plan import Plan
 from fxmem.report import Report
-from fxmem.runtime import OptimizedModule, Session
+from fxmem.runtime import OptimizedModule, Session, decided
 from fxmem.standins import without_meta
 from fxmem.step_report import StepReport
 from fxmem.units import format_bytes, shown
@@ -90,7 +90,7 @@ def optimize(
         compiler=compiler, cost=cost, plan=plan,
     )  # fmt: skip
     call = example_call(model, example_inputs, example_kwargs, loss_fn, loss_inputs)
-    names = dynamic_names(dynamic_shapes, model, call)
+    names = _all_names(dynamic_shapes, model, call)
     if call is not None and device_of(call).type == "meta":
         raise FxmemError(
             "the model is on the meta device, where nothing can run\n"
@@ -144,13 +144,14 @@ def plan(
             "plan needs the arguments of one call\n"
             "  try: fxmem.plan(model, budget, (batch,)) or example_kwargs={...}"
         )
-    names = dynamic_names(dynamic_shapes, model, call)
+    names = _all_names(dynamic_shapes, model, call)
     unchanged = unchanged_step(call)
     call = without_meta(call)
     with torch.enable_grad(), capture(marked(call, names), names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             raise CaptureError(NOTHING_TO_PLAN)
-        found = decide(analyze(captured.graph, call, unchanged, options.cost), options).plan
+        analysis = analyze(captured.graph, call, unchanged, options.cost)
+        found = decided(analysis, options, names, call)[0].plan
     _warn_if_over(found)
     return found
 
@@ -325,6 +326,12 @@ def _read_plan(plan: Any) -> Plan | None:
     if plan == "":
         raise FxmemError('plan is the empty string; it should be the path of a plan, "plan.json"')
     raise FxmemError(f"plan should be a Plan or the path of one, not {type(plan).__name__}")
+
+
+def _all_names(shapes: Any, model: nn.Module, call: StepCall | None) -> Names:
+    """The user's names, and the same for inputs that go with those that have them."""
+    names = dynamic_names(shapes, model, call)
+    return with_likely(names, call) if call is not None and names else names
 
 
 def named_call(

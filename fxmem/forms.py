@@ -90,14 +90,17 @@ class Forms:
         """Bytes at the peak as the forms say, which need not hold far from where they were fitted."""
         return int(max(self._live[self._rulers] @ self.monomials.values(sizes), default=0))
 
-    def peak_at(self, sizes: Sizes) -> int:
-        """Bytes at the peak: the operators there are measured at these sizes, if they can be."""
+    def peak_at(self, sizes: Sizes, near: bool = True) -> int:
+        """Bytes at the peak: the operators there are measured at these sizes, if they can be.
+
+        near: formulas are trusted to tell which those are; otherwise every operator is measured.
+        """
         values = self.monomials.values(sizes)
         held, live = self._held @ values, self._live @ values
         likely = live + np.array([w.loose for w in self.work], dtype=object) * (live - held)
         best = 0
         for i in sorted(range(len(live)), key=lambda i: -likely[i]):
-            if likely[i] <= best:
+            if near and likely[i] <= best:
                 break
             exact = self.work[i].at
             work = exact(sizes) if exact is not None else None

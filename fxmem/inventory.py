@@ -178,7 +178,8 @@ class Liveness:
         """Bytes at the peak for these sizes; symbols that are not named have their hint's.
 
         By the closed forms, where they hold for these sizes; otherwise (a size of 1, a kernel that
-        serves small batches alone) the step is traced once more, for a form that does.
+        serves small batches alone) the step is traced once more, for a form that does.  What operators
+        hold inside is measured at the sizes asked for, where the device is at hand and has room.
         Raises ``FxmemError`` for an unknown symbol or a size that is no positive integer.
         """
         return self.peak_of(self.sizes(sizes))
@@ -355,7 +356,8 @@ class Liveness:
         if not rows:
             return "no storages"
         needs = {0: 12, 1: 9, 2: WIDTH, 3: 9, 7: WIDTH, 8: 6, 9: 8, 10: 8, 11: 8}
-        return "\n".join(narrow_table(columns, rows, "llllrrrlllll", needs))
+        lines = narrow_table(columns, rows, "llllrrrlllll", needs)
+        return "\n".join(line[:WIDTH] for line in lines)
 
     def _repr_html_(self) -> str:
         head = html.escape("\n".join(self.head()))

@@ -32,6 +32,9 @@ Rename = Callable[[Any], Any]
 MOST = 1 << 30
 """Bytes of operands beyond which an operator is not run to learn what it holds: formulas have to do."""
 
+FAR, CHEAP = 8, 16 << 20
+"""A far size is so many times the example's, where operands have at most so many bytes then."""
+
 TOLERANCE = 0.0005
 """Of the bytes that an operator reads and makes; what a formula may be off by."""
 
@@ -176,14 +179,14 @@ class Scaling:
     def _diagonal(self, call: Call) -> list[dict[sympy.Symbol, int]]:
         """The example's sizes, and about half and double of all at once."""
         symbols = sorted(_symbols_of(call), key=str)
-        sizes = [self._sizes(s) for s in symbols]
+        sizes = [self._sizes(s, call) for s in symbols]
         ends = [dict(zip(symbols, (s[i] for s in sizes), strict=True)) for i in (0, -1)]
         return self._distinct([{}, *ends])
 
     def _around(self, call: Call) -> list[dict[sympy.Symbol, int]]:
         """Sizes along each symbol, and the corners of each two."""
         symbols = sorted(_symbols_of(call), key=str)
-        steps = {s: self._sizes(s) for s in symbols}
+        steps = {s: self._sizes(s, call) for s in symbols}
         changes = [{s: size} for s in symbols for size in steps[s]]
         changes += [
             {a: steps[a][i], b: steps[b][-1 - i]}
@@ -200,11 +203,23 @@ class Scaling:
                 found.append(point)
         return found
 
-    def _sizes(self, symbol: sympy.Symbol) -> list[int]:
+    def _sizes(self, symbol: sympy.Symbol, call: Call) -> list[int]:
+        """About half, once and twice the example's size, and a far one if that costs little."""
         low, high = self.ranges[symbol]
         here = self.example[symbol]
         wanted = {here, max(low, here // 2), here + max(1, here // 2), 2 * here}
+        far = FAR * here if high is None else min(FAR * here, high)
+        if at(call, {**self.example, symbol: far}).operand_bytes() <= CHEAP:
+            wanted.add(far)
         return sorted(s for s in wanted if s >= low and (high is None or s <= high))
+
+    def covers(self, bindings: Mapping[sympy.Symbol, int]) -> bool:
+        """Are these sizes among those that every operator was measured at, or between them?"""
+        return all(
+            self.example[s] // 2 <= size <= 2 * self.example[s]
+            for s, size in bindings.items()
+            if s in self.example
+        )
 
     def _operands(self, call: Call) -> Iterator[Size]:
         for spec in pytree.tree_leaves((call.args, call.kwargs)):

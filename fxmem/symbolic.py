@@ -49,8 +49,9 @@ class Trace:
     """One traced step.
 
     fixed: symbols that are constants here.  assumed: what its sizes must meet.  here: the sizes that
-    it was traced at.  rename: sizes of its fake tensors -> expressions in the symbols.  how: of how
-    many operators the workspace is "constant", "fitted", "measured" or "estimated".
+    it was traced at.  rename: sizes of its fake tensors -> expressions in the symbols.  near: are sizes
+    close to those that operators were measured at?  how: of how many operators the workspace is
+    "constant", "fitted", "measured" or "estimated".
     """
 
     forms: Forms
@@ -61,6 +62,7 @@ class Trace:
     fixed: dict[str, int]
     assumed: list[Assumption]
     rename: Callable[[Any], Any]
+    near: Callable[[Mapping[sympy.Symbol, int]], bool] = lambda _: True
     how: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -76,8 +78,14 @@ class Trace:
                 return False
         return all(_holds(a.relation, symbols(sizes)) for a in self.assumed)
 
+    def by_form(self, sizes: Mapping[str, int]) -> int:
+        """Bytes at the peak as the closed forms say."""
+        return self.forms.by_form(symbols(sizes))
+
     def peak_at(self, sizes: Mapping[str, int]) -> int:
-        return self.forms.peak_at(symbols(sizes))
+        """Bytes at the peak; far from the sizes of the trace every operator is measured anew."""
+        there = symbols(sizes)
+        return self.forms.peak_at(there, near=self.near(there))
 
 
 def symbol(name: str) -> sympy.Symbol:
@@ -123,7 +131,9 @@ def traced(
     fixed = {name: size for name, size in here.items() if symbol(name) not in ranges}
     forms = Forms(_bytes(line, graph), _work(line, scaling), ranges, sizes)
     how = Counter(form.how for form in scaling.forms.values())
-    return Trace(forms, line, graph, run, dict(here), fixed, assumed, rename, dict(how))
+    return Trace(
+        forms, line, graph, run, dict(here), fixed, assumed, rename, scaling.covers, dict(how)
+    )
 
 
 class Rename:

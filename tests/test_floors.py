@@ -79,8 +79,9 @@ FLOORS = {
     "fxmem/decisions.py": 12,
     # one step from end to end
     "fxmem/pipeline.py": 13,
-    "fxmem/runtime.py": 14,
+    "fxmem/runtime.py": 15,
     "fxmem/tracing.py": 14,
+    "fxmem/validity.py": 14,
     "fxmem/footprint.py": 15,
     "fxmem/api.py": 16,
     "fxmem/sizing.py": 17,

@@ -60,36 +60,36 @@ class Summed(nn.Module):
 
 def test_rows_as_text():
     found = fxmem.liveness(*blocks())
-    columns = ("node", "shape", "dtype", "bytes", "born", "dies", "at peak", "category", "users")
+    columns = ("node", "shape", "dtype", "bytes", "born", "dies", "at peak", "category")
     assert_expected_inline(
         found.table(columns=columns),
         """\
-node                        shape    dtype    bytes      born    dies  at peak    category           users
-layers.0.weight             [8, 8]   f32      256          -1      36  yes        parameters         addmm
-layers.0.bias               [8]      f32      32           -1      36  yes        parameters         addmm
-args[0]                     [B, 8]   f32      32*B         -1      36  yes        inputs             addmm, mm_4
-layers.1.weight             [8, 8]   f32      256          -1      36  yes        parameters         addmm_1, mm_2
-layers.1.bias               [8]      f32      32           -1      36  yes        parameters         addmm_1
-head.weight                 [16, 8]  f32      512          -1      36  yes        parameters         addmm_2, mm
-head.bias                   [16]     f32      64           -1      36  yes        parameters         addmm_2
-args[1]                     [B]      i64      8*B          -1      36  yes        inputs             nll_loss_forward, nll_loss_backward
-addmm                       [B, 8]   f32      32*B          1      23  no         saved activations  relu, addmm_1, threshold_backward_1 +1
-addmm_1                     [B, 8]   f32      32*B          4      18  no         saved activations  relu_1, addmm_2, threshold_backward +1
-addmm_2                     [B, 16]  f32      64*B          7       8  no         logits and loss    _log_softmax
-_log_softmax                [B, 16]  f32      64*B          8      14  no         logits and loss    nll_loss_forward, nll_loss_backward, _log_softmax_backward_data
-nll_loss_forward            []       f32      4             9      36  yes        logits and loss    -
-nll_loss_forward            []       f32      4             9      13  no         logits and loss    nll_loss_backward
-tangents_1                  []       f32      4            12      36  yes        outputs            nll_loss_backward
-nll_loss_backward           [B, 16]  f32      64*B         13      14  no         logits and loss    _log_softmax_backward_data
-_log_softmax_backward_data  [B, 16]  f32      64*B         14      19  no         logits and loss    mm, mm_1, sum_1
-mm                          [B, 8]   f32      32*B         15      24  no         transients         threshold_backward, mm_2, mm_3 +1
-mm_1                        [16, 8]  f32      512          18      36  yes        gradients          -
-sum_1                       [1, 16]  f32      64           19      36  yes        gradients          -
-mm_2                        [B, 8]   f32      32*B         20      27  yes        transients         threshold_backward_1, sum_3, mm_4
-mm_3                        [8, 8]   f32      256          23      36  yes        gradients          -
-sum_2                       [1, 8]   f32      32           24      36  yes        gradients          -
-sum_3                       [1, 8]   f32      32           25      36  yes        gradients          -
-mm_4                        [8, 8]   f32      256          27      36  yes        gradients          -""",
+node                        shape    dtype    bytes      born    dies  at peak    category
+layers.0.weight             [8, 8]   f32      256          -1      36  yes        parameters
+layers.0.bias               [8]      f32      32           -1      36  yes        parameters
+args[0]                     [B, 8]   f32      32*B         -1      36  yes        inputs
+layers.1.weight             [8, 8]   f32      256          -1      36  yes        parameters
+layers.1.bias               [8]      f32      32           -1      36  yes        parameters
+head.weight                 [16, 8]  f32      512          -1      36  yes        parameters
+head.bias                   [16]     f32      64           -1      36  yes        parameters
+args[1]                     [B]      i64      8*B          -1      36  yes        inputs
+addmm                       [B, 8]   f32      32*B          1      23  no         saved activations
+addmm_1                     [B, 8]   f32      32*B          4      18  no         saved activations
+addmm_2                     [B, 16]  f32      64*B          7       8  no         logits and loss
+_log_softmax                [B, 16]  f32      64*B          8      14  no         logits and loss
+nll_loss_forward            []       f32      4             9      36  yes        logits and loss
+nll_loss_forward            []       f32      4             9      13  no         logits and loss
+tangents_1                  []       f32      4            12      36  yes        outputs
+nll_loss_backward           [B, 16]  f32      64*B         13      14  no         logits and loss
+_log_softmax_backward_data  [B, 16]  f32      64*B         14      19  no         logits and loss
+mm                          [B, 8]   f32      32*B         15      24  no         transients
+mm_1                        [16, 8]  f32      512          18      36  yes        gradients
+sum_1                       [1, 16]  f32      64           19      36  yes        gradients
+mm_2                        [B, 8]   f32      32*B         20      27  yes        transients
+mm_3                        [8, 8]   f32      256          23      36  yes        gradients
+sum_2                       [1, 8]   f32      32           24      36  yes        gradients
+sum_3                       [1, 8]   f32      32           25      36  yes        gradients
+mm_4                        [8, 8]   f32      256          27      36  yes        gradients""",
     )
 
 
