@@ -171,14 +171,19 @@ def _variable(base: sympy.Expr, degree: int, ranges: Ranges) -> _Variable:
     return _Variable(base, 0, None, degree, signed=not _is_positive(base, ranges))
 
 
+_KEEP_SIGN = {"Add", "CeilDiv", "CleanDiv", "FloorDiv", "Max", "Min", "Mod", "Mul", "Pow", "PythonMod",
+              "ceiling", "floor"}  # fmt: skip
+"""What makes nothing negative of what is not: sympy's, and those that tracing adds."""
+
+
 def _is_positive(expression: sympy.Expr, ranges: Ranges) -> bool:
-    """Is it certainly not negative?  Divisions and maxima of what is made of sizes alone."""
-    return expression.is_nonnegative is True or (
-        not expression.is_Atom
-        and not expression.is_Pow
-        and all(not a.could_extract_minus_sign() for a in sympy.preorder_traversal(expression))
-        and all(a in ranges for a in expression.free_symbols)
-    )
+    """Is it certainly not negative?"""
+    if expression.is_Number:
+        return bool(expression >= 0)
+    if expression.is_Symbol:
+        return expression in ranges
+    known = type(expression).__name__ in _KEEP_SIGN
+    return known and all(_is_positive(part, ranges) for part in expression.args)
 
 
 def _table(v: _Variable) -> list[list[int]]:
