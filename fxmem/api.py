@@ -70,6 +70,9 @@ def optimize(
     budget: of the whole step: an ``int`` of bytes, ``"20GiB"``, ``"80%"`` of the device, ``"0.5x"``
     of what the unchanged step peaks at, ``"auto"``, ``"min"``.
     example_inputs, example_kwargs: arguments of one call; without them, the first call is captured.
+    dynamic_shapes: sizes that change from call to call, ``{"input_ids": {0: "B", 1: "S"}}``; inputs that
+    go with a named one need no name.  A plan serves every size at which it keeps the budget.  With
+    ``torch.export.Dim("B", min=1, max=64)`` for a name, all sizes of the range are planned now.
     loss_fn: called as ``loss_fn(outputs, *loss_inputs)`` when the loss is outside the model; then
     ``opt(*inputs, *loss_inputs)`` returns the loss.
     reserve: bytes outside the step, or the optimizer whose state they are.  On CUDA, what cuBLAS
@@ -106,6 +109,7 @@ def optimize(
         first = session.program_for(call)
         if first.plan is None:
             raise CaptureError(NOTHING_TO_PLAN)
+        session.prepare(call, given_bounds(dynamic_shapes))
         _warn_if_over(first.plan)
         optimized.show_graph()
         if verify:

@@ -114,6 +114,20 @@ def given_bounds(shapes: Any) -> Bounds:
     return found
 
 
+def corners(here: dict[str, int], bounds: Bounds) -> list[dict[str, int]]:
+    """Sizes whose plans serve all within the bounds: all the largest, all the smallest, and ones.
+
+    A size of 1 is a constant to tracing, so it has a plan of its own if the user's range begins there.
+    """
+    highs = {n: most for n, (_, most) in bounds.items() if n in here and most is not None}
+    if not highs:
+        return []
+    lows = {n: max(2, low) for n, (low, _) in bounds.items() if n in here}
+    ones = [n for n in highs if bounds[n][0] == 1]
+    largest = {**here, **highs}
+    return [largest, {**here, **lows}, *({**largest, n: 1} for n in ones)]
+
+
 # -- Names by position -------------------------------------------------------------------------------
 
 

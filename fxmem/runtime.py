@@ -19,7 +19,7 @@ from torch import fx, nn
 from fxmem import _torch
 from fxmem._torch_eager import compiling
 from fxmem.capture import StepCall, capture
-from fxmem.dynamic import Names, Sizes, marked, sizes_by_name, sizes_of
+from fxmem.dynamic import Bounds, Names, Sizes, corners, marked, sizes_by_name, sizes_of
 from fxmem.emit import boxed
 from fxmem.errors import BudgetInfeasibleError, FxmemError
 from fxmem.graph import JointGraph, Role
@@ -36,6 +36,7 @@ from fxmem.pipeline import (
 from fxmem.plan import Plan
 from fxmem.readable import readable
 from fxmem.report import Report
+from fxmem.standins import at_sizes
 from fxmem.validity import Validity, validity_of, with_ranges
 
 
@@ -128,6 +129,14 @@ class Session:
         """The program that serves a call; captured and planned if there is none yet."""
         with _torch.unwatched():
             return self._program_for(call)
+
+    def prepare(self, call: StepCall, bounds: Bounds) -> None:
+        """Build now what the sizes within the bounds need, so that no call of them is captured later.
+
+        Raises ``BudgetInfeasibleError`` where the largest sizes do not fit.
+        """
+        for sizes in corners(sizes_by_name(call, self.dynamic), bounds):
+            self.program_for(at_sizes(call, self.dynamic, sizes))
 
     def _program_for(self, call: StepCall) -> Program:
         sizes, named = sizes_of(call, self.dynamic), sizes_by_name(call, self.dynamic)

@@ -16,14 +16,13 @@ from fxmem.boundary import largest
 from fxmem.budget import Budget, read_reserve
 from fxmem.capture import StepCall, capture
 from fxmem.device import library_memory
-from fxmem.dynamic import Names
+from fxmem.dynamic import Bounds, Names
 from fxmem.errors import BudgetError, FxmemError
 from fxmem.footprint import liveness_of
 from fxmem.inventory import Liveness
 from fxmem.pipeline import analyze, decide, device_of, unchanged_step
 from fxmem.plan import Plan
 from fxmem.standins import at_sizes, without_meta
-from fxmem.symbolic import SMALLEST
 from fxmem.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,7 @@ def max_batch(
 
     symbol: of ``dynamic_shapes``, or by default B, the first dimension of the inputs, or S; see
     ``liveness``.  sizes: of the other symbols, ``{"S": 2048}``; by default the example's.
+    ``torch.export.Dim`` bounds in ``dynamic_shapes`` limit the answer.
     Raises ``BudgetError`` where not even size 1 fits, and ``FxmemError`` for a symbol that the step
     does not have, or whose size changes nothing.
     """
@@ -93,6 +93,7 @@ class _Question:
     names: Names
     liveness: Liveness
     given: dict[str, int]
+    bounds: Bounds
     allow: tuple[str, ...]
 
     @classmethod
@@ -108,7 +109,7 @@ class _Question:
         with torch.enable_grad():
             found = liveness_of(call, names, device_of(call), bounds)
         given = found.sizes(sizes or {})
-        return cls(call, names, found, {n: given[n] for n in sizes or {}}, allow)
+        return cls(call, names, found, {n: given[n] for n in sizes or {}}, bounds, allow)
 
     def largest(self, symbol: str, budget: Budget, reserve: int) -> int:
         here = self.liveness.sizes({symbol: 1, **self.given})
@@ -123,8 +124,10 @@ class _Question:
         if limit is None:
             raise BudgetError('"min" names no bytes, so every size fits\n  try: "24GiB"')
         self._grows(symbol, info.hint)
-        low = 1 if info.low <= SMALLEST else info.low
-        found = largest(peak, limit, self._guess(symbol, limit), low, info.high)
+        # The range of the closed forms is no limit: what lies beyond is looked at as well.
+        low, high = self.bounds.get(symbol, (1, None))
+        low = max(low, 1)
+        found = largest(peak, limit, self._guess(symbol, limit), low, high)
         if found is None:
             raise BudgetError(
                 f"not even {symbol}={low} fits: it peaks at {format_bytes(peak(low))} "

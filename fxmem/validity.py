@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -52,32 +51,26 @@ class Validity:
     def _range(self, name: str, size: int) -> tuple[int, int]:
         if name in self.trace.fixed:
             return size, size
-        low, high = self.trace.ranges[name]
-        found = largest(self._peak_along(name), self.budget, size, size, high)
-        return min(low, size), max(found or size, size)
+        return min(self.trace.ranges[name][0], size), self._largest(name, self.trace.here) or size
 
     def admissible(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Symbol -> the largest size that fits while the others are as given; 0 if none does."""
-        found = {}
-        for name in sizes:
-            if name in self.trace.ranges:
-                low, high = self.trace.ranges[name]
-                peak = self._peak_along(name, sizes)
-                found[name] = largest(peak, self.budget, sizes[name], low, high) or 0
-        return found
+        return {name: self._largest(name, sizes) for name in sizes if name in self.trace.ranges}
 
-    def _peak_along(
-        self, name: str, sizes: Mapping[str, int] | None = None
-    ) -> Callable[[int], int]:
-        """Exact near the example's sizes, by the formula far from them, where to measure is dear."""
-        others = self.trace.here if sizes is None else sizes
+    def _largest(self, name: str, others: Mapping[str, int]) -> int:
+        """By the formula; then exactly, but far from the example, where to measure is dear."""
+        low, high = self.trace.ranges[name]
 
-        def peak(size: int) -> int:
-            there = {**others, name: size}
-            exact = size <= 4 * self.trace.here[name]
-            return self.trace.peak_at(there) if exact else self.trace.by_form(there)
+        def by_form(size: int) -> int:
+            return self.trace.by_form({**others, name: size})
 
-        return functools.cache(peak)
+        def exact(size: int) -> int:
+            return self.trace.peak_at({**others, name: size})
+
+        found = largest(by_form, self.budget, others[name], low, high)
+        if found is None or found <= 4 * self.trace.here[name]:
+            found = largest(exact, self.budget, found or low, low, high)
+        return found or 0
 
 
 def validity_of(

@@ -12,7 +12,7 @@ from fxmem.measure import measure
 
 
 class Blocks(nn.Module):
-    def __init__(self, width=32, depth=4):
+    def __init__(self, width=32, depth=3):
         super().__init__()
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -65,6 +65,35 @@ def test_one_plan_serves_its_range_within_the_budget_and_to_the_bit():
         assert not differences(want, got)
         assert peak + resident(model, x) <= step.plan.budget
     assert len(step._session.programs) == 1
+
+
+def test_a_range_is_planned_at_once():
+    """Batch 1 to 64, length 32 to 512: every size in budget, to the bit, and no further capture."""
+    model, x = build(batch=8, length=64)
+    batch, length = torch.export.Dim("B", min=1, max=64), torch.export.Dim("S", min=32, max=512)
+    shapes = {0: {0: batch, 1: length}}
+    budget = int(fxmem.min_budget(model, (x,), sizes={"B": 64, "S": 512}) * 0.7)
+    step = fxmem.optimize(model, budget, (x,), dynamic_shapes=shapes)
+    programs = len(step._session.programs)
+    assert programs <= 4
+    for batch, length in ((64, 512), (1, 32), (1, 512), (2, 33), (33, 100)):
+        x = torch.randn(batch, length, 32)
+        seen(step, model, x)
+        got, peak = seen(step, model, x)
+        want, _ = seen(model, model, x)
+        assert not differences(want, got)
+        assert peak + resident(model, x) <= budget
+    assert len(step._session.programs) == programs
+    with pytest.raises(fxmem.BudgetInfeasibleError, match="B <= "):
+        step(torch.randn(640, 512, 32))
+
+
+def test_a_range_that_does_not_fit_is_refused_at_once():
+    model, x = build()
+    budget = fxmem.plan(model, "min", (x,)).predicted_peak + 1000
+    dim = torch.export.Dim("B", min=2, max=64)
+    with pytest.raises(fxmem.BudgetInfeasibleError, match="B <= "):
+        fxmem.optimize(model, budget, (x,), dynamic_shapes={0: {0: dim}})
 
 
 def test_the_range_ends_where_the_budget_does():
