@@ -19,6 +19,7 @@ from torch import fx, nn
 from fxmem import _torch
 from fxmem._torch_eager import compiling
 from fxmem.capture import StepCall, capture
+from fxmem.decisions import infeasible, too_large
 from fxmem.dynamic import Bounds, Names, Sizes, corners, marked, sizes_by_name, sizes_of
 from fxmem.emit import boxed
 from fxmem.errors import BudgetInfeasibleError, FxmemError
@@ -190,15 +191,11 @@ def decided(
     if not names:
         return decide(analysis, options, memory=memory), None
     here = sizes_by_name(analysis.call, names)
-    try:
-        planned = decide(analysis, options, memory=memory)
-    except BudgetInfeasibleError as error:
-        smallest = decide(analysis, replace(options, on_infeasible="best"))
-        validity = validity_of(smallest, analysis.workspaces, analysis.device, here)
-        raise _with_admissible(
-            error, replace(validity, budget=error.best_plan.budget), here
-        ) from None
+    planned = decide(analysis, replace(options, on_infeasible="best"), memory=memory)
     validity = validity_of(planned, analysis.workspaces, analysis.device, here)
+    if planned.plan.predicted_peak > planned.plan.budget and options.on_infeasible == "raise":
+        error = (infeasible if options.plan is None else too_large)(planned.plan)
+        raise _with_admissible(error, validity, here)
     return replace(planned, plan=with_ranges(planned.plan, validity)), validity
 
 

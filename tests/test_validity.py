@@ -12,7 +12,7 @@ from fxmem.measure import measure
 
 
 class Blocks(nn.Module):
-    def __init__(self, width=32, depth=3):
+    def __init__(self, width=32, depth=2):
         super().__init__()
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
