@@ -316,7 +316,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 def _step_report(options: argparse.Namespace) -> int:
     for name in ("allow", "gpus", "html", "png", "svg"):
-        if getattr(options, name):
+        if getattr(options, name) not in (None, False):
             raise FxmemError(f"--{name} is about plans, and a plan needs a --budget")
     model, args, kwargs = load_model(options.model)
     reserve = _reserve(options.reserve) if options.reserve is not None else 0

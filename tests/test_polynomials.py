@@ -42,6 +42,13 @@ def test_an_expression_of_unknown_sign_proves_nothing():
     assert sorted(kept([B + odd, B], {B: (2, None)})) == [0, 1]
 
 
+def test_many_rounded_sizes_take_no_longer_than_they_are_many():
+    # Blocks of an allocator: each rounded size is a variable, and 2^60 products of them do not occur.
+    blocks = [512 * sympy.ceiling(B * n / 512) for n in range(1, 121, 2)]
+    rows = [sum(blocks[: i + 1]) + 4 * B for i in range(len(blocks))]
+    assert kept(rows, {B: (2, None)}) == [len(rows) - 1]
+
+
 def test_nothing_that_is_largest_somewhere_is_lost():
     rng = random.Random(0)
     for _ in range(60):
