@@ -5,7 +5,7 @@ loss = opt(batch)
 loss.backward()
 """
 
-from fxmem.api import optimize, plan
+from fxmem.api import liveness, optimize, plan
 from fxmem.cost import CostModel
 from fxmem.errors import (
     BudgetError,
@@ -16,6 +16,7 @@ from fxmem.errors import (
     VerificationError,
 )
 from fxmem.fits import Fits
+from fxmem.inventory import Liveness
 from fxmem.looking import fits, report
 from fxmem.measure import Measurement, measure
 from fxmem.oom import Explanation, explain_oom
@@ -24,6 +25,8 @@ from fxmem.plan import Plan
 from fxmem.report import Report
 from fxmem.runtime import OptimizedModule
 from fxmem.saved import Saved, saved
+from fxmem.sizing import max_batch, min_budget
+from fxmem.step_report import StepReport
 
 __version__ = "0.1.0"
 
@@ -35,17 +38,22 @@ __all__ = [
     "Explanation",
     "Fits",
     "FxmemError",
+    "Liveness",
     "Measurement",
     "OptimizedModule",
     "Plan",
     "PlanMismatchError",
     "Report",
     "Saved",
+    "StepReport",
     "VerificationError",
     "declare_pure",
     "explain_oom",
     "fits",
+    "liveness",
+    "max_batch",
     "measure",
+    "min_budget",
     "optimize",
     "plan",
     "report",

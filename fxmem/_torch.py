@@ -8,10 +8,12 @@ from __future__ import annotations
 import builtins
 import contextlib
 import logging
+import re
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -379,6 +381,38 @@ def new_fake_mode() -> FakeTensorMode:
 def symbolic_fake_mode() -> FakeTensorMode:
     """A mode whose tensors Dynamo takes as they are, symbolic sizes included."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+@dataclass(frozen=True)
+class ShapeGuard:
+    """A relation between sizes that tracing took for granted, and the line that made it do so."""
+
+    relation: Any
+    place: str
+
+
+def shape_guards(module: fx.GraphModule) -> tuple[list[ShapeGuard], dict[Any, tuple[int, Any]]]:
+    """What a traced graph assumes of its sizes: relations, and each symbol's smallest and largest.
+
+    A largest of None is none.
+    """
+    env = None
+    for node in module.graph.nodes:
+        env = env or getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+    if env is None:
+        return [], {}
+    ranges = {
+        symbol: (int(r.lower), int(r.upper) if r.upper.is_Integer else None)
+        for symbol, r in env.var_to_range.items()
+        if r.lower.is_Integer
+    }
+    return [ShapeGuard(g.expr, _user_place(g.sloc)) for g in env.guards], ranges
+
+
+def _user_place(sloc: Any) -> str:
+    """``conv.py:560 in _conv_forward``"""
+    found = re.search(r"#\s*(\S+):(\d+) in (\w+)", str(sloc))
+    return f"{found[1].rsplit('/', 1)[-1]}:{found[2]} in {found[3]}" if found else ""
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table, decompositions
+from torch._decomp.decompositions import upsample_compute_output_size
 from torch._library.simple_registry import singleton
 from torch._library.utils import Kernel
 from torch._prims_common import compute_elementwise_output_strides, suggest_memory_format
@@ -33,7 +34,7 @@ _DECOMPOSED = re.compile(r"_?upsample_|multi_margin_loss|multilabel_margin_loss_
 @contextlib.contextmanager
 def eager_decompositions() -> Iterator[None]:
     """Inside, tracing sees the operators that eager runs.  For one thread at a time."""
-    ours = {aten.dropout.default: _dropout, aten.bernoulli_.float: _bernoulli_}
+    ours = {aten.dropout.default: _dropout, aten.bernoulli_.float: _bernoulli_, **_resizing()}
     before = [(op, dict(op.py_kernels)) for op in (*_overloads(), *ours)]
     for op, kernels in before:
         own = dict.fromkeys(_KEYS, ours[op]) if op in ours else {}
@@ -210,6 +211,24 @@ def _put(op: Any, kernels: dict[Any, Any]) -> None:
     op.py_kernels.clear()
     op.py_kernels.update(kernels)
     op._dispatch_cache.clear()
+
+
+@functools.cache
+def _resizing() -> dict[Any, Callable[..., Any]]:
+    """Those that compute a size from a factor: C++ reads all sizes as constants, symbols included."""
+    return {op: _resized_by(op) for op in _overloads() if op._overloadname == "vec"}
+
+
+def _resized_by(op: Any) -> Callable[..., Any]:
+    def resize(input: torch.Tensor, output_size: Any, *rest: Any) -> torch.Tensor:
+        *flags, factors = rest
+        sizes = input.shape[2:]
+        if output_size is None:
+            output_size = upsample_compute_output_size(input.size(), None, factors)
+        scales = [None] * len(sizes) if factors is None else list(factors)
+        return op.overloadpacket.default(input, output_size, *flags, *scales)
+
+    return resize
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:

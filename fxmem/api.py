@@ -16,12 +16,22 @@ from torch.utils import _pytree as pytree
 from fxmem.budget import Budget, read_reserve
 from fxmem.capture import StepCall, capture
 from fxmem.cost import CostModel
-from fxmem.dynamic import dynamic_names, marked
+from fxmem.dynamic import (
+    Bounds,
+    Names,
+    default_names,
+    dynamic_names,
+    given_bounds,
+    marked,
+    with_likely,
+)
 from fxmem.errors import CaptureError, FxmemError
+from fxmem.footprint import liveness_of
 from fxmem.graph import Role
-from fxmem.pipeline import Analysis, Options, analyze, decide, device_of, unchanged_step
+from fxmem.inventory import Liveness
+from fxmem.pipeline import Analysis, Options, analyze, device_of, unchanged_step
 from fxmem.plan import Plan
-from fxmem.runtime import OptimizedModule, Session
+from fxmem.runtime import OptimizedModule, Session, decided
 from fxmem.standins import without_meta
 from fxmem.units import format_bytes, shown
 from fxmem.verify import verify_step
@@ -60,6 +70,9 @@ def optimize(
     budget: of the whole step: an ``int`` of bytes, ``"20GiB"``, ``"80%"`` of the device, ``"0.5x"``
     of what the unchanged step peaks at, ``"auto"``, ``"min"``.
     example_inputs, example_kwargs: arguments of one call; without them, the first call is captured.
+    dynamic_shapes: sizes that change from call to call, ``{"input_ids": {0: "B", 1: "S"}}``; inputs that
+    go with a named one need no name.  A plan serves every size at which it keeps the budget.  With
+    ``torch.export.Dim("B", min=1, max=64)`` for a name, all sizes of the range are planned now.
     loss_fn: called as ``loss_fn(outputs, *loss_inputs)`` when the loss is outside the model; then
     ``opt(*inputs, *loss_inputs)`` returns the loss.
     reserve: bytes outside the step, or the optimizer whose state they are.  On CUDA, what cuBLAS
@@ -80,7 +93,7 @@ def optimize(
         compiler=compiler, cost=cost, plan=plan,
     )  # fmt: skip
     call = example_call(model, example_inputs, example_kwargs, loss_fn, loss_inputs)
-    names = dynamic_names(dynamic_shapes, model, call)
+    names = _all_names(dynamic_shapes, model, call)
     if call is not None and device_of(call).type == "meta":
         raise FxmemError(
             "the model is on the meta device, where nothing can run\n"
@@ -96,6 +109,7 @@ def optimize(
         first = session.program_for(call)
         if first.plan is None:
             raise CaptureError(NOTHING_TO_PLAN)
+        session.prepare(call, given_bounds(dynamic_shapes))
         _warn_if_over(first.plan)
         optimized.show_graph()
         if verify:
@@ -129,8 +143,8 @@ def plan(
     )  # fmt: skip
     with analyzed(
         model, options, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
-    ) as analysis:
-        found = decide(analysis, options).plan
+    ) as (analysis, names):
+        found = decided(analysis, options, names)[0].plan
     _warn_if_over(found)
     return found
 
@@ -144,8 +158,11 @@ def analyzed(
     dynamic_shapes: Any,
     loss_fn: Callable[..., Any] | None,
     loss_inputs: Any,
-) -> Iterator[Analysis]:
-    """The captured step, to decide about while the context is open; arguments as in ``plan``."""
+) -> Iterator[tuple[Analysis, Names]]:
+    """The captured step and its dynamic sizes, to decide about while the context is open.
+
+    Arguments as in ``plan``.
+    """
     call = example_call(
         model, example_inputs, example_kwargs, loss_fn, _read_loss_inputs(loss_inputs)
     )
@@ -154,13 +171,40 @@ def analyzed(
             "plan needs the arguments of one call\n"
             "  try: fxmem.plan(model, budget, (batch,)) or example_kwargs={...}"
         )
-    names = dynamic_names(dynamic_shapes, model, call)
+    names = _all_names(dynamic_shapes, model, call)
     unchanged = unchanged_step(call)
     call = without_meta(call)
     with torch.enable_grad(), capture(marked(call, names), names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             raise CaptureError(NOTHING_TO_PLAN)
-        yield analyze(captured.graph, call, unchanged, options.cost)
+        yield analyze(captured.graph, call, unchanged, options.cost), names
+
+
+def liveness(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    loss_fn: Callable[..., Any] | None = None,
+    loss_inputs: Any = (),
+) -> Liveness:
+    """When each storage of one training step is born and dies, and closed forms of its peak.
+
+    Nothing is allocated and no budget is needed; the model may be on the meta device.  The step is the
+    captured one with everything kept, which is what ``optimize`` runs when the budget leaves room.
+
+    dynamic_shapes: names of sizes, ``{"input_ids": {0: "B", 1: "S"}}``; a ``torch.export.Dim`` with
+    bounds narrows the range.  Without it, B is the first dimension of the inputs, and S the second one
+    of token ids and sequences.  Another input's dimension that stands alike and is as long has the
+    same name; equal sizes elsewhere are chance and stay apart.
+    Raises ``CaptureError`` where the step cannot be captured, ``FxmemError`` for arguments it cannot read.
+    """
+    call, names, bounds = named_call(
+        model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
+    )
+    with torch.enable_grad():
+        return liveness_of(call, names, device_of(call), bounds)
 
 
 # -- Reading what the user wrote ---------------------------------------------------------------------
@@ -265,6 +309,27 @@ def _read_plan(plan: Any) -> Plan | None:
     if plan == "":
         raise FxmemError('plan is the empty string; it should be the path of a plan, "plan.json"')
     raise FxmemError(f"plan should be a Plan or the path of one, not {type(plan).__name__}")
+
+
+def _all_names(shapes: Any, model: nn.Module, call: StepCall | None) -> Names:
+    """The user's names, and the same for inputs that go with those that have them."""
+    names = dynamic_names(shapes, model, call)
+    return with_likely(names, call) if call is not None and names else names
+
+
+def named_call(
+    model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any, loss_fn: Any, loss_inputs: Any
+) -> tuple[StepCall, Names, Bounds]:
+    """The call to trace, the names of its sizes, and the bounds that the user gave them."""
+    _check_model(model)
+    call = example_call(model, inputs, kwargs, loss_fn, _read_loss_inputs(loss_inputs))
+    if call is None:
+        raise CaptureError(
+            "the arguments of one call are needed\n"
+            "  try: fxmem.liveness(model, (batch,)) or example_kwargs={...}"
+        )
+    given = dynamic_names(dynamic_shapes, model, call)
+    return call, with_likely(given or default_names(call), call), given_bounds(dynamic_shapes)
 
 
 def example_call(

@@ -88,10 +88,13 @@ class Capture:
 
 
 @contextlib.contextmanager
-def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> Iterator[Capture]:
+def capture(
+    call: StepCall, names: dict[str, dict[int, str]] | None = None, guarded: bool = True
+) -> Iterator[Capture]:
     """Capture one training step; nothing is run.
 
-    names: input -> {dimension: symbol}, for the dimensions that were marked as dynamic.
+    names: input -> {dimension: symbol}, for the dimensions that were marked as dynamic.  guarded:
+    with a ``matches`` that tells other calls apart; without, a marked dimension may turn out fixed.
     Raises ``CaptureError`` with the user's line and a way out.
     """
     with compiling():
@@ -113,8 +116,10 @@ def capture(call: StepCall, names: dict[str, dict[int, str]] | None = None) -> I
                 with eager_decompositions():
                     exported = stack.enter_context(_torch.joint_export(output))
                 graph = _joint_graph(exported, roles, names or {})
-                matches = _torch.dynamo_guards(
-                    output, training_step, as_called, _transformers.ASKED
+                matches = (
+                    _torch.dynamo_guards(output, training_step, as_called, _transformers.ASKED)
+                    if guarded
+                    else lambda _: True
                 )
             except FxmemError:
                 raise

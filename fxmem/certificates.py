@@ -218,6 +218,12 @@ def _is_loss_over_classes(node: fx.Node) -> bool:
     return node.op == "call_function" and operator_name(node) in _LOSSES
 
 
+def scores_of_losses(graph: JointGraph) -> set[fx.Node]:
+    """The nodes with a score, or its gradient, for each class of a loss in the step."""
+    losses = filter(_is_loss_over_classes, graph.nodes)
+    return {node for loss in losses for node in (*scores(loss)[1], loss)}
+
+
 def scores(loss: fx.Node) -> tuple[int, set[fx.Node]]:
     """The number of classes of a loss, and the nodes with a score, or its gradient, for each.
 

@@ -27,6 +27,7 @@ from fxmem.errors import BudgetInfeasibleError, FxmemError
 from fxmem.fits import gpu_lines, gpu_rows
 from fxmem.pipeline import calibrate
 from fxmem.plan import Plan
+from fxmem.report import Report
 from fxmem.tables import clean
 from fxmem.units import format_bytes, shown
 from fxmem.workspace import Entry, cache_path, device_at_hand
@@ -131,9 +132,9 @@ def _examples(command: _Command) -> str:
     return "\n".join(["examples:", *lines])
 
 
-def _declare_planning(parser: argparse.ArgumentParser) -> None:
+def _declare_planning(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--budget", required=True, help=BUDGET_HELP)
+    parser.add_argument("--budget", required=required, help=BUDGET_HELP)
     _declare_allowed(parser)
 
 
@@ -150,7 +151,7 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _declare_report(parser: argparse.ArgumentParser) -> None:
-    _declare_planning(parser)
+    _declare_planning(parser, required=False)
     parser.add_argument("--gpus", action="store_true", help="also say on which GPUs it fits")
     parser.add_argument("--html", metavar="FILE", help="write the page, one file without network")
     parser.add_argument("--png", metavar="FILE", help="write the chart (pip install fxmem[plot])")
@@ -175,6 +176,34 @@ def _declare_gpus(parser: argparse.ArgumentParser) -> None:
 
 def _declare_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN.json", help="a saved plan")
+
+
+def _declare_liveness(parser: argparse.ArgumentParser) -> None:
+    _declare_model(parser)
+    parser.add_argument("--sort", default="born", help='such as "bytes", "born" or "life"')
+    parser.add_argument("--top", type=_positive, help="only so many rows")
+    parser.add_argument("--fold", action="store_true", help="equal blocks as one row")
+    parser.add_argument("--format", help='of tabulate, such as "github", "html" or "plain"')
+    parser.add_argument(
+        "--at", type=_sizes, metavar="B=8,S=2048", help="the peak at other sizes, too"
+    )
+
+
+def _declare_max_batch(parser: argparse.ArgumentParser) -> None:
+    _declare_planning(parser)
+    parser.add_argument("--symbol", default="B", help="the size to enlarge: B (default) or S")
+    parser.add_argument("--at", type=_sizes, default={}, metavar="S=2048", help="the other sizes")
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """``B=8,S=2048``"""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if not name.isidentifier() or not size.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} should be sizes, such as B=8,S=2048")
+        found[name] = int(size)
+    return found
 
 
 def _declare_diff(parser: argparse.ArgumentParser) -> None:
@@ -228,10 +257,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if options.budget is None:
+        return _step_report(options)
     model, args, kwargs = load_model(options.model)
     report = fxmem.report(
         model, args, options.budget, example_kwargs=kwargs, gpus=options.gpus, **_allowed(options)
     )
+    assert isinstance(report, Report)  # there is a budget
     written = {"html": options.html, "png": options.png, "svg": options.svg}
     for form, path in written.items():
         if path:
@@ -280,6 +312,57 @@ def _validate(options: argparse.Namespace) -> int:
     else:
         print(f"{clean(options.plan)} is a plan of this version")
     return ERROR if problems else FITS
+
+
+def _step_report(options: argparse.Namespace) -> int:
+    for name in ("allow", "gpus", "html", "png", "svg"):
+        if getattr(options, name) not in (None, False):
+            raise FxmemError(f"--{name} is about plans, and a plan needs a --budget")
+    model, args, kwargs = load_model(options.model)
+    reserve = _reserve(options.reserve) if options.reserve is not None else 0
+    report = fxmem.report(model, args, example_kwargs=kwargs, reserve=reserve)
+    if options.json:
+        _print_json(report.to_dict())
+    else:
+        print(report)
+    return FITS
+
+
+def _liveness(options: argparse.Namespace) -> int:
+    model, args, kwargs = load_model(options.model)
+    found = fxmem.liveness(model, args, example_kwargs=kwargs)
+    at = found.peak_at(**options.at) if options.at else None
+    if options.json:
+        _print_json(
+            {**found.to_dict(), **({} if at is None else {"at": options.at, "peak_at": at})}
+        )
+        return FITS
+    how = {"sort": options.sort, "top": options.top, "fold": options.fold}
+    print("\n".join(found.head()))
+    if at is not None:
+        sizes = ", ".join(f"{name}={size}" for name, size in options.at.items())
+        print(f"peak at {sizes}: {format_bytes(at)} ({at} bytes)")
+    print()
+    print(found.table(options.format, **how) if options.format else found.narrow(**how))
+    return FITS
+
+
+def _max_batch(options: argparse.Namespace) -> int:
+    model, args, kwargs = load_model(options.model)
+    size = fxmem.max_batch(
+        model,
+        options.budget,
+        args,
+        example_kwargs=kwargs,
+        symbol=options.symbol,
+        sizes=options.at,
+        **_allowed(options),
+    )
+    if options.json:
+        _print_json({"symbol": options.symbol, "largest": size, "at": options.at})
+    else:
+        print(f"{options.symbol} = {size} is the largest that fits {options.budget}")
+    return FITS
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -357,10 +440,25 @@ _COMMANDS = (
     ),
     _Command(
         "report",
-        "plan and print the full report",
-        "models.py:build --budget 0.5x\nmodels.py:build --budget 8GiB --html step.html --gpus",
+        "the full report: of a plan, or of the step as it is",
+        "models.py:build\nmodels.py:build --budget 0.5x\n"
+        "models.py:build --budget 8GiB --html step.html --gpus",
         _declare_report,
         _report,
+    ),
+    _Command(
+        "liveness",
+        "every storage of a step, and its peak for any size",
+        "models.py:build --sort bytes --top 20 --fold\nmodels.py:build --at B=8,S=2048",
+        _declare_liveness,
+        _liveness,
+    ),
+    _Command(
+        "max-batch",
+        "the largest batch that fits a budget, as the model is or with --allow under a plan",
+        "models.py:build --budget 8GiB\nmodels.py:build --budget 8GiB --allow recompute,lossless",
+        _declare_max_batch,
+        _max_batch,
     ),
     _Command(
         "saved",
@@ -416,7 +514,7 @@ def _allowed(options: argparse.Namespace) -> dict[str, Any]:
     """The keywords that say what a plan may do."""
     more: dict[str, Any] = {}
     if options.allow is not None:
-        more["allow"] = tuple(part.strip() for part in options.allow.split(",") if part.strip())
+        more["allow"] = tuple(p.strip() for p in options.allow.split(",") if p.strip())
     if options.reserve is not None:
         more["reserve"] = _reserve(options.reserve)
     return more

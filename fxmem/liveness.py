@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import sympy
@@ -19,7 +20,6 @@ from fxmem._torch import storage_key
 from fxmem.graph import LOSS_OUTSIDE, OutputKind, is_backward, is_held_tangent, output_values
 from fxmem.partition import Split
 from fxmem.sizes import Size, evaluate, storages_in
-from fxmem.workspace import Workspaces
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Storage:
 
     node: name of the node that makes it.  aliases: other nodes that look at it.
     born, dies: steps; a resident storage (input, parameter, buffer) has born = -1.
-    held: the caller keeps it to the end of the training step.
+    held: the caller keeps it to the end of the training step.  key: its identity in the graph.
     """
 
     node: fx.Node
@@ -37,6 +37,7 @@ class Storage:
     dies: int
     aliases: list[str] = field(default_factory=list)
     held: bool = False
+    key: int = -1
 
     @property
     def resident(self) -> bool:
@@ -71,11 +72,6 @@ class MemoryTimeline:
     steps: list[Step]
     storages: list[Storage]
 
-    @cached_property
-    def boundary(self) -> int:
-        """The step between the forward and the backward."""
-        return next(i for i, step in enumerate(self.steps) if step.phase == "boundary")
-
     def resident(self, bindings: dict[sympy.Symbol, int]) -> int:
         """Bytes of parameters, buffers and inputs: there before, during and after the step."""
         return sum(evaluate(s.nbytes, bindings) for s in self.storages if s.resident)
@@ -95,12 +91,23 @@ class MemoryTimeline:
         step = int(live.argmax())
         return Peak(int(live[step]), step)
 
+    @cached_property
+    def boundary(self) -> int:
+        """The step between forward and backward."""
+        return next(i for i, step in enumerate(self.steps) if step.phase == "boundary")
+
     def live_at(self, step: int) -> list[Storage]:
         """The storages that are live while the step runs, residents included."""
         return [s for s in self.storages if s.born <= step <= s.dies]
 
 
-def timeline(split: Split, workspaces: Workspaces) -> MemoryTimeline:
+class HoldsBytes(Protocol):
+    """What knows how many bytes an operator holds beyond its inputs and outputs."""
+
+    def nbytes(self, node: fx.Node) -> Size: ...
+
+
+def timeline(split: Split, workspaces: HoldsBytes) -> MemoryTimeline:
     """Lifetimes over the two graphs that run."""
     return _Recorder(workspaces).record(split)
 
@@ -116,7 +123,7 @@ def _loss_outside(backward: fx.GraphModule) -> Size:
 class _Recorder:
     """Walks both graphs once; ``table`` maps a storage key to its record."""
 
-    def __init__(self, workspaces: Workspaces) -> None:
+    def __init__(self, workspaces: HoldsBytes) -> None:
         self.workspaces = workspaces
         self.steps: list[Step] = []
         self.table: dict[int, Storage] = {}
@@ -155,7 +162,7 @@ class _Recorder:
         for key, nbytes in storages_in(node.meta.get("val")).items():
             storage = self.table.get(key)
             if storage is None:
-                self.table[key] = Storage(node, nbytes, born, max(born, 0), held=born < 0)
+                self.table[key] = Storage(node, nbytes, born, max(born, 0), held=born < 0, key=key)
                 continue
             storage.dies = max(storage.dies, self.now)
             if node.name != storage.node.name and node.name not in storage.aliases:

@@ -1,4 +1,4 @@
-"""Looking at a step: its full report, and where it fits.
+"""Looking at a step: its full report, with a budget or without one, and where it fits.
 
 The step is captured once and planned for several budgets: that of the report, those around it, and what
 each size of memory leaves.  From the largest memory down, so that what fits nowhere is looked for once.
@@ -12,15 +12,18 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxmem.api import ALLOWED, analyzed, read_options
-from fxmem.budget import Budget
+from fxmem.api import ALLOWED, analyzed, liveness, read_options
+from fxmem.budget import Budget, read_reserve
 from fxmem.cost import CostModel, model_of
-from fxmem.errors import BudgetError, BudgetInfeasibleError
+from fxmem.errors import BudgetInfeasibleError, FxmemError
 from fxmem.fits import Alternative, Fit, Fits, usable
 from fxmem.gpus import GPUS, Gpu
+from fxmem.inventory import Liveness
 from fxmem.pipeline import Analysis, Options, Planned, decide
 from fxmem.plan import Plan
 from fxmem.report import Report
+from fxmem.runtime import decided
+from fxmem.step_report import StepReport
 
 
 def report(
@@ -37,28 +40,58 @@ def report(
     on_infeasible: str = "raise",
     cost: Any = "auto",
     gpus: bool = False,
-) -> Report:
+) -> Report | StepReport:
     """What ``optimize`` would decide, with the memory of every step and what other budgets would cost.
 
-    Arguments as ``fxmem.plan``'s; gpus: also say on which GPUs the step fits.  Nothing is compiled.
-    Raises as ``fxmem.plan`` does, and ``BudgetError`` without a budget.
+    Without a budget: what the step holds as it is, and closed forms of that.  Arguments as
+    ``fxmem.plan``'s; gpus: also say on which GPUs the step fits.  Nothing is compiled or allocated;
+    the model may be on the meta device.  Raises as ``fxmem.plan`` and ``fxmem.liveness`` do, and
+    ``FxmemError`` for what only a plan has, without a budget.
     """
     if budget is None:
-        raise BudgetError('a report needs a budget\n  try: fxmem.report(model, (x,), "0.5x")')
+        _refuse_without_a_budget(allow=allow, on_infeasible=on_infeasible, cost=cost, gpus=gpus)
+        found = liveness(
+            model, example_inputs, example_kwargs=example_kwargs, dynamic_shapes=dynamic_shapes,
+            loss_fn=loss_fn, loss_inputs=loss_inputs,
+        )  # fmt: skip
+        return _as_it_is(found, reserve)
     options = read_options(
         model, budget, allow=allow, noise=0.01, reserve=reserve, on_infeasible=on_infeasible,
         compiler="eager", cost=cost, plan=None,
     )  # fmt: skip
     with analyzed(
         model, options, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
-    ) as analysis:
-        planned = decide(analysis, options, memory=True)
+    ) as (analysis, names):
+        planned, _ = decided(analysis, options, names, memory=True)
         return Report(
             planned.plan,
             memory=planned.memory,
             alternatives=tuple(_alternatives(analysis, options, planned.plan)),
             gpus=fits_of(analysis, options) if gpus else None,
         )
+
+
+# -- Without a budget ---------------------------------------------------------------------------------
+
+_OF_PLANS = {"allow": ALLOWED, "on_infeasible": "raise", "cost": "auto", "gpus": False}
+"""What only a plan has, and what it is where nobody gives it."""
+
+
+def _refuse_without_a_budget(**options: Any) -> None:
+    given = [name for name, value in options.items() if value != _OF_PLANS[name]]
+    if given:
+        raise FxmemError(
+            f"without a budget there is no plan, so {', '.join(given)} has no meaning\n"
+            '  try: fxmem.report(model, inputs, "24GiB", ...)'
+        )
+
+
+def _as_it_is(found: Liveness, reserve: Any) -> StepReport:
+    try:
+        unchanged = found.unchanged_at()
+    except FxmemError:
+        unchanged = None
+    return StepReport(found, unchanged, read_reserve(reserve).nbytes)
 
 
 # -- Other budgets -----------------------------------------------------------------------------------
@@ -110,9 +143,10 @@ def fits(
         model, "min", allow=allow, noise=0.01, reserve=reserve, on_infeasible="raise",
         compiler="eager", cost="auto", plan=None,
     )  # fmt: skip
-    with analyzed(
-        model, options, example_inputs, example_kwargs, None, loss_fn, loss_inputs
-    ) as analysis:
+    with analyzed(model, options, example_inputs, example_kwargs, None, loss_fn, loss_inputs) as (
+        analysis,
+        _,
+    ):
         return fits_of(analysis, options, gpus)
 
 

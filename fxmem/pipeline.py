@@ -184,11 +184,19 @@ def analyze(
     cost: CostModel | Literal["measure"] | None = None,
 ) -> Analysis:
     """Clean the joint graph up and measure what the planner needs to know about it."""
+    graph, workspaces = cleaned(graph, unchanged.workspaces, unchanged.device)
+    return _numbers(graph, call, replace(unchanged, workspaces=workspaces), cost)
+
+
+def cleaned(
+    graph: JointGraph, workspaces: Workspaces, device: torch.device
+) -> tuple[JointGraph, Workspaces]:
+    """The captured graph after the rewrites that cost no time, and what its operators hold."""
     for a_pass in BEFORE_PLANNING:
         graph = a_pass.apply(graph)
-    graph, workspaces = _ordered(graph, unchanged.workspaces, unchanged.device)
+    graph, workspaces = _ordered(graph, workspaces, device)
     graph = UnreadPass().apply(graph)  # by strides that the order's figures brought along
-    return _numbers(graph, call, replace(unchanged, workspaces=workspaces), cost)
+    return graph, workspaces
 
 
 def _numbers(
@@ -259,11 +267,7 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
     what was measured.
     """
     with capture(without_meta(call)) as captured:
-        graph = captured.graph
-        for a_pass in BEFORE_PLANNING:
-            graph = a_pass.apply(graph)
-        graph, measured = _ordered(graph, Workspaces(), device)
-        graph = UnreadPass().apply(graph)
+        graph, measured = cleaned(captured.graph, Workspaces(), device)
         coded = RectifyPass().apply(EncodePass().apply(graph))
         for form in (graph, coded):
             _, measured = _measured(form, measured, device)
@@ -384,32 +388,39 @@ def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
 def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:
     """Apply a choice to the graph with every tangent, and time what is expected to run of it."""
     graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
-    rewritten, halves, line = _finished(analysis, UncodePass().apply(graph))
+    rewritten, halves, line = _timed(analysis, UncodePass().apply(graph))
     if line.peak(graph.bindings()).nbytes > choice.outcome.peak:
-        too_large = _above(line, graph, choice.outcome.peak)
-        return _finished(analysis, UncodePass(too_large).apply(graph))
+        full = _above(line, graph, choice.outcome.peak)
+        return _timed(analysis, UncodePass(full).apply(graph))
     return rewritten, halves, line
 
 
+def _timed(analysis: Analysis, graph: JointGraph) -> tuple[JointGraph, Split, MemoryTimeline]:
+    graph, halves, run, table = as_run(graph, analysis.workspaces, analysis.device)
+    return graph, halves, timeline(run, table)
+
+
 def _above(line: MemoryTimeline, graph: JointGraph, peak: int) -> frozenset[str]:
-    """The readers of codes that take more bytes than they were planned to, now that they read none."""
+    """The readers of codes that would take more bytes than was planned if they read no code."""
     live = line.live_bytes(graph.bindings())
     full = {s.node.name for s, n in zip(line.steps, live, strict=True) if s.node and n > peak}
     readers = filter(None, map(reader_of, graph.nodes))
     return frozenset(r.name for r in readers if plain_name(r) in full)
 
 
-def _finished(analysis: Analysis, graph: JointGraph) -> tuple[JointGraph, Split, MemoryTimeline]:
-    """What is written over in both phases, the two halves, and what is expected to run of them."""
-    table = analysis.workspaces.calibrated(graph.module.graph, analysis.device)
+def as_run(
+    graph: JointGraph, workspaces: Workspaces, device: torch.device
+) -> tuple[JointGraph, Split, Split, Workspaces]:
+    """The graph as it runs, its halves for every tangent and for the expected ones, and workspaces."""
+    table = workspaces.calibrated(graph.module.graph, device)
     graph = InPlacePass("forward").apply(graph)
-    table = table.calibrated(graph.module.graph, analysis.device)
+    table = table.calibrated(graph.module.graph, device)
     halves = split(InPlacePass().apply(graph))
-    expected = _expected_to_run(graph, analysis.undefined)
-    table = table.calibrated(expected.module.graph, analysis.device)
+    expected = _expected_to_run(graph, undefined_tangents(graph))
+    table = table.calibrated(expected.module.graph, device)
     backward = split(expected).backward
     run = Split(halves.forward, backward, halves.output_kinds, halves.num_forward_outputs)
-    return graph, halves, timeline(run, table)
+    return graph, halves, run, table
 
 
 def _settle(

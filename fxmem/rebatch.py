@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from fxmem._torch import storage_key
 from fxmem._torch_profiler import fake_errors_unlogged, fake_tensor_mode
+from fxmem.convolution import convolution_input_backward
 from fxmem.dataflow import Dataflow, Operator
+from fxmem.encodings import avg_pool2d_backward, max_pool2d_backward, pool_backward
 from fxmem.graph import JointGraph, OutputKind, Role, is_backward
 from fxmem.sizes import as_expr, evaluate, storages_in, tensors_in
 
@@ -298,9 +300,14 @@ def _select_backward(run: _Resizing, node: fx.Node, args: list[Any]) -> tuple[An
     return node.target, [gradient, shape, *args[2:]]
 
 
-def _upsample_backward(run: _Resizing, node: fx.Node, args: list[Any]) -> tuple[Any, list[Any]]:
-    args[2] = [args[0].shape[0], *args[2][1:]]
-    return node.target, args
+def _sized(place: int) -> Fix:
+    """The shape of the result is an argument, with as many samples as the gradient has."""
+
+    def fix(run: _Resizing, node: fx.Node, args: list[Any]) -> tuple[Any, list[Any]]:
+        args[place] = [args[0].shape[0], *args[place][1:]]
+        return node.target, args
+
+    return fix
 
 
 def _group_norm(place: int) -> Fix:
@@ -324,8 +331,12 @@ _FIXES: dict[Any, Fix] = {
     aten.arange: _arange,
     aten.slice_backward: _slice_backward,
     aten.select_backward: _select_backward,
-    aten.upsample_nearest2d_backward: _upsample_backward,
-    aten.upsample_bilinear2d_backward: _upsample_backward,
+    **dict.fromkeys(
+        (aten.upsample_nearest2d_backward, aten.upsample_bilinear2d_backward), _sized(2)
+    ),
+    **dict.fromkeys((pool_backward.overloadpacket, max_pool2d_backward.overloadpacket), _sized(2)),
+    avg_pool2d_backward.overloadpacket: _sized(1),
+    convolution_input_backward.overloadpacket: _sized(2),
     aten.native_group_norm: _group_norm(3),
     aten.native_group_norm_backward: _group_norm(5),
 }

@@ -129,11 +129,11 @@ class Report:
 def _verdict(report: Report) -> list[str]:
     plan = report.plan
     return [
-        *_line("fxmem", _header(plan)),
-        *_line(*_fit(report)),
-        *_line("PRICE", [_step_times(plan), _gap(plan)]),
-        *_line("PEAK", _place(plan.peak)),
-        *_line("CHECK", _check(report)),
+        *labelled("fxmem", _header(plan)),
+        *labelled(*_fit(report)),
+        *labelled("PRICE", [_step_times(plan), _gap(plan)]),
+        *labelled("PEAK", _place(plan.peak)),
+        *labelled("CHECK", _check(report)),
     ]
 
 
@@ -494,7 +494,7 @@ def _ranges(plan: Plan) -> list[str]:
     return [f"The plan holds for {', '.join(spans)}."] if spans else []
 
 
-def _line(label: str, parts: Sequence[str]) -> list[str]:
+def labelled(label: str, parts: Sequence[str]) -> list[str]:
     """``FITS   part   part``: as many lines as it takes, later ones indented."""
     room = WIDTH - len(_INDENT)
     lines = [""]

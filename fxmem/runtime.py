@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,20 +19,34 @@ from torch import fx, nn
 from fxmem import _torch
 from fxmem._torch_eager import compiling
 from fxmem.capture import StepCall, capture
-from fxmem.dynamic import Names, Sizes, marked, sizes_of
+from fxmem.decisions import infeasible, too_large
+from fxmem.dynamic import Bounds, Names, Sizes, corners, marked, sizes_by_name, sizes_of
 from fxmem.emit import boxed
-from fxmem.errors import FxmemError
+from fxmem.errors import BudgetInfeasibleError, FxmemError
 from fxmem.graph import JointGraph, Role
 from fxmem.lifetimes import BeforeAfter
-from fxmem.pipeline import Options, Planned, analyze, backward_for, decide, unchanged_step
+from fxmem.pipeline import (
+    Analysis,
+    Options,
+    Planned,
+    analyze,
+    backward_for,
+    decide,
+    unchanged_step,
+)
 from fxmem.plan import Plan
 from fxmem.readable import readable
 from fxmem.report import Report
+from fxmem.standins import at_sizes
+from fxmem.validity import Validity, validity_of, with_ranges
 
 
 @dataclass(frozen=True)
 class Program:
-    """A captured step, ready to run.  plan and graphs are None where nothing needs a gradient."""
+    """A captured step, ready to run.  plan and graphs are None where nothing needs a gradient.
+
+    sizes: what it was planned for.  validity: at which other sizes it keeps the budget.
+    """
 
     matches: Callable[[dict[str, Any]], bool]
     run: Callable[..., Any]
@@ -40,13 +54,20 @@ class Program:
     forward_graph: fx.GraphModule | None
     backward_graph: fx.GraphModule | None
     sizes: Sizes = field(default_factory=dict)
+    validity: Validity | None = None
     memory: BeforeAfter | None = field(default=None, repr=False)
 
-    def serves(self, call: StepCall, sizes: Sizes) -> bool:
-        """Was the program captured for such a call, and planned for sizes at least as large?"""
-        return self.matches(call.locals()) and all(
-            size <= self.sizes.get(place, size) for place, size in sizes.items()
-        )
+    def serves(self, call: StepCall, sizes: Sizes, named: Mapping[str, int]) -> bool:
+        """Was the program captured for such a call, and does it keep the budget at its sizes?"""
+        if not self.matches(call.locals()):
+            return False
+        if all(size <= self.sizes.get(place, size) for place, size in sizes.items()):
+            return True
+        return self.validity is not None and self.validity.fits(named)
+
+    @property
+    def overhead(self) -> float:
+        return self.plan.predicted_overhead if self.plan is not None else 0.0
 
 
 class Backward:
@@ -110,15 +131,21 @@ class Session:
         with _torch.unwatched():
             return self._program_for(call)
 
+    def prepare(self, call: StepCall, bounds: Bounds) -> None:
+        """Build now what the sizes within the bounds need, so that no call of them is captured later.
+
+        Raises ``BudgetInfeasibleError`` where the largest sizes do not fit.
+        """
+        for sizes in corners(sizes_by_name(call, self.dynamic), bounds):
+            self.program_for(at_sizes(call, self.dynamic, sizes))
+
     def _program_for(self, call: StepCall) -> Program:
-        sizes = sizes_of(call, self.dynamic)
-        for program in self.programs:
-            if program.serves(call, sizes):
-                return program
+        sizes, named = sizes_of(call, self.dynamic), sizes_by_name(call, self.dynamic)
+        if program := self._known(call, sizes, named):
+            return program
         with self.lock:
-            for program in self.programs:
-                if program.serves(call, sizes):
-                    return program
+            if program := self._known(call, sizes, named):
+                return program
             # A plan that was given is for the first step; further ones are planned.
             options = replace(self.options, plan=None) if self.programs else self.options
             program = build_program(marked(call, self.dynamic), options, self.dynamic)
@@ -126,6 +153,13 @@ class Session:
             if len(self.programs) == _MANY:
                 warnings.warn(_MANY_PROGRAMS, stacklevel=4)
             return program
+
+    def _known(self, call: StepCall, sizes: Sizes, named: Mapping[str, int]) -> Program | None:
+        """Of the programs that serve a call, the one that adds the least time."""
+        serving = (p for p in self.programs if p.serves(call, sizes, named))
+        if not self.dynamic:
+            return next(serving, None)
+        return min(serving, key=lambda p: p.overhead, default=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self  # programs hold no parameter: the module is an argument of every call
@@ -138,14 +172,46 @@ def build_program(call: StepCall, options: Options, names: Names) -> Program:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             return Program(captured.matches, _run_eagerly, None, None, None)
         analysis = analyze(captured.graph, call, unchanged, options.cost)
-        planned = decide(analysis, options, memory=True)
+        planned, validity = decided(analysis, options, names, memory=True)
         backward = Backward(planned, captured.graph)
         forward = planned.split.forward
         shown = readable(captured.graph, forward, backward.module)
         run = captured.compile(forward, planned.split.backward, backward)
-        return Program(
-            captured.matches, run, planned.plan, *shown, sizes_of(call, names), planned.memory
-        )
+        sizes = sizes_of(call, names)
+        return Program(captured.matches, run, planned.plan, *shown, sizes, validity, planned.memory)
+
+
+def decided(
+    analysis: Analysis, options: Options, names: Names, *, memory: bool = False
+) -> tuple[Planned, Validity | None]:
+    """The plan, and where sizes may change, for which of them it holds; memory: as ``decide``'s.
+
+    Raises ``BudgetInfeasibleError``, then with the largest sizes that fit.
+    """
+    if not names:
+        return decide(analysis, options, memory=memory), None
+    here = sizes_by_name(analysis.call, names)
+    planned = decide(analysis, replace(options, on_infeasible="best"), memory=memory)
+    validity = validity_of(planned, analysis.workspaces, analysis.device, here)
+    if planned.plan.predicted_peak > planned.plan.budget and options.on_infeasible == "raise":
+        error = (infeasible if options.plan is None else too_large)(planned.plan)
+        raise _with_admissible(error, validity, here)
+    return replace(planned, plan=with_ranges(planned.plan, validity)), validity
+
+
+def _with_admissible(
+    error: BudgetInfeasibleError, validity: Validity, here: Mapping[str, int]
+) -> BudgetInfeasibleError:
+    """The error again, with the sizes that would fit."""
+    lines = []
+    for name, most in validity.admissible(here).items():
+        others = ", ".join(f"{n}={size}" for n, size in here.items() if n != name)
+        fits = f"{name} <= {most}" if most else f"no {name}"
+        lines.append(f"{fits}{f' at {others}' if others else ''}")
+    text = f"{error}\n  fits    {'; '.join(lines)}" if lines else str(error)
+    return BudgetInfeasibleError(
+        text, smallest_peak=error.smallest_peak, best_plan=error.best_plan, why=error.why
+    )
 
 
 def _run_eagerly(

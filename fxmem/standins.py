@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxmem._torch import autocast_off, is_fake, symbolic_fake_mode
 from fxmem.capture import StepCall
-from fxmem.sizes import hint, tensors_in
+from fxmem.sizes import by_stride, hint, tensors_in
 from fxmem.workspace import device_at_hand
 
 
@@ -37,15 +39,53 @@ def without_meta(call: StepCall) -> StepCall:
     mode, device = symbolic_fake_mode(), device_at_hand()
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type != "meta":
-            return tensor
-        with mode:
-            twin = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-            )
-        return _like(tensor, twin)
+        return _twin(tensor, mode, device) if tensor.device.type == "meta" else tensor
 
     return _replaced(call, fake, lambda _: None)
+
+
+def stand_in_call(call: StepCall) -> StepCall:
+    """The step with fake tensors for all of its tensors, to be captured with; meta as above."""
+    mode = symbolic_fake_mode()
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        device = device_at_hand() if tensor.device.type == "meta" else tensor.device
+        return _twin(tensor, mode, device)
+
+    return _replaced(call, fake, lambda _: None)
+
+
+def at_sizes(
+    call: StepCall, names: Mapping[str, Mapping[int, str]], sizes: Mapping[str, int]
+) -> StepCall:
+    """The step with inputs of other sizes, zeros for integers; inputs of the right sizes stay."""
+
+    def resized(place: str, value: Any) -> Any:
+        dims = names.get(place)
+        if not dims:
+            return value
+        shape = [sizes[dims[d]] if d in dims else n for d, n in enumerate(value.shape)]
+        if shape == list(value.shape):
+            return value
+        order = by_stride(value.shape, value.stride())  # channels_last stays channels_last
+        make = torch.empty if value.is_floating_point() else torch.zeros
+        with getattr(value, "fake_mode", None) or contextlib.nullcontext():
+            dense = make([shape[d] for d in order], dtype=value.dtype, device=value.device)
+            twin = dense.permute([order.index(d) for d in range(len(order))])
+        return twin.requires_grad_(value.requires_grad)
+
+    return replace(
+        call,
+        args=tuple(resized(f"args[{i}]", v) for i, v in enumerate(call.args)),
+        kwargs={k: resized(f"kwargs['{k}']", v) for k, v in call.kwargs.items()},
+        loss_inputs=tuple(resized(f"loss_inputs[{i}]", v) for i, v in enumerate(call.loss_inputs)),
+    )
+
+
+def _twin(tensor: torch.Tensor, mode: Any, device: torch.device) -> torch.Tensor:
+    with mode:
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return _like(tensor, twin)
 
 
 def backward(outputs: Any, meanwhile: Callable[[int], None] = lambda _: None) -> None:

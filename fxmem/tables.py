@@ -145,9 +145,10 @@ def table(
     elastic = [i for i, side in enumerate(align) if side == "l"]
     needs = needs or {}
     while sum(widths) + _SEPARATOR * (len(widths) - 1) > WIDTH:
-        widest = max(elastic, key=lambda i: widths[i] - needs.get(i, len(headers[i])))
-        if widths[widest] <= _SMALLEST:
+        wide = [i for i in elastic if widths[i] > _SMALLEST]
+        if not wide:
             break
+        widest = max(wide, key=lambda i: widths[i] - needs.get(i, len(headers[i])))
         widths[widest] -= 1
     rules = ["-" * width for width in widths]
     cells = [[cut(c, w) for c, w in zip(row, widths, strict=True)] for row in rows]

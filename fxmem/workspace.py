@@ -35,7 +35,7 @@ from fxmem._torch_profiler import SESSION, is_recording, sizes_apart
 from fxmem.device import free_memory
 from fxmem.graph import is_view, operator_name
 from fxmem.measure import cpu_allocations
-from fxmem.sizes import CUDA_BLOCK, hint, storages_in, tensors_in
+from fxmem.sizes import CUDA_BLOCK, hint, tensors_in
 
 T = TypeVar("T")
 
@@ -98,15 +98,18 @@ class Call:
         return cls(target, *_specs(target, (tuple(args), dict(kwargs))))
 
     @classmethod
-    def of_node(cls, node: fx.Node) -> Call:
-        """The operator that a node runs, looked at through random replay."""
+    def of_node(cls, node: fx.Node, specs: Callable[[fx.Node], Any] | None = None) -> Call:
+        """The operator that a node runs, looked at through random replay.
+
+        specs: what stands for the value of a node; by default ``node_specs``.
+        """
         target: Any = node.target
         args: Any = tuple(node.args)
         if target is run_and_save_rng_state:
             target, args = args[0], args[1:]
         elif target is run_with_rng_state:
             target, args = args[1], args[2:]
-        args, kwargs = pytree.tree_map_only(fx.Node, node_specs, (args, dict(node.kwargs)))
+        args, kwargs = pytree.tree_map_only(fx.Node, specs or node_specs, (args, dict(node.kwargs)))
         return cls(target, *_specs(target, (args, kwargs)))
 
     @property
@@ -198,24 +201,35 @@ class Workspaces:
         self.on_disk = on_disk  # how many of the entries came from the file
         self._refused: set[str] = set()  # signatures that throwaway values cannot run
         self._kin: dict[str, list[Entry]] = {}
+        self._guesses: dict[str, int] = {}  # by signature
 
     def nbytes(self, node: fx.Node) -> int:
         """Largest bytes that the operator holds beyond its inputs and outputs."""
         if not self.table or not has_workspace(node):
             return 0
         call = Call.of_node(node)
-        entry = self.table.get(call.signature)
+        key = call.signature
+        entry = self.table.get(key)
         if entry is not None:
             workspace = entry.nbytes
         else:
-            workspace = 0 if call.signature in self._refused else self._estimated(call, node)
+            workspace = 0 if key in self._refused else self._guess(key, call, node)
         return workspace + _saved_generator_state(node)
+
+    def _guess(self, key: str, call: Call, node: fx.Node) -> int:
+        if key not in self._guesses:
+            self._guesses[key] = self._estimated(call, node)
+        return self._guesses[key]
 
     def _estimated(self, call: Call, node: fx.Node) -> int:
         if not self._kin:
             for signature, entry in self.table.items():
                 self._kin.setdefault(signature.partition("(")[0], []).append(entry)
-        held = call.operand_bytes() + sum(map(hint, storages_in(node.meta.get("val")).values()))
+        made = {
+            storage_key(t): hint(t.untyped_storage().nbytes())
+            for t in tensors_in(node.meta.get("val"))
+        }
+        held = call.operand_bytes() + sum(made.values())
         known = self._kin.get(str(call.target), [])
 
         def distance(entry: Entry) -> float:
@@ -249,6 +263,7 @@ class Workspaces:
             else:
                 self.table[key] = entry
                 self._kin.clear()
+                self._guesses.clear()
         return self.table.get(key)
 
 

@@ -224,9 +224,16 @@ def test_a_budget_that_nothing_fits_may_be_reported():
     assert text.count("does not fit") == 1
 
 
-def test_a_report_needs_a_budget():
-    with pytest.raises(fxmem.BudgetError, match="a report needs a budget"):
-        fxmem.report(Tower(), (torch.ones(8, 64),))
+def test_a_report_without_a_budget_is_of_the_step_as_it_is():
+    found = fxmem.report(Tower(), (torch.ones(8, 64),), reserve="1MiB")
+    assert isinstance(found, fxmem.StepReport)
+    assert found.reserve == 2**20
+    assert "no budget" in str(found).splitlines()[0]
+    with pytest.raises(fxmem.FxmemError, match="no plan, so on_infeasible, gpus has no meaning"):
+        fxmem.report(Tower(), (torch.ones(8, 64),), gpus=True, on_infeasible="best")
+
+
+def test_a_budget_that_nothing_fits_has_no_report():
     with pytest.raises(fxmem.BudgetInfeasibleError):
         fxmem.report(Tower(), (torch.ones(8, 64),), 1000)
 
@@ -368,7 +375,7 @@ def test_the_price_by_the_plans_own_model_is_the_plans():
         Tower(), "0.6x", allow=("recompute",), noise=0.01, reserve=0, on_infeasible="raise",
         compiler="eager", cost="auto", plan=None,
     )  # fmt: skip
-    with analyzed(Tower(), options, (torch.ones(512, 64),), None, None, None, ()) as analysis:
+    with analyzed(Tower(), options, (torch.ones(512, 64),), None, None, None, ()) as (analysis, _):
         planned = decide(analysis, options)
         assert planned.plan.recomputed
         assert overhead(analysis, planned, CPU) == pytest.approx(planned.plan.predicted_overhead)

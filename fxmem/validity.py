@@ -1,0 +1,87 @@
+"""For which sizes a plan keeps its budget: the closed forms of the graph that it rewrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fxmem.boundary import largest
+from fxmem.pipeline import Planned, as_run
+from fxmem.plan import Plan
+from fxmem.symbolic import Trace, traced
+from fxmem.workspace import Workspaces, save_workspaces
+
+UNSURE = (0.8, 1.25)
+"""Shares of the budget between which a formula is not enough and operators are measured."""
+
+
+@dataclass
+class Validity:
+    """A plan at any sizes.  Bytes at the peak, and whether they are within the budget."""
+
+    trace: Trace
+    budget: int
+    _known: dict[tuple[int, ...], bool] = field(default_factory=dict)
+
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Does the plan keep its budget at these sizes of all symbols?  Looked up once for each."""
+        key = tuple(sizes.values())
+        if key not in self._known:
+            self._known[key] = self._fits(sizes)
+        return self._known[key]
+
+    def _fits(self, sizes: Mapping[str, int]) -> bool:
+        if not self.trace.covers(sizes):
+            return False
+        about = self.trace.by_form(sizes)
+        if not UNSURE[0] * self.budget < about < UNSURE[1] * self.budget:
+            return about <= self.budget
+        return self.trace.peak_at(sizes) <= self.budget
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Symbol -> smallest and largest size for which the plan keeps its budget.
+
+        The others are the example's or less.
+        """
+        here = self.trace.here
+        return {name: self._range(name, size) for name, size in here.items()}
+
+    def _range(self, name: str, size: int) -> tuple[int, int]:
+        if name in self.trace.fixed:
+            return size, size
+        return min(self.trace.ranges[name][0], size), self._largest(name, self.trace.here) or size
+
+    def admissible(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Symbol -> the largest size that fits while the others are as given; 0 if none does."""
+        return {name: self._largest(name, sizes) for name in sizes if name in self.trace.ranges}
+
+    def _largest(self, name: str, others: Mapping[str, int]) -> int:
+        """By the formula; then exactly, but far from the example, where to measure is dear."""
+        low, high = self.trace.ranges[name]
+
+        def by_form(size: int) -> int:
+            return self.trace.by_form({**others, name: size})
+
+        def exact(size: int) -> int:
+            return self.trace.peak_at({**others, name: size})
+
+        found = largest(by_form, self.budget, others[name], low, high)
+        if found is None or found <= 4 * self.trace.here[name]:
+            found = largest(exact, self.budget, found or low, low, high)
+        return found or 0
+
+
+def validity_of(
+    planned: Planned, workspaces: Workspaces, device: torch.device, here: Mapping[str, int]
+) -> Validity:
+    """The closed forms of what was planned at the sizes ``here``."""
+    _, _, run, table = as_run(planned.graph, workspaces, device)
+    trace = traced(planned.graph, run, table, device, here)
+    save_workspaces(table, device)
+    return Validity(trace, planned.plan.budget)
+
+
+def with_ranges(plan: Plan, validity: Validity) -> Plan:
+    return replace(plan, valid_for=validity.ranges())

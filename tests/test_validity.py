@@ -1,0 +1,131 @@
+"""A plan at other sizes: it keeps its budget in its range, and just beyond it does not."""
+
+import re
+
+import pytest
+import torch
+from hazards import differences, snapshot
+from torch import nn
+
+import fxmem
+from fxmem.measure import measure
+
+
+class Blocks(nn.Module):
+    def __init__(self, width=32, depth=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            for _ in range(depth)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+def seen(step, model, x):
+    """Loss and gradients of a step, and the bytes that it adds at its peak."""
+
+    def run():
+        loss = step(x)
+        loss.backward()
+        return loss
+
+    model.zero_grad(set_to_none=True)
+    found = measure(run)
+    values = snapshot([found.result, [p.grad for p in model.parameters()]])
+    peak = found.peak - found.at_start
+    model.zero_grad(set_to_none=True)
+    return values, peak
+
+
+def resident(model, x):
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), x))
+
+
+SHAPES = {0: {0: "B", 1: "S"}}
+
+
+def build(batch=8, length=64):
+    torch.manual_seed(0)
+    return Blocks(), torch.randn(batch, length, 32)
+
+
+def test_one_plan_serves_its_range_within_the_budget_and_to_the_bit():
+    model, x = build()
+    step = fxmem.optimize(model, "0.6x", (x,), dynamic_shapes=SHAPES)
+    assert step.plan.recomputed
+    for batch, length in ((8, 64), (2, 200), (64, 8), (3, 7), (8, 33), (4, 128)):
+        x = torch.randn(batch, length, 32)
+        seen(step, model, x)
+        got, peak = seen(step, model, x)
+        want, _ = seen(model, model, x)
+        assert not differences(want, got)
+        assert peak + resident(model, x) <= step.plan.budget
+    assert len(step._session.programs) == 1
+
+
+def test_a_range_is_planned_at_once():
+    """Batch 1 to 64, length 32 to 512: every size in budget, to the bit, and no further capture."""
+    model, x = build(batch=8, length=64)
+    batch, length = torch.export.Dim("B", min=1, max=64), torch.export.Dim("S", min=32, max=512)
+    shapes = {0: {0: batch, 1: length}}
+    budget = int(fxmem.min_budget(model, (x,), sizes={"B": 64, "S": 512}) * 0.7)
+    step = fxmem.optimize(model, budget, (x,), dynamic_shapes=shapes)
+    programs = len(step._session.programs)
+    assert programs <= 4
+    for batch, length in ((64, 512), (1, 32), (1, 512), (2, 33), (33, 100)):
+        x = torch.randn(batch, length, 32)
+        seen(step, model, x)
+        got, peak = seen(step, model, x)
+        want, _ = seen(model, model, x)
+        assert not differences(want, got)
+        assert peak + resident(model, x) <= budget
+    assert len(step._session.programs) == programs
+    with pytest.raises(fxmem.BudgetInfeasibleError, match="B <= "):
+        step(torch.randn(640, 512, 32))
+
+
+def test_a_range_that_does_not_fit_is_refused_at_once():
+    model, x = build()
+    budget = fxmem.plan(model, "min", (x,)).predicted_peak + 1000
+    dim = torch.export.Dim("B", min=2, max=64)
+    with pytest.raises(fxmem.BudgetInfeasibleError, match="B <= "):
+        fxmem.optimize(model, budget, (x,), dynamic_shapes={0: {0: dim}})
+
+
+def test_the_range_ends_where_the_budget_does():
+    model, x = build()
+    plan = fxmem.plan(model, "0.6x", (x,), dynamic_shapes=SHAPES)
+    high = plan.valid_for["B"][1]
+    again = fxmem.optimize(model, "1TiB", (x,), dynamic_shapes=SHAPES, plan=plan)
+    for batch, fits in ((high, True), (high + 1, False)):
+        x = torch.randn(batch, 64, 32)
+        seen(again, model, x)
+        _, peak = seen(again, model, x)
+        assert (peak + resident(model, x) <= plan.budget) == fits
+
+
+def test_beyond_every_plan_the_error_names_the_largest_sizes():
+    model, x = build()
+    budget = fxmem.plan(model, "min", (x,)).predicted_peak + 1000
+    step = fxmem.optimize(model, budget, (x,), dynamic_shapes=SHAPES)
+    with pytest.raises(fxmem.BudgetInfeasibleError) as caught:
+        step(torch.randn(20, 64, 32))
+    most = int(re.search(r"B <= (\d+) at S=64", str(caught.value))[1])
+    assert 8 <= most < 20
+    fxmem.plan(model, budget, (torch.randn(most, 64, 32),))
+    with pytest.raises(fxmem.BudgetInfeasibleError):
+        fxmem.plan(model, budget, (torch.randn(most + 1, 64, 32),))
+
+
+def test_labels_without_a_name_go_with_the_batch():
+    model = nn.Linear(8, 4)
+    x, y = torch.randn(6, 8), torch.randint(4, (6,))
+    loss = {"loss_fn": nn.functional.cross_entropy, "loss_inputs": (y,)}
+    step = fxmem.optimize(model, "2x", (x,), dynamic_shapes={0: {0: "B"}}, **loss)
+    for batch in (6, 3, 8):
+        step(torch.randn(batch, 8), torch.randint(4, (batch,))).backward()
+    assert len(step._session.programs) == 1
