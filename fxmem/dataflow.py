@@ -29,7 +29,7 @@ from fxmem.sizes import evaluate, storages_in
 from fxmem.workspace import Workspaces
 
 INSTEAD_OF = "fxmem_instead_of"
-"""Node metadata: the name of the node of the step without codes that this one stands for."""
+"""Node metadata: the name of the node of the step without codes that this one stands for; "" for none."""
 
 
 @dataclass
@@ -166,7 +166,8 @@ def with_codes(flow: Dataflow, plain: Dataflow, encoders: Container[Any]) -> Dat
     operators = list(flow.operators)
     keeping: dict[int, float] = {}
     for i, op in enumerate(flow.operators):
-        without = seconds.get(op.node.meta.get(INSTEAD_OF, ""), op.seconds)
+        name = op.node.meta.get(INSTEAD_OF, op.node.name)
+        without = seconds.get(name, op.seconds) if name else 0.0
         if op.node.target in encoders and not op.backward:
             without = 0.0
             keeping[op.makes[0]] = op.seconds

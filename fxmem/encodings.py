@@ -84,6 +84,31 @@ def _pack_above(x: torch.Tensor, threshold: Any) -> torch.Tensor:
     return bits
 
 
+def _pack_between(x: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
+    bits, flat = _bits_like(x), _flat(x)
+    for at in _stretches(x):
+        outside = flat[at].le(low).logical_or_(flat[at].ge(high))
+        bits[at.start // 8 : -(-at.stop // 8)] = _packed(outside.logical_not_())
+    return bits
+
+
+def _pack_positive(x: torch.Tensor) -> torch.Tensor:
+    bits, flat = _bits_like(x), _flat(x)
+    for at in _stretches(x):
+        bits[at.start // 8 : -(-at.stop // 8)] = _packed(flat[at].gt(0))
+    return bits
+
+
+def _unpack_as(
+    bits: torch.Tensor, size: list[int], strides: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    found = bits.new_empty_strided(size, strides, dtype=dtype)
+    flat = _flat(found)
+    for at in _stretches(found):
+        flat[at] = _spread(bits, at).ne(0)
+    return found
+
+
 def _unpack(bits: torch.Tensor, size: list[int], strides: list[int]) -> torch.Tensor:
     mask = bits.new_empty_strided(size, strides, dtype=torch.bool)
     flat = _flat(mask)
@@ -106,6 +131,20 @@ def _threshold_backward_out(
     for at in _stretches(grad):
         x = _spread(bits, at).to(grad.dtype)
         aten.threshold_backward.grad_input(flat[at], x, 0, grad_input=result[at])
+    return grad_input
+
+
+def _leaky_relu_backward(grad: torch.Tensor, bits: torch.Tensor, slope: Any) -> torch.Tensor:
+    return _leaky_relu_backward_out(grad, bits, slope, grad_input=torch.empty_like(grad))
+
+
+def _leaky_relu_backward_out(
+    grad: torch.Tensor, bits: torch.Tensor, slope: Any, *, grad_input: torch.Tensor
+) -> torch.Tensor:
+    flat, result = _flat(grad), _flat(grad_input)
+    for at in _stretches(grad):
+        x = _spread(bits, at).to(grad.dtype)
+        aten.leaky_relu_backward.grad_input(flat[at], x, slope, False, grad_input=result[at])
     return grad_input
 
 
@@ -179,6 +218,25 @@ def _pool_backward(
     return found
 
 
+# -- Small integers ------------------------------------------------------------------------------------
+
+
+def _shorten(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype, copy=True)
+
+
+def _lengthen(code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return code.to(dtype, copy=True)
+
+
+SHORT = (torch.uint8, torch.int16, torch.int32)
+
+
+def short_type(most: int) -> torch.dtype:
+    """The smallest type of integers from 0 up to ``most``."""
+    return next((d for d in SHORT if most <= torch.iinfo(d).max), torch.int64)
+
+
 # -- Pools that look at the shape of their input alone ---------------------------------------------------
 
 
@@ -229,6 +287,30 @@ for _signature, _real, _fake in (
         "pack_above(Tensor x, Scalar threshold) -> Tensor",
         _pack_above,
         lambda x, threshold: _bits_like(x),
+    ),
+    (
+        "pack_between(Tensor x, Scalar low, Scalar high) -> Tensor",
+        _pack_between,
+        lambda x, low, high: _bits_like(x),
+    ),
+    ("pack_positive(Tensor x) -> Tensor", _pack_positive, _bits_like),
+    (
+        "unpack_as(Tensor bits, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor",
+        _unpack_as,
+        lambda bits, size, strides, dtype: bits.new_empty_strided(size, strides, dtype=dtype),
+    ),
+    ("shorten(Tensor x, ScalarType dtype) -> Tensor", _shorten, _shorten),
+    ("lengthen(Tensor code, ScalarType dtype) -> Tensor", _lengthen, _lengthen),
+    (
+        "leaky_relu_backward(Tensor grad, Tensor bits, Scalar slope) -> Tensor",
+        _leaky_relu_backward,
+        lambda grad, bits, slope: torch.empty_like(grad),
+    ),
+    (
+        "leaky_relu_backward.grad_input(Tensor grad, Tensor bits, Scalar slope, *, "
+        "Tensor(a!) grad_input) -> Tensor(a!)",
+        _leaky_relu_backward_out,
+        lambda grad, bits, slope, *, grad_input: grad_input,
     ),
     ("unpack(Tensor bits, SymInt[] size, SymInt[] stride) -> Tensor", _unpack, _fake_unpack),
     (
@@ -282,8 +364,19 @@ pack = torch.ops.fxmem.pack.default
 """bool -> bits.  The mask has no gaps."""
 pack_above = torch.ops.fxmem.pack_above.default
 """Which elements are not at or below a threshold, as bits.  The operand has no gaps."""
+pack_between = torch.ops.fxmem.pack_between.default
+"""Which elements are neither at or below the first bound nor at or above the second."""
+pack_positive = torch.ops.fxmem.pack_positive.default
+"""Which elements are above zero: what is not a number is not."""
+shorten = torch.ops.fxmem.shorten.default
+"""Integers as a shorter type, which holds them all."""
+lengthen = torch.ops.fxmem.lengthen.default
 unpack = torch.ops.fxmem.unpack.default
 """bits, size, strides -> bool."""
+unpack_as = torch.ops.fxmem.unpack_as.default
+"""bits, size, strides, type -> zeros and ones."""
+leaky_relu_backward = torch.ops.fxmem.leaky_relu_backward.default
+leaky_relu_backward_out = torch.ops.fxmem.leaky_relu_backward.grad_input
 threshold_backward = torch.ops.fxmem.threshold_backward.default
 threshold_backward_out = torch.ops.fxmem.threshold_backward.grad_input
 dropout_backward = torch.ops.fxmem.dropout_backward.default
@@ -295,7 +388,7 @@ avg_pool2d_backward = torch.ops.fxmem.avg_pool2d_backward.default
 max_pool2d_backward = torch.ops.fxmem.max_pool2d_backward.default
 """aten's, with the size and the strides of the input in its place."""
 
-ENCODERS = frozenset({pack, pack_above, pool_offsets})
+ENCODERS = frozenset({pack, pack_above, pack_between, pack_positive, pool_offsets, shorten})
 """Operators whose result is a code of their first operand."""
 
 MOST_IN_A_WINDOW = 256

@@ -51,6 +51,7 @@ DESTINATIONS: dict[Any, tuple[Any, str | None]] = {
     aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
     aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
     encodings.threshold_backward: (encodings.threshold_backward_out, "grad_input"),
+    encodings.leaky_relu_backward: (encodings.leaky_relu_backward_out, "grad_input"),
 }
 
 

@@ -16,6 +16,12 @@ before                                    after
   d = native_dropout_backward(g, m, s)      # backward
                                             d = dropout_backward(g, b, s)
 
+  c = lt(x, 3)                              c = lt(x, 3)
+  # backward                                b = pack(c)
+  d = where(c, g, z)                        # backward
+                                            c1 = unpack(b, ...)
+                                            d = where(c1, g, z)
+
 The code is a value like any other: the planner keeps it, or lets it be made again.  Seconds: one reading
 of the tensor and one of the code.  Error: none, to the bit.
 Source of the idea: Jain et al. 2018, doi:10.1109/ISCA.2018.00070.
@@ -23,72 +29,46 @@ Source of the idea: Jain et al. 2018, doi:10.1109/ISCA.2018.00070.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxmem.dataflow import INSTEAD_OF
-from fxmem.encodings import (
-    dropout_backward,
-    max_pool2d_backward,
-    pack,
-    pack_above,
-    pool_backward,
-    pool_offsets,
-    pool_shape,
-    threshold_backward,
-)
-from fxmem.fakes import replace_uses
-from fxmem.graph import JointGraph, is_backward
+from fxmem.fakes import refresh, replace_uses, views_below
+from fxmem.graph import JointGraph, is_backward, is_view
+from fxmem.lossless import LOSSLESS, Encoding, Reading
 from fxmem.passes.base import insert_like
-from fxmem.sizes import hint, is_dense, storages_in
-from fxmem.workspace import LAYOUT
-
-aten = torch.ops.aten
-
-_LEAST = 4096
-"""Elements below which a tensor is not worth two more operators."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """How one node of the backward may read a code.
-
-    source: what is encoded, by ``encoder(source, *more)``.  The code then stands in ``reader``'s arguments,
-    of which ``arguments`` are the others and None its place.
-    """
-
-    source: fx.Node
-    encoder: Any
-    more: tuple[Any, ...]
-    reader: Any
-    arguments: tuple[Any, ...]
-
-    def given(self, code: fx.Node) -> tuple[Any, ...]:
-        return tuple(code if a is None else a for a in self.arguments)
+from fxmem.sizes import storages_in
 
 
 @dataclass(frozen=True)
 class EncodePass:
+    """encodings: the first that a node may read is taken."""
+
+    encodings: tuple[Encoding, ...] = LOSSLESS
     name: ClassVar[str] = "encode"
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
         held = _held(graph)
-        codes: dict[tuple[Any, ...], fx.Node] = {}
+        codes = _Codes(graph.module.graph)
         for node in graph.nodes:
-            how = _encoded(node)
-            if how is None or held.intersection(storages_in(how.source.meta["val"])):
-                continue
-            call = (how.source, how.encoder, *map(str, how.more))
-            if call not in codes:
-                codes[call] = _code(graph.module.graph, how)
-            _replace(graph.module.graph, node, how, codes[call])
+            if is_backward(node) and node.op == "call_function":
+                self._encode(node, held, codes)
         return graph.verified()
+
+    def _encode(self, node: fx.Node, held: set[int], codes: _Codes) -> None:
+        for encoding in self.encodings:
+            for how in list(encoding.readings(node)):
+                if held.intersection(storages_in(how.source.meta["val"])):
+                    continue
+                code = codes.of(encoding, how)
+                if how.reader is not None:
+                    _replace(node, how, code)
+                    return
+                _decode(node, how, code)
 
 
 def _held(graph: JointGraph) -> set[int]:
@@ -96,65 +76,6 @@ def _held(graph: JointGraph) -> set[int]:
     outputs = [o for o in graph.forward_outputs() if isinstance(o, fx.Node)]
     nodes = [*graph.placeholders(), *outputs]
     return {key for node in nodes for key in storages_in(node.meta.get("val"))}
-
-
-# -- What can be encoded -----------------------------------------------------------------------------
-
-
-def _encoded(node: fx.Node) -> Encoded | None:
-    if not is_backward(node) or node.op != "call_function":
-        return None
-    known = _READERS.get(node.target)
-    return None if known is None else known(node)
-
-
-def _of_threshold(node: fx.Node) -> Encoded | None:
-    args: Any = node.args
-    grad, x, threshold = args
-    if not (_is_saved(x) and _are_alike(grad, x)):
-        return None
-    return Encoded(x, pack_above, (threshold,), threshold_backward, (grad, None))
-
-
-def _of_dropout(node: fx.Node) -> Encoded | None:
-    args: Any = node.args
-    grad, mask, scale = args
-    if not (_is_saved(mask) and _are_alike(grad, mask)):
-        return None
-    return Encoded(mask, pack, (), dropout_backward, (grad, None, scale))
-
-
-def _of_max_pool(node: fx.Node) -> Encoded | None:
-    args: Any = node.args
-    grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode = args
-    how = pool_shape(kernel, stride, padding, dilation)
-    if how is None or not _is_saved(indices) or LAYOUT in grad.meta:
-        return None
-    given = (grad, None, size, strides, *how, ceil_mode)
-    return Encoded(indices, pool_offsets, (size[-1], *how), pool_backward, given)
-
-
-_READERS: dict[Any, Callable[[fx.Node], Encoded | None]] = {
-    aten.threshold_backward.default: _of_threshold,
-    aten.native_dropout_backward.default: _of_dropout,
-    max_pool2d_backward: _of_max_pool,
-}
-
-
-def _is_saved(x: Any) -> bool:
-    """Does the forward make it, as memory without gaps that is worth a code?"""
-    if not isinstance(x, fx.Node) or is_backward(x) or x.op != "call_function" or LAYOUT in x.meta:
-        return False
-    value: Any = x.meta["val"]
-    return is_dense(value) and hint(value.numel()) >= _LEAST
-
-
-def _are_alike(grad: Any, x: fx.Node) -> bool:
-    """Are both laid out in the same order, so that elements meet their bits?"""
-    if not isinstance(grad, fx.Node) or LAYOUT in grad.meta:
-        return False
-    mine, theirs = grad.meta["val"], x.meta["val"]
-    return bool(mine.shape == theirs.shape and mine.stride() == theirs.stride())
 
 
 # -- Rewriting ---------------------------------------------------------------------------------------
@@ -172,7 +93,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Plain:
-    """A call, with operands in place of nodes."""
+    """A call, with operands in place of nodes; no target: what is decoded is what was encoded."""
 
     target: Any
     args: Any
@@ -194,21 +115,52 @@ def _plain(node: fx.Node, source: fx.Node, coded: fx.Node) -> Plain:
     return Plain(node.target, args)
 
 
-def _code(graph: fx.Graph, how: Encoded) -> fx.Node:
-    args = (how.source, *how.more)
-    with graph.inserting_after(how.source):
-        code = insert_like(graph, how.source, how.encoder, args, suffix="code", backward=False)
-    del code.meta["fxmem_origin"]
-    code.meta.pop("recompute", None)  # what a checkpoint says of the tensor
-    return code
+class _Codes:
+    """The codes that are there already, for several readers of the same."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.made: dict[tuple[Any, ...], fx.Node] = {}
+
+    def of(self, encoding: Encoding, how: Reading) -> fx.Node:
+        call = (how.source, encoding.encoder, *map(str, how.more))
+        if call not in self.made:
+            self.made[call] = self._new(encoding, how)
+        return self.made[call]
+
+    def _new(self, encoding: Encoding, how: Reading) -> fx.Node:
+        args = (how.source, *how.more)
+        with self.graph.inserting_after(how.source):
+            code = insert_like(
+                self.graph, how.source, encoding.encoder, args, suffix="code", backward=False
+            )
+        del code.meta["fxmem_origin"]
+        code.meta.pop("recompute", None)  # what a checkpoint says of the tensor
+        return code
 
 
-def _replace(graph: fx.Graph, node: fx.Node, how: Encoded, code: fx.Node) -> None:
-    args = how.given(code)
-    with graph.inserting_before(node):
-        ours = insert_like(graph, node, how.reader, args, suffix="coded", backward=True)
-    del ours.meta["fxmem_origin"]
+def _replace(node: fx.Node, how: Reading, code: fx.Node) -> None:
+    """A reader of the code in the node's place."""
+    args = tuple(code if a is None else a for a in how.arguments)
+    ours = _insert(node, how.reader, args, "coded")
     ours.meta[INSTEAD_OF] = node.name
     ours.meta[PLAIN] = _plain(node, how.source, ours)
     replace_uses(node, ours)
-    graph.erase_node(node)
+    node.graph.erase_node(node)
+
+
+def _decode(node: fx.Node, how: Reading, code: fx.Node) -> None:
+    """The node reads what is decoded before it."""
+    views = [n for n in (node, *views_below(node)) if is_view(n)]
+    decoded = _insert(node, how.decoder, (code, *how.decoded), "decoded")
+    decoded.meta[INSTEAD_OF] = ""
+    decoded.meta[PLAIN] = Plain(None, None)
+    node.replace_input_with(how.source, decoded)
+    refresh(views)
+
+
+def _insert(node: fx.Node, target: Any, args: tuple[Any, ...], suffix: str) -> fx.Node:
+    with node.graph.inserting_before(node):
+        ours = insert_like(node.graph, node, target, args, suffix=suffix, backward=True)
+    del ours.meta["fxmem_origin"]  # it is made once
+    return ours

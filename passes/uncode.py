@@ -13,7 +13,7 @@ Seconds: those of both operators, less.  Error: none, to the bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -55,13 +55,20 @@ _SUFFIX = "plain"
 
 
 def plain_name(reader: fx.Node) -> str:
-    """The name of what takes the reader's place."""
+    """The name of what takes the reader's place; of what reads it, where it decodes."""
+    if reader.meta[PLAIN].target is None:
+        return next(iter(reader.users)).name
     return f"{reader.name}_{_SUFFIX}"
 
 
 def _uncode(graph: fx.Graph, code: fx.Node, reader: fx.Node) -> None:
     plain = reader.meta[PLAIN]
-    source = code.args[0]
+    source: Any = code.args[0]
+    if plain.target is None:
+        replace_uses(reader, source)
+        graph.erase_node(reader)
+        graph.erase_node(code)
+        return
     args = plain.given(reader, source)
     with graph.inserting_before(reader):
         ours = insert_like(graph, reader, plain.target, args, suffix=_SUFFIX, backward=True)

@@ -2,19 +2,27 @@
 
 # ruff: noqa: E501 (a node is one line of text, however long)
 
+import copy
+import dataclasses
 import itertools
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from families import FAMILIES
+from hazards import differences, train
+from test_engine import capture_once
 from test_passes import assert_same_outputs, captured, changed, tensor
+from test_simulate import rewritten
 from torch import nn
 
 import fxmem
-from fxmem import encodings
+from fxmem import encodings, lossless
 from fxmem.encodings import pool_shape
+from fxmem.lossless import ELEMENTS, LOSSLESS
 from fxmem.passes.encode import EncodePass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.recompute import Recompute, RecomputePass
@@ -117,6 +125,70 @@ def test_a_window_of_more_than_a_byte_is_left_alone():
     assert pool_shape([16, 17], [], 0, 1) is None
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_clipped_or_leaky_element_is_a_bit(shape):
+    x, grad = strange(shape), strange(shape, seed=1)
+    bits = encodings.pack_positive(x)
+    for slope in (0.01, 1.5):
+        want = aten.leaky_relu_backward(grad, x, slope, False)
+        assert same(encodings.leaky_relu_backward(grad, bits, slope), want)
+        over = grad.clone()
+        assert same(encodings.leaky_relu_backward_out(over, bits, slope, grad_input=over), want)
+    if x.numel():
+        # Where an element is not a number aten's own kernel goes by its place.
+        x = x.nan_to_num(0.25).reshape(shape)
+        x.view(-1)[-1] = 6.0
+    bits = encodings.pack_between(x, 0.0, 6.0)
+    want = aten.hardtanh_backward(grad, x, 0.0, 6.0)
+    assert same(encodings.threshold_backward(grad, bits), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_bits_as_numbers(dtype):
+    mask = laid_out(strange((3, 5, 7, 11)), True) > 0
+    bits = encodings.pack(mask)
+    back = encodings.unpack_as(bits, mask.shape, mask.stride(), dtype)
+    assert torch.equal(back, mask.to(dtype))
+    assert back.stride() == mask.stride()
+
+
+@pytest.mark.parametrize(
+    ("most", "dtype"),
+    [
+        (0, torch.uint8),
+        (255, torch.uint8),
+        (256, torch.int16),
+        (2**15 - 1, torch.int16),
+        (2**15, torch.int32),
+        (2**31 - 1, torch.int32),
+        (2**31, torch.int64),
+    ],
+)
+def test_integers_take_what_the_largest_needs(most, dtype):
+    assert encodings.short_type(most) is dtype
+    ids = torch.tensor([[0, most // 2], [1, most]]).t()[:, :1].clamp(max=most)
+    back = encodings.lengthen(encodings.shorten(ids, dtype), torch.int64)
+    assert torch.equal(back, ids)
+
+
+def test_a_code_takes_the_bytes_that_are_stated():
+    x = torch.randn(1001)
+    makers = {
+        "above": lambda: encodings.pack_above(x, 0),
+        "between": lambda: encodings.pack_between(x, 0, 6),
+        "positive": lambda: encodings.pack_positive(x),
+        "mask": lambda: encodings.pack(x > 0),
+        "offset": lambda: encodings.pool_offsets(
+            torch.zeros(7, 11, 13, dtype=torch.int64), 26, [2, 2], [2, 2], [0, 0], [1, 1]
+        ),
+    }
+    for size, dtype in ((1, torch.uint8), (2, torch.int16), (4, torch.int32)):
+        makers[f"short {size}"] = lambda dtype=dtype: encodings.shorten(torch.arange(1001), dtype)
+    assert set(makers) == {encoding.name for encoding in LOSSLESS}
+    for encoding in LOSSLESS:
+        assert makers[encoding.name]().nbytes == encoding.nbytes.subs(ELEMENTS, 1001)
+
+
 # -- The passes ----------------------------------------------------------------------------------------
 
 
@@ -212,6 +284,67 @@ def test_a_max_pool_leaves_bytes():
 - convolution_backward: (NoneType, f32[8, 3, 3, 3], f32[8]) = convolution_backward(max_pool2d_with_indices_backward_unread, primals_3, primals_1, [8], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, True])
 + convolution_backward: (NoneType, f32[8, 3, 3, 3], f32[8]) = convolution_backward(max_pool2d_with_indices_backward_unread_coded, primals_3, primals_1, [8], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, True])""",
     )
+    assert_same_outputs(graph, after)
+
+
+def test_a_mask_of_any_reader_is_unpacked_for_it():
+    def body(m, x):
+        return torch.where(x > 0.5, x @ m.w, 0.0).sum()
+
+    graph = captured(body, tensor(64, 64), w=tensor(64, 64))
+    after, text = changed(graph, EncodePass())
+    assert_expected_inline(
+        text,
+        """\
++ gt_code: u8[512] = pack(gt)
++ where_1_decoded: bool[64, 64] = unpack(gt_code, [64, 64], [64, 1])
+- where_1: f32[64, 64] = where(gt, expand, scalar_tensor_1)
++ where_1: f32[64, 64] = where(where_1_decoded, expand, scalar_tensor_1)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+def test_indices_into_a_dimension_are_short():
+    def body(m, x):
+        return (x @ m.w).topk(33, 1).values.square().sum()
+
+    graph = captured(body, tensor(128, 64), w=tensor(64, 64))
+    after, text = changed(graph, EncodePass())
+    assert_expected_inline(
+        text,
+        """\
++ getitem_1_code: u8[128, 33] = shorten(getitem_1, torch.uint8)
++ scatter_decoded: i64[128, 33] = lengthen(getitem_1_code, torch.int64)
+- scatter: f32[128, 64] = scatter(new_zeros, 1, getitem_1, mul_1)
++ scatter: f32[128, 64] = scatter(new_zeros, 1, scatter_decoded, mul_1)""",
+    )
+    assert_same_outputs(graph, after)
+
+
+@pytest.mark.parametrize(
+    ("act", "coded"),
+    [
+        (F.relu6, "pack_between"),
+        (F.leaky_relu, "pack_positive"),
+        (F.hardtanh, "pack_between"),
+        (lambda x: F.threshold(x, 0.1, 0.0), "pack_above"),
+    ],
+)
+def test_other_activations_leave_bits(act, coded):
+    graph = captured(lambda m, x: act(x @ m.w).sin().sum(), tensor(64, 64), w=tensor(64, 64))
+    after, text = changed(graph, EncodePass())
+    assert coded in text
+    assert_same_outputs(graph, after)
+
+
+def test_a_gradient_that_is_laid_out_otherwise_meets_decoded_elements():
+    def body(m, x):
+        return (F.relu(x @ m.w).t().contiguous() @ m.v).sum()
+
+    graph = captured(body, tensor(64, 64), w=tensor(64, 64), v=tensor(64, 64))
+    graph = IdentitiesPass().apply(graph)
+    after, text = changed(graph, EncodePass())
+    assert "unpack_as" in text
     assert_same_outputs(graph, after)
 
 
@@ -312,3 +445,69 @@ def test_a_plan_with_codes_is_replayed(tmp_path):
     opt = fxmem.optimize(model, plan.predicted_peak, (x,), plan=tmp_path / "plan.json")
     assert opt.plan.predicted_peak == plan.predicted_peak
     assert all(map(torch.equal, eager, gradients(opt, model, x)))
+
+
+CODED = ("resnet", "unet-dropout", "densenet-dropout", "gpt2-dropout", "encdec-dropout")
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_any_choice_of_codes_gives_the_bits_in_the_bytes(name, monkeypatch):
+    monkeypatch.setattr(lossless, "LEAST", 1)
+    model, args, kwargs = FAMILIES[name].build("tiny")
+    start = copy.deepcopy(model.state_dict())
+
+    def seen(step):
+        model.load_state_dict(start)
+        model.zero_grad(set_to_none=True)
+        return train(step, args, kwargs)
+
+    rng, wrong = random.Random(name), []
+    with capture_once(model, args, kwargs) as found:
+        coded = dataclasses.replace(found, analysis=found.analysis.coded)
+        assert coded.analysis is not found.analysis
+        whole, planner = coded.decide("1TiB"), coded.analysis.planner
+        candidates, codes = planner.simulator.candidates(), planner.simulator.codes
+        assert len(codes) >= 2
+        steps = [coded.compile(whole)]
+        for share in (0.0, 0.3, 0.6):
+            kept = [v for v in candidates if rng.random() < (0.5 if v in codes else share)]
+            planned, line = rewritten(coded, whole, planner.choice(kept))
+            steps.append(coded.compile(planned))
+            peak, real = planner.choice(kept).outcome.peak, line.peak({}).nbytes
+            wrong += [f"{share}: {real} bytes of {peak}"] * (real > peak)
+    want = seen(steps[0])
+    for step in steps[1:]:
+        wrong += differences(want, seen(step))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_in_a_plan_codes_are_kept_where_they_pay():
+    """Some values of the same kind as such, others as they are."""
+    torch.manual_seed(0)
+    model, x = Convolutions(), torch.randn(8, 3, 48, 48)
+    with capture_once(model, (x,)) as found:
+        planner = found.analysis.coded.planner
+        codes = planner.simulator.codes
+        low, high = planner.smallest().outcome.peak, planner.keep_all().outcome.peak
+        kept = set()
+        for n in range(9):
+            plan = planner.fit(low + (high - low) * n // 8)
+            kept.add(len(codes & plan.kept))
+            plain = found.analysis.planner.fit(low + (high - low) * n // 8)
+            assert plain is None or plan.outcome.seconds <= 1.001 * plain.outcome.seconds + 1e-5
+        assert 0 in kept
+        assert any(0 < n < len(codes) for n in kept)
+        assert planner.keep_all().outcome.seconds == 0
+
+
+@pytest.mark.parametrize("allow", [("lossless",), ()])
+def test_codes_without_recomputation(allow):
+    torch.manual_seed(0)
+    model, x = Convolutions(), torch.randn(8, 3, 48, 48)
+    eager = gradients(model, model, x)
+    opt = fxmem.optimize(model, "min", (x,), allow=allow)
+    assert all(map(torch.equal, eager, gradients(opt, model, x)))
+    actions = {d.action for d in opt.plan.decisions}
+    assert "recompute" not in actions
+    assert ("encode" in actions) == ("lossless" in allow)
+    assert (opt.plan.predicted_peak < opt.plan.keep_all_peak) == ("lossless" in allow)

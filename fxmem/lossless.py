@@ -1,0 +1,239 @@
+"""What a backward may read as a code, and which code: the lossless encodings.
+
+Some readers have an operator of their own that reads the code.  Any other reads what is decoded right
+before it, which then takes the tensor's bytes for that moment alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxmem import encodings
+from fxmem.graph import is_backward
+from fxmem.sizes import hint, is_dense
+from fxmem.workspace import LAYOUT
+
+aten = torch.ops.aten
+
+LEAST = 4096
+"""Elements below which a tensor is not worth two more operators."""
+
+ELEMENTS = sympy.Symbol("n", integer=True, nonnegative=True)
+"""How many elements a tensor has."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one node of the backward may read a code of ``source``, one of its arguments.
+
+    more: what the encoder takes beside it.  reader: what reads the code in the node's place, with
+    ``arguments``, where None stands for the code.  Without one the node stays, and reads in the place of
+    ``source`` what ``decoder`` makes of the code and ``decoded``.
+    """
+
+    source: fx.Node
+    more: tuple[Any, ...] = ()
+    reader: Any = None
+    arguments: tuple[Any, ...] = ()
+    decoder: Any = None
+    decoded: tuple[Any, ...] = ()
+
+
+Finder = Callable[[fx.Node], Iterator[Reading]]
+"""The readings of a node; none where a code would not do."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A form of a tensor in fewer bytes, with no error for those that read it.
+
+    nbytes: of the code of a tensor of ``ELEMENTS`` elements.  encoder: operator from the tensor, and more,
+    to the code.  readers: by operator of the backward, how it reads the code; under None, how any does.
+    """
+
+    name: str
+    nbytes: sympy.Expr
+    encoder: Any
+    readers: Mapping[Any, Finder] = field(repr=False)
+
+    def readings(self, node: fx.Node) -> Iterator[Reading]:
+        for key in (node.target, None):
+            if key in self.readers:
+                yield from self.readers[key](node)
+
+
+# -- What can be encoded -----------------------------------------------------------------------------
+
+
+def _is_saved(x: Any) -> bool:
+    """Does the forward make it, as memory without gaps that is worth a code?"""
+    if not isinstance(x, fx.Node) or is_backward(x) or x.op != "call_function" or LAYOUT in x.meta:
+        return False
+    value: Any = x.meta.get("val")
+    return isinstance(value, torch.Tensor) and is_dense(value) and hint(value.numel()) >= LEAST
+
+
+def _are_alike(grad: Any, x: fx.Node) -> bool:
+    """Are both laid out in the same order, so that elements meet their bits?"""
+    if not isinstance(grad, fx.Node) or LAYOUT in grad.meta:
+        return False
+    mine, theirs = grad.meta["val"], x.meta["val"]
+    return bool(mine.shape == theirs.shape and mine.stride() == theirs.stride())
+
+
+def _of_threshold(node: fx.Node) -> Iterator[Reading]:
+    grad, x, threshold = node.args
+    if not _is_saved(x):
+        return
+    if _are_alike(grad, x):  # type: ignore[arg-type]
+        yield Reading(x, (threshold,), encodings.threshold_backward, (grad, None))  # type: ignore[arg-type]
+    elif threshold == 0:
+        layout = _layout(x)  # type: ignore[arg-type]
+        if layout is not None:
+            decoded = (*layout, x.meta["val"].dtype)  # type: ignore[union-attr]
+            yield Reading(x, (0,), decoder=encodings.unpack_as, decoded=decoded)  # type: ignore[arg-type]
+
+
+def _of_hardtanh(node: fx.Node) -> Iterator[Reading]:
+    grad, x, low, high = node.args
+    if _is_saved(x) and _are_alike(grad, x):  # type: ignore[arg-type]
+        yield Reading(x, (low, high), encodings.threshold_backward, (grad, None))  # type: ignore[arg-type]
+
+
+def _of_leaky_relu(node: fx.Node) -> Iterator[Reading]:
+    grad, x, slope, _ = node.args
+    if _is_saved(x) and _are_alike(grad, x):  # type: ignore[arg-type]
+        yield Reading(x, (), encodings.leaky_relu_backward, (grad, None, slope))  # type: ignore[arg-type]
+
+
+def _of_dropout(node: fx.Node) -> Iterator[Reading]:
+    grad, mask, scale = node.args
+    if _is_saved(mask) and _are_alike(grad, mask):  # type: ignore[arg-type]
+        yield Reading(mask, (), encodings.dropout_backward, (grad, None, scale))  # type: ignore[arg-type]
+
+
+def _of_max_pool(node: fx.Node) -> Iterator[Reading]:
+    grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode = node.args
+    how = encodings.pool_shape(kernel, stride, padding, dilation)
+    if how is not None and _is_saved(indices) and LAYOUT not in grad.meta:  # type: ignore[union-attr]
+        given = (grad, None, size, strides, *how, ceil_mode)
+        yield Reading(indices, (size[-1], *how), encodings.pool_backward, given)  # type: ignore[arg-type,index]
+
+
+def _of_bool(node: fx.Node) -> Iterator[Reading]:
+    """Any reader: of a mask."""
+    for mask in node.all_input_nodes:
+        layout = _layout(mask) if _is_saved(mask) else None
+        if layout is not None and mask.meta["val"].dtype is torch.bool:
+            yield Reading(mask, (), decoder=encodings.unpack, decoded=layout)
+
+
+def _layout(x: fx.Node) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides, if both are fixed."""
+    value = x.meta["val"]
+    if any(not isinstance(n, int) for n in (*value.shape, *value.stride())):
+        return None
+    return list(value.shape), list(value.stride())
+
+
+def _of_indices(short: torch.dtype, node: fx.Node) -> Iterator[Reading]:
+    """Any reader: of indices that are known to be small, for they point into one dimension, or a few."""
+    for indices in node.all_input_nodes:
+        most = _largest_index(indices)
+        if most is None or not _is_saved(indices):
+            continue
+        dtype = indices.meta["val"].dtype
+        if short is encodings.short_type(most) and short.itemsize < dtype.itemsize:
+            yield Reading(indices, (short,), decoder=encodings.lengthen, decoded=(dtype,))
+
+
+_DIMENSION: dict[Any, int] = {
+    aten.max.dim: 1,
+    aten.min.dim: 1,
+    aten.median.dim: 1,
+    aten.nanmedian.dim: 1,
+    aten.mode.default: 1,
+    aten.kthvalue.default: 2,
+    aten.topk.default: 2,
+    aten.sort.default: 1,
+    aten.sort.stable: 2,
+}
+"""Operators whose second result points into one dimension of the first argument: which argument it is."""
+
+_PLANES: dict[Any, int] = {
+    aten.max_pool2d_with_indices.default: 2,
+    aten.max_pool3d_with_indices.default: 3,
+    aten.adaptive_max_pool2d.default: 2,
+    aten.adaptive_max_pool3d.default: 3,
+}
+"""Operators whose second result points into so many of the last dimensions at once."""
+
+
+def _largest_index(node: fx.Node) -> int | None:
+    """The largest value that a tensor of indices can have; None where nobody knows."""
+    if getattr(node.target, "__name__", "") != "getitem" or node.args[1] != 1:
+        return None
+    maker: Any = node.args[0]
+    source: Any = maker.args[0].meta["val"] if maker.args else None
+    if maker.target in _PLANES:
+        sizes = list(source.shape[-_PLANES[maker.target] :])
+    elif maker.target in _DIMENSION and source.ndim:
+        place = _DIMENSION[maker.target]
+        dim = maker.args[place] if len(maker.args) > place else maker.kwargs.get("dim", -1)
+        sizes = [source.shape[dim]]
+    else:
+        return None
+    most = 1
+    for size in sizes:
+        if not isinstance(size, int):
+            return None
+        most *= size
+    return most - 1
+
+
+# -- The table -----------------------------------------------------------------------------------------
+
+_BITS = sympy.ceiling(ELEMENTS / 8)
+
+LOSSLESS: tuple[Encoding, ...] = (
+    Encoding(
+        "above", _BITS, encodings.pack_above, {aten.threshold_backward.default: _of_threshold}
+    ),
+    Encoding(
+        "between", _BITS, encodings.pack_between, {aten.hardtanh_backward.default: _of_hardtanh}
+    ),
+    Encoding(
+        "positive",
+        _BITS,
+        encodings.pack_positive,
+        {aten.leaky_relu_backward.default: _of_leaky_relu},
+    ),
+    Encoding(
+        "mask",
+        _BITS,
+        encodings.pack,
+        {aten.native_dropout_backward.default: _of_dropout, None: _of_bool},
+    ),
+    Encoding(
+        "offset",
+        ELEMENTS,
+        encodings.pool_offsets,
+        {encodings.max_pool2d_backward: _of_max_pool},
+    ),
+    *(
+        Encoding(
+            f"short {short.itemsize}",
+            short.itemsize * ELEMENTS,
+            encodings.shorten,
+            {None: partial(_of_indices, short)},
+        )
+        for short in encodings.SHORT
+    ),
+)
