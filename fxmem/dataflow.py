@@ -178,7 +178,7 @@ def with_codes(flow: Dataflow, plain: Dataflow, encoders: Container[Any]) -> Dat
     values = list(flow.values)
     for v, more in keeping.items():
         values[v] = replace(values[v], code=True, keeping=max(more, 0.0))
-    return replace(flow, operators=operators, values=values)
+    return replace(flow, operators=operators, values=values, waiting=plain.waiting)
 
 
 def _add_operator(

@@ -99,16 +99,6 @@ def _pack_positive(x: torch.Tensor) -> torch.Tensor:
     return bits
 
 
-def _unpack_as(
-    bits: torch.Tensor, size: list[int], strides: list[int], dtype: torch.dtype
-) -> torch.Tensor:
-    found = bits.new_empty_strided(size, strides, dtype=dtype)
-    flat = _flat(found)
-    for at in _stretches(found):
-        flat[at] = _spread(bits, at).ne(0)
-    return found
-
-
 def _unpack(bits: torch.Tensor, size: list[int], strides: list[int]) -> torch.Tensor:
     mask = bits.new_empty_strided(size, strides, dtype=torch.bool)
     flat = _flat(mask)
@@ -120,13 +110,46 @@ def _unpack(bits: torch.Tensor, size: list[int], strides: list[int]) -> torch.Te
 # -- Backwards that read bits ------------------------------------------------------------------------
 
 
-def _threshold_backward(grad: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    return _threshold_backward_out(grad, bits, grad_input=torch.empty_like(grad))
+def _is_laid_out(grad: torch.Tensor, order: list[int]) -> bool:
+    """Do the gradient's elements lie in the order of the bits?  It may come otherwise at times."""
+    return grad.permute(order).is_contiguous()
+
+
+def _ones_where(bits: torch.Tensor, grad: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """The tensor that was encoded, laid out as it was, as zeros and ones of the gradient's type."""
+    within = grad.new_empty([grad.shape[d] for d in order])
+    flat = _flat(within)
+    for at in _stretches(within):
+        flat[at] = _spread(bits, at).ne(0)
+    return _permuted_back(within, order)
+
+
+def _fake_ones_where(bits: torch.Tensor, grad: torch.Tensor, order: list[int]) -> torch.Tensor:
+    return _permuted_back(grad.new_empty([grad.shape[d] for d in order]), order)
+
+
+def _permuted_back(tensor: torch.Tensor, order: list[int]) -> torch.Tensor:
+    return tensor.permute([order.index(d) for d in range(len(order))])
+
+
+def _threshold_backward(grad: torch.Tensor, bits: torch.Tensor, order: list[int]) -> torch.Tensor:
+    if not _is_laid_out(grad, order):
+        return aten.threshold_backward.default(grad, _ones_where(bits, grad, order), 0)
+    return _threshold_backward_out(grad, bits, order, grad_input=torch.empty_like(grad))
+
+
+def _fake_threshold_backward(
+    grad: torch.Tensor, bits: torch.Tensor, order: list[int]
+) -> torch.Tensor:
+    return aten.threshold_backward.default(grad, _fake_ones_where(bits, grad, order), 0)
 
 
 def _threshold_backward_out(
-    grad: torch.Tensor, bits: torch.Tensor, *, grad_input: torch.Tensor
+    grad: torch.Tensor, bits: torch.Tensor, order: list[int], *, grad_input: torch.Tensor
 ) -> torch.Tensor:
+    if not _is_laid_out(grad, order):
+        x = _ones_where(bits, grad, order)
+        return aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad_input)
     flat, result = _flat(grad), _flat(grad_input)
     for at in _stretches(grad):
         x = _spread(bits, at).to(grad.dtype)
@@ -134,13 +157,33 @@ def _threshold_backward_out(
     return grad_input
 
 
-def _leaky_relu_backward(grad: torch.Tensor, bits: torch.Tensor, slope: Any) -> torch.Tensor:
-    return _leaky_relu_backward_out(grad, bits, slope, grad_input=torch.empty_like(grad))
+def _leaky_relu_backward(
+    grad: torch.Tensor, bits: torch.Tensor, order: list[int], slope: Any
+) -> torch.Tensor:
+    if not _is_laid_out(grad, order):
+        x = _ones_where(bits, grad, order)
+        return aten.leaky_relu_backward.default(grad, x, slope, False)
+    return _leaky_relu_backward_out(grad, bits, order, slope, grad_input=torch.empty_like(grad))
+
+
+def _fake_leaky_relu_backward(
+    grad: torch.Tensor, bits: torch.Tensor, order: list[int], slope: Any
+) -> torch.Tensor:
+    x = _fake_ones_where(bits, grad, order)
+    return aten.leaky_relu_backward.default(grad, x, slope, False)
 
 
 def _leaky_relu_backward_out(
-    grad: torch.Tensor, bits: torch.Tensor, slope: Any, *, grad_input: torch.Tensor
+    grad: torch.Tensor,
+    bits: torch.Tensor,
+    order: list[int],
+    slope: Any,
+    *,
+    grad_input: torch.Tensor,
 ) -> torch.Tensor:
+    if not _is_laid_out(grad, order):
+        x = _ones_where(bits, grad, order)
+        return aten.leaky_relu_backward.grad_input(grad, x, slope, False, grad_input=grad_input)
     flat, result = _flat(grad), _flat(grad_input)
     for at in _stretches(grad):
         x = _spread(bits, at).to(grad.dtype)
@@ -148,13 +191,25 @@ def _leaky_relu_backward_out(
     return grad_input
 
 
-def _dropout_backward(grad: torch.Tensor, bits: torch.Tensor, scale: float) -> torch.Tensor:
+def _dropout_backward(
+    grad: torch.Tensor, bits: torch.Tensor, order: list[int], scale: float
+) -> torch.Tensor:
+    if not _is_laid_out(grad, order):
+        mask = _ones_where(bits, grad, order).ne(0)
+        return aten.native_dropout_backward.default(grad, mask, scale)
     found = torch.empty_like(grad)
     flat, result = _flat(grad), _flat(found)
     for at in _stretches(grad):
         mask = _spread(bits, at).ne(0)
         aten.native_dropout_backward.out(flat[at], mask, scale, out=result[at])
     return found
+
+
+def _fake_dropout_backward(
+    grad: torch.Tensor, bits: torch.Tensor, order: list[int], scale: float
+) -> torch.Tensor:
+    mask = _fake_ones_where(bits, grad, order).ne(0)
+    return aten.native_dropout_backward.default(grad, mask, scale)
 
 
 # -- Where in its window the largest element is --------------------------------------------------------
@@ -294,40 +349,35 @@ for _signature, _real, _fake in (
         lambda x, low, high: _bits_like(x),
     ),
     ("pack_positive(Tensor x) -> Tensor", _pack_positive, _bits_like),
-    (
-        "unpack_as(Tensor bits, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor",
-        _unpack_as,
-        lambda bits, size, strides, dtype: bits.new_empty_strided(size, strides, dtype=dtype),
-    ),
     ("shorten(Tensor x, ScalarType dtype) -> Tensor", _shorten, _shorten),
     ("lengthen(Tensor code, ScalarType dtype) -> Tensor", _lengthen, _lengthen),
     (
-        "leaky_relu_backward(Tensor grad, Tensor bits, Scalar slope) -> Tensor",
+        "leaky_relu_backward(Tensor grad, Tensor bits, int[] order, Scalar slope) -> Tensor",
         _leaky_relu_backward,
-        lambda grad, bits, slope: torch.empty_like(grad),
+        _fake_leaky_relu_backward,
     ),
     (
-        "leaky_relu_backward.grad_input(Tensor grad, Tensor bits, Scalar slope, *, "
+        "leaky_relu_backward.grad_input(Tensor grad, Tensor bits, int[] order, Scalar slope, *, "
         "Tensor(a!) grad_input) -> Tensor(a!)",
         _leaky_relu_backward_out,
-        lambda grad, bits, slope, *, grad_input: grad_input,
+        lambda grad, bits, order, slope, *, grad_input: grad_input,
     ),
     ("unpack(Tensor bits, SymInt[] size, SymInt[] stride) -> Tensor", _unpack, _fake_unpack),
     (
-        "threshold_backward(Tensor grad, Tensor bits) -> Tensor",
+        "threshold_backward(Tensor grad, Tensor bits, int[] order) -> Tensor",
         _threshold_backward,
-        lambda grad, bits: torch.empty_like(grad),
+        _fake_threshold_backward,
     ),
     (
-        "threshold_backward.grad_input(Tensor grad, Tensor bits, *, Tensor(a!) grad_input) "
-        "-> Tensor(a!)",
+        "threshold_backward.grad_input(Tensor grad, Tensor bits, int[] order, *, "
+        "Tensor(a!) grad_input) -> Tensor(a!)",
         _threshold_backward_out,
-        lambda grad, bits, *, grad_input: grad_input,
+        lambda grad, bits, order, *, grad_input: grad_input,
     ),
     (
-        "dropout_backward(Tensor grad, Tensor bits, float scale) -> Tensor",
+        "dropout_backward(Tensor grad, Tensor bits, int[] order, float scale) -> Tensor",
         _dropout_backward,
-        lambda grad, bits, scale: torch.empty_like(grad),
+        _fake_dropout_backward,
     ),
     (
         "pool_offsets(Tensor indices, SymInt width, int[] kernel, int[] stride, int[] padding, "
@@ -373,11 +423,10 @@ shorten = torch.ops.fxmem.shorten.default
 lengthen = torch.ops.fxmem.lengthen.default
 unpack = torch.ops.fxmem.unpack.default
 """bits, size, strides -> bool."""
-unpack_as = torch.ops.fxmem.unpack_as.default
-"""bits, size, strides, type -> zeros and ones."""
 leaky_relu_backward = torch.ops.fxmem.leaky_relu_backward.default
 leaky_relu_backward_out = torch.ops.fxmem.leaky_relu_backward.grad_input
 threshold_backward = torch.ops.fxmem.threshold_backward.default
+"""As aten's.  order: the dimensions in which the bits lie, the outermost first, as for those below."""
 threshold_backward_out = torch.ops.fxmem.threshold_backward.grad_input
 dropout_backward = torch.ops.fxmem.dropout_backward.default
 pool_offsets = torch.ops.fxmem.pool_offsets.default

@@ -17,7 +17,7 @@ from torch import fx
 
 from fxmem import encodings
 from fxmem.graph import is_backward
-from fxmem.sizes import hint, is_dense
+from fxmem.sizes import by_stride, hint, is_dense
 from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
@@ -80,51 +80,59 @@ def _is_saved(x: Any) -> bool:
     return isinstance(value, torch.Tensor) and is_dense(value) and hint(value.numel()) >= LEAST
 
 
-def _are_alike(grad: Any, x: fx.Node) -> bool:
-    """Are both laid out in the same order, so that elements meet their bits?"""
-    if not isinstance(grad, fx.Node) or LAYOUT in grad.meta:
+def _order(x: Any) -> list[int]:
+    """The dimensions in which the elements lie in memory, the outermost first."""
+    value: Any = x.meta["val"]
+    return by_stride(value.shape, value.stride())
+
+
+def _meet(grad: Any, x: Any) -> bool:
+    """Is there an element of the gradient for each of the other, which the forward saves?"""
+    if not isinstance(grad, fx.Node) or not _is_saved(x):
         return False
     mine, theirs = grad.meta["val"], x.meta["val"]
-    return bool(mine.shape == theirs.shape and mine.stride() == theirs.stride())
+    return bool(mine.shape == theirs.shape)
 
 
 def _of_threshold(node: fx.Node) -> Iterator[Reading]:
-    grad, x, threshold = node.args
-    if not _is_saved(x):
-        return
-    if _are_alike(grad, x):  # type: ignore[arg-type]
-        yield Reading(x, (threshold,), encodings.threshold_backward, (grad, None))  # type: ignore[arg-type]
-    elif threshold == 0:
-        layout = _layout(x)  # type: ignore[arg-type]
-        if layout is not None:
-            decoded = (*layout, x.meta["val"].dtype)  # type: ignore[union-attr]
-            yield Reading(x, (0,), decoder=encodings.unpack_as, decoded=decoded)  # type: ignore[arg-type]
+    grad, x, threshold = _arguments(node)
+    if _meet(grad, x):
+        given = (grad, None, _order(x))
+        yield Reading(x, (threshold,), encodings.threshold_backward, given)
 
 
 def _of_hardtanh(node: fx.Node) -> Iterator[Reading]:
-    grad, x, low, high = node.args
-    if _is_saved(x) and _are_alike(grad, x):  # type: ignore[arg-type]
-        yield Reading(x, (low, high), encodings.threshold_backward, (grad, None))  # type: ignore[arg-type]
+    """What is not a number lets the gradient through, as in aten's kernels but for vectors of the CPU's."""
+    grad, x, low, high = _arguments(node)
+    if _meet(grad, x):
+        given = (grad, None, _order(x))
+        yield Reading(x, (low, high), encodings.threshold_backward, given)
 
 
 def _of_leaky_relu(node: fx.Node) -> Iterator[Reading]:
-    grad, x, slope, _ = node.args
-    if _is_saved(x) and _are_alike(grad, x):  # type: ignore[arg-type]
-        yield Reading(x, (), encodings.leaky_relu_backward, (grad, None, slope))  # type: ignore[arg-type]
+    grad, x, slope, _ = _arguments(node)
+    if _meet(grad, x):
+        given = (grad, None, _order(x), slope)
+        yield Reading(x, (), encodings.leaky_relu_backward, given)
 
 
 def _of_dropout(node: fx.Node) -> Iterator[Reading]:
-    grad, mask, scale = node.args
-    if _is_saved(mask) and _are_alike(grad, mask):  # type: ignore[arg-type]
-        yield Reading(mask, (), encodings.dropout_backward, (grad, None, scale))  # type: ignore[arg-type]
+    grad, mask, scale = _arguments(node)
+    if _meet(grad, mask):
+        given = (grad, None, _order(mask), scale)
+        yield Reading(mask, (), encodings.dropout_backward, given)
+
+
+def _arguments(node: fx.Node) -> Any:
+    return node.args
 
 
 def _of_max_pool(node: fx.Node) -> Iterator[Reading]:
-    grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode = node.args
+    grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode = _arguments(node)
     how = encodings.pool_shape(kernel, stride, padding, dilation)
-    if how is not None and _is_saved(indices) and LAYOUT not in grad.meta:  # type: ignore[union-attr]
+    if how is not None and _is_saved(indices):
         given = (grad, None, size, strides, *how, ceil_mode)
-        yield Reading(indices, (size[-1], *how), encodings.pool_backward, given)  # type: ignore[arg-type,index]
+        yield Reading(indices, (size[-1], *how), encodings.pool_backward, given)
 
 
 def _of_bool(node: fx.Node) -> Iterator[Reading]:

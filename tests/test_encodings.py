@@ -29,6 +29,7 @@ from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.rectify import RectifyPass
 from fxmem.passes.uncode import UncodePass
 from fxmem.passes.unread import UnreadPass
+from fxmem.sizes import by_stride
 
 aten = torch.ops.aten
 
@@ -47,6 +48,10 @@ def strange(shape, channels_last=False, seed=0):
     values = torch.tensor(STRANGE[: x.numel()])
     x.view(-1)[: len(values)] = values
     return laid_out(x, channels_last)
+
+
+def order(x):
+    return by_stride(x.shape, x.stride())
 
 
 def same(a, b):
@@ -68,9 +73,9 @@ def test_a_threshold_is_a_bit(shape, channels_last):
         assert bits.dtype is torch.uint8
         assert bits.numel() == math.ceil(x.numel() / 8)
         want = aten.threshold_backward(grad, x, threshold)
-        assert same(encodings.threshold_backward(grad, bits), want)
+        assert same(encodings.threshold_backward(grad, bits, order(x)), want)
         over = grad.clone()
-        assert same(encodings.threshold_backward_out(over, bits, grad_input=over), want)
+        assert same(encodings.threshold_backward_out(over, bits, order(x), grad_input=over), want)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -83,7 +88,7 @@ def test_a_mask_is_a_bit(shape, channels_last):
     assert back.stride() == mask.stride()
     grad = strange(shape, channels_last, seed=1)
     want = aten.native_dropout_backward(grad, mask, 1 / 0.9)
-    assert same(encodings.dropout_backward(grad, bits, 1 / 0.9), want)
+    assert same(encodings.dropout_backward(grad, bits, order(mask), 1 / 0.9), want)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -131,25 +136,51 @@ def test_a_clipped_or_leaky_element_is_a_bit(shape):
     bits = encodings.pack_positive(x)
     for slope in (0.01, 1.5):
         want = aten.leaky_relu_backward(grad, x, slope, False)
-        assert same(encodings.leaky_relu_backward(grad, bits, slope), want)
+        assert same(encodings.leaky_relu_backward(grad, bits, order(x), slope), want)
         over = grad.clone()
-        assert same(encodings.leaky_relu_backward_out(over, bits, slope, grad_input=over), want)
+        assert same(
+            encodings.leaky_relu_backward_out(over, bits, order(x), slope, grad_input=over), want
+        )
     if x.numel():
         # Where an element is not a number aten's own kernel goes by its place.
         x = x.nan_to_num(0.25).reshape(shape)
         x.view(-1)[-1] = 6.0
     bits = encodings.pack_between(x, 0.0, 6.0)
     want = aten.hardtanh_backward(grad, x, 0.0, 6.0)
-    assert same(encodings.threshold_backward(grad, bits), want)
+    assert same(encodings.threshold_backward(grad, bits, order(x)), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_bits_as_numbers(dtype):
-    mask = laid_out(strange((3, 5, 7, 11)), True) > 0
-    bits = encodings.pack(mask)
-    back = encodings.unpack_as(bits, mask.shape, mask.stride(), dtype)
-    assert torch.equal(back, mask.to(dtype))
-    assert back.stride() == mask.stride()
+def layouts():
+    """Gradients of one shape: in both orders, with gaps, and all of one element."""
+    whole = strange((6, 8, 10, 12))
+    dense = whole[:3, :4, :5, :6].contiguous()
+    yield from (dense, laid_out(dense, True), whole[::2, ::2, ::2, ::2])
+    yield torch.ones(()).expand(3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gradient_may_be_laid_out_otherwise(channels_last):
+    """Where other results than expected get a gradient, it is another sum."""
+    x = strange((3, 4, 5, 6), channels_last, seed=1)
+    mask = x > 0
+    above, masked = encodings.pack_above(x, 0), encodings.pack(mask)
+    for grad in layouts():
+        where = order(x)
+        for got, want in (
+            (encodings.threshold_backward(grad, above, where), aten.threshold_backward(grad, x, 0)),
+            (
+                encodings.leaky_relu_backward(grad, masked, where, 0.1),
+                aten.leaky_relu_backward(grad, x, 0.1, False),
+            ),
+            (
+                encodings.dropout_backward(grad, masked, where, 2.0),
+                aten.native_dropout_backward(grad, mask, 2.0),
+            ),
+        ):
+            assert same(got, want)
+        over = torch.empty_strided(grad.shape, x.stride())
+        encodings.threshold_backward_out(grad, above, where, grad_input=over)
+        assert torch.equal(over.nan_to_num(), aten.threshold_backward(grad, x, 0).nan_to_num())
 
 
 @pytest.mark.parametrize(
@@ -211,13 +242,13 @@ def test_a_rectifier_leaves_bits():
 + relu_code: u8[512] = pack_above(relu, 0)
 + relu_1_code: u8[512] = pack_above(relu_1, 0)
 - threshold_backward: f32[64, 64] = threshold_backward(mul_1, relu_1, 0)
-+ threshold_backward_coded: f32[64, 64] = threshold_backward(mul_1, relu_1_code)
++ threshold_backward_coded: f32[64, 64] = threshold_backward(mul_1, relu_1_code, [0, 1])
 - mm_2: f32[64, 64] = mm(t, threshold_backward)
 + mm_2: f32[64, 64] = mm(t, threshold_backward_coded)
 - mm_3: f32[64, 64] = mm(threshold_backward, t_1)
 + mm_3: f32[64, 64] = mm(threshold_backward_coded, t_1)
 - threshold_backward_1: f32[64, 64] = threshold_backward(mm_3, relu, 0)
-+ threshold_backward_1_coded: f32[64, 64] = threshold_backward(mm_3, relu_code)
++ threshold_backward_1_coded: f32[64, 64] = threshold_backward(mm_3, relu_code, [0, 1])
 - mm_4: f32[64, 64] = mm(t_2, threshold_backward_1)
 + mm_4: f32[64, 64] = mm(t_2, threshold_backward_1_coded)""",
     )
@@ -238,7 +269,7 @@ def test_what_reads_a_code_that_is_made_there_reads_its_operand():
         text,
         """\
 - relu_1_code_recompute: u8[512] = pack_above(relu_1_recompute, 0)
-- threshold_backward_coded: f32[64, 64] = threshold_backward(mul_1, relu_1_code_recompute)
+- threshold_backward_coded: f32[64, 64] = threshold_backward(mul_1, relu_1_code_recompute, [0, 1])
 + threshold_backward_coded_plain: f32[64, 64] = threshold_backward(mul_1, relu_1_recompute, 0)
 - mm_2: f32[64, 64] = mm(t, threshold_backward_coded)
 + mm_2: f32[64, 64] = mm(t, threshold_backward_coded_plain)
@@ -337,14 +368,14 @@ def test_other_activations_leave_bits(act, coded):
     assert_same_outputs(graph, after)
 
 
-def test_a_gradient_that_is_laid_out_otherwise_meets_decoded_elements():
+def test_a_gradient_that_is_laid_out_otherwise_meets_its_bits():
     def body(m, x):
         return (F.relu(x @ m.w).t().contiguous() @ m.v).sum()
 
     graph = captured(body, tensor(64, 64), w=tensor(64, 64), v=tensor(64, 64))
     graph = IdentitiesPass().apply(graph)
     after, text = changed(graph, EncodePass())
-    assert "unpack_as" in text
+    assert "threshold_backward(t_3, relu_code, [0, 1])" in text
     assert_same_outputs(graph, after)
 
 
