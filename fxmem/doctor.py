@@ -111,7 +111,7 @@ def _torch_checked() -> Finding:
     span = f"{oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
     why = f"fxmem was checked with torch {checked}"
     if outside:
-        why += f" and is made for {span}: pip install torch=={CHECKED_VERSIONS[0]}"
+        why += f" and is made for {span}: pip install torch=={CHECKED_VERSIONS[-1]}"
     return Finding("torch checked", f"no: checked with {checked}", why, fatal=False)
 
 

@@ -60,7 +60,7 @@ def test_planning_that_fails(monkeypatch):
     ("version", "says"),
     [
         ("2.13.0+cpu", ""),
-        ("2.14.1", "checked with torch 2.13.0"),
+        ("2.14.1", "checked with torch 2.11.0, 2.13.0"),
         ("2.4.0", "made for 2.11 to 2.15"),
     ],
 )
