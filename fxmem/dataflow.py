@@ -157,28 +157,29 @@ def dataflow(
     return flow
 
 
-def with_codes(flow: Dataflow, plain: Dataflow, encoders: Container[Any]) -> Dataflow:
+def with_codes(flow: Dataflow, plain: Dataflow, cost: Cost, encoders: Container[Any]) -> Dataflow:
     """``flow`` priced as ``plain``, the same step without codes; what they cost is for keeping them.
 
     A code that is not kept is none: what would read it reads what it is made of.
     """
-    seconds = {op.node.name: op.seconds for op in plain.operators}
-    operators = list(flow.operators)
+    instead_of = {op.node.name: op for op in plain.operators}
+    operators, values = list(flow.operators), list(flow.values)
     keeping: dict[int, float] = {}
+    waiting = flow.waiting
     for i, op in enumerate(flow.operators):
-        name = op.node.meta.get(INSTEAD_OF, op.node.name)
-        without = seconds.get(name, op.seconds) if name else 0.0
-        if op.node.target in encoders and not op.backward:
-            without = 0.0
-            keeping[op.makes[0]] = op.seconds
-        elif without != op.seconds:
-            for v in keeping.keys() & op.reads:
-                keeping[v] += op.seconds - without
-        operators[i] = replace(op, seconds=without)
-    values = list(flow.values)
+        encodes = op.node.target in encoders and not op.backward
+        if not encodes and INSTEAD_OF not in op.node.meta:
+            continue
+        other = instead_of.get(op.node.meta.get(INSTEAD_OF, ""))
+        seconds = 0.0 if other is None else other.seconds
+        waits = cost.waiting(op.node) - (0.0 if other is None else cost.waiting(other.node))
+        for v in op.makes if encodes else keeping.keys() & op.reads:
+            keeping[v] = keeping.get(v, 0.0) + op.seconds - seconds + waits
+        waiting -= waits
+        operators[i] = replace(op, seconds=seconds)
     for v, more in keeping.items():
         values[v] = replace(values[v], code=True, keeping=max(more, 0.0))
-    return replace(flow, operators=operators, values=values, waiting=plain.waiting)
+    return replace(flow, operators=operators, values=values, waiting=waiting)
 
 
 def _add_operator(

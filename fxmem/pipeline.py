@@ -214,7 +214,7 @@ def _numbers(
     times = _times(expected, device, cost)
     flow = dataflow(expected, workspaces, times, recomputable_nodes(expected))
     if plain is not None:
-        flow = with_codes(flow, plain, ENCODERS)
+        flow = with_codes(flow, plain, times, ENCODERS)
     keep, remake = tagged_values(flow)
     planner = Planner(flow, keep, remake)
     baseline = unchanged.peak

@@ -529,6 +529,7 @@ def test_in_a_plan_codes_are_kept_where_they_pay():
         assert 0 in kept
         assert any(0 < n < len(codes) for n in kept)
         assert planner.keep_all().outcome.seconds == 0
+        assert planner.flow.seconds == pytest.approx(found.analysis.flow.seconds)
 
 
 @pytest.mark.parametrize("allow", [("lossless",), ()])
