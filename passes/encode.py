@@ -44,7 +44,7 @@ from fxmem.encodings import (
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward
 from fxmem.passes.base import insert_like
-from fxmem.sizes import hint, is_dense, storages_in
+from fxmem.sizes import hint, is_plain, storages_in
 from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
@@ -145,7 +145,7 @@ def _of_max_pool(node: fx.Node) -> Encoded | None:
     args: Any = node.args
     grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode = args
     how = pool_shape(kernel, stride, padding, dilation)
-    if how is None or not _is_saved(indices) or LAYOUT in grad.meta:
+    if how is None or not (_is_saved(indices) and _is_plain(grad)):
         return None
     given = (grad, None, size, strides, *how, ceil_mode)
     return Encoded(indices, pool_offsets, (size[-1], *how), pool_backward, given)
@@ -163,15 +163,19 @@ def _is_saved(x: Any) -> bool:
     if not isinstance(x, fx.Node) or is_backward(x) or x.op != "call_function" or LAYOUT in x.meta:
         return False
     value: Any = x.meta["val"]
-    return is_dense(value) and hint(value.numel()) >= _LEAST
+    return is_plain(value) and hint(value.numel()) >= _LEAST
 
 
 def _are_alike(grad: Any, x: fx.Node) -> bool:
     """Are both laid out in the same order, so that elements meet their bits?"""
-    if not isinstance(grad, fx.Node) or LAYOUT in grad.meta:
+    if not _is_plain(grad):
         return False
     mine, theirs = grad.meta["val"], x.meta["val"]
     return bool(mine.shape == theirs.shape and mine.stride() == theirs.stride())
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, fx.Node) and LAYOUT not in x.meta and is_plain(x.meta["val"])
 
 
 # -- Rewriting ---------------------------------------------------------------------------------------
