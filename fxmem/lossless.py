@@ -17,7 +17,7 @@ from torch import fx
 
 from fxmem import encodings
 from fxmem.graph import is_backward
-from fxmem.sizes import by_stride, hint, is_dense
+from fxmem.sizes import by_stride, hint, is_dense, is_plain
 from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
@@ -87,11 +87,20 @@ def _order(x: Any) -> list[int]:
 
 
 def _meet(grad: Any, x: Any) -> bool:
-    """Is there an element of the gradient for each of the other, which the forward saves?"""
+    """Is there an element of the gradient for each of the other, which the forward saves?
+
+    The step of a dimension of size 1 means nothing, and operators choose it each in their own way.
+    """
     if not isinstance(grad, fx.Node) or not _is_saved(x):
         return False
     mine, theirs = grad.meta["val"], x.meta["val"]
-    return bool(mine.shape == theirs.shape)
+    if mine.shape != theirs.shape:
+        return False
+    return 1 not in map(hint, theirs.shape) or (_is_plain(grad) and _is_plain(x))
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, fx.Node) and LAYOUT not in x.meta and is_plain(x.meta["val"])
 
 
 def _of_threshold(node: fx.Node) -> Iterator[Reading]:
@@ -130,7 +139,7 @@ def _arguments(node: fx.Node) -> Any:
 def _of_max_pool(node: fx.Node) -> Iterator[Reading]:
     grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode = _arguments(node)
     how = encodings.pool_shape(kernel, stride, padding, dilation)
-    if how is not None and _is_saved(indices):
+    if how is not None and _is_saved(indices) and _is_plain(grad) and _is_plain(indices):
         given = (grad, None, size, strides, *how, ceil_mode)
         yield Reading(indices, (size[-1], *how), encodings.pool_backward, given)
 

@@ -91,6 +91,21 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Is the tensor laid out as operators lay their results out: contiguous, or in channels_last?
+
+    Not in channels_last with a dimension of size 1, whose step means nothing and which operators
+    choose each in their own way.
+    """
+    shape, strides = [hint(n) for n in tensor.shape], [hint(n) for n in tensor.stride()]
+    if strides == list(torch.empty(shape, device="meta").stride()):
+        return True
+    if len(shape) != 4 or 1 in shape:
+        return False
+    packed = torch.empty(shape, device="meta", memory_format=torch.channels_last)
+    return strides == list(packed.stride())
+
+
 def can_view(shape: Sequence[Any], strides: Sequence[Any], new_shape: Sequence[Any]) -> bool:
     """May a tensor be looked at in a new shape (which may hold one -1) without a copy?"""
     sizes, wanted = [hint(s) for s in shape], [hint(s) for s in new_shape]

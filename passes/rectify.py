@@ -21,6 +21,8 @@ from fxmem.convolution import convolution_relu
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward
 from fxmem.passes.base import insert_like
+from fxmem.sizes import is_plain
+from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
 
@@ -40,8 +42,13 @@ class RectifyPass:
 
 
 def _is_only_for(convolution: fx.Node, relu: fx.Node) -> bool:
-    known = convolution.target is aten.convolution.default and not convolution.kwargs
-    return known and list(convolution.users) == [relu]
+    """And do both lay their results out alike?"""
+    if convolution.target is not aten.convolution.default or convolution.kwargs:
+        return False
+    results = (convolution, relu)
+    plain = all(LAYOUT not in n.meta and is_plain(n.meta["val"]) for n in results)
+    alike = convolution.meta["val"].stride() == relu.meta["val"].stride()
+    return plain and alike and list(convolution.users) == [relu]
 
 
 def _join(graph: fx.Graph, convolution: fx.Node, relu: fx.Node) -> None:

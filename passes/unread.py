@@ -20,6 +20,7 @@ from fxmem.encodings import avg_pool2d_backward, max_pool2d_backward
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph
 from fxmem.passes.base import insert_like
+from fxmem.sizes import is_plain
 from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
@@ -38,11 +39,12 @@ class UnreadPass:
 
 
 def _is_known(x: Any) -> bool:
-    """Are the sizes and the strides fixed, and those that the tensor really has?"""
+    """Are the sizes and the strides fixed, those that the tensor really has, and the gradient's, too?"""
     if not isinstance(x, fx.Node) or LAYOUT in x.meta:
         return False
     value: Any = x.meta["val"]
-    return value.ndim == 4 and all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+    fixed = all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+    return value.ndim == 4 and fixed and is_plain(value)
 
 
 def _max_pool(node: fx.Node, shape: tuple[Any, Any]) -> tuple[Any, tuple[Any, ...]]:

@@ -464,6 +464,50 @@ def test_codes_lower_the_smallest_peak(channels_last):
     assert peaks[1] < peaks[0] or (channels_last and peaks[1] == peaks[0])
 
 
+class Strided(nn.Module):
+    """Pools that look at overlapping windows, or at one channel many times."""
+
+    def __init__(self, expanded):
+        super().__init__()
+        self.expanded = expanded
+        self.conv = nn.Conv2d(2, 1, 1) if expanded else nn.Conv1d(2, 4, 1)
+
+    def forward(self, x):
+        total = 0.0
+        for i in range(1, 5):
+            y = self.conv(x) * i
+            y = y.expand(-1, 32, -1, -1) if self.expanded else y.unfold(2, 64, 8)
+            total = total + F.max_pool2d(y, 2).square().mean()
+        return total
+
+
+@pytest.mark.parametrize("allow", [("recompute", "lossless"), ("lossless",)], ids=len)
+@pytest.mark.parametrize("expanded", [False, True])
+def test_pools_of_overlapping_memory(expanded, allow):
+    torch.manual_seed(0)
+    model = Strided(expanded)
+    x = torch.randn(4, 2, 40, 40) if expanded else torch.randn(4, 2, 1024)
+    eager = gradients(model, model, x)
+    for budget in ("0.8x", "0.65x", "min"):
+        opt = fxmem.optimize(model, budget, (x,), allow=allow, on_infeasible="best")
+        assert all(map(torch.equal, eager, gradients(opt, model, x))), budget
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_channel_last(batch, pool):
+    """The step of a dimension of size 1 decides which kernel the next convolution takes."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 3), nn.ReLU()]
+    model = nn.Sequential(*layers, *([nn.MaxPool2d(2)] * pool))
+    x = torch.randn(batch, 1, 90, 90).to(memory_format=torch.channels_last)
+    call = lambda module: lambda x: module(x).square().mean()  # noqa: E731
+    eager = gradients(call(model), model, x)
+    for budget in ("2.0x", "0.8x", "min"):
+        opt = fxmem.optimize(model, budget, (x,), on_infeasible="best")
+        assert all(map(torch.equal, eager, gradients(call(opt), model, x))), budget
+
+
 def test_a_plan_with_codes_is_replayed(tmp_path):
     torch.manual_seed(0)
     model, x = Convolutions(), torch.randn(8, 3, 48, 48)
