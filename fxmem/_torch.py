@@ -34,6 +34,7 @@ from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import _lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._ordered_set import OrderedSet
@@ -306,13 +307,20 @@ def extract_modules(
     static_inputs: Sequence[fx.Node],
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a joint graph into a forward that returns ``saved`` and a backward that takes it."""
-    return _extract_fwd_bwd_modules(
-        joint,
-        list(saved),
-        saved_sym_nodes=list(saved_symints),
-        num_fwd_outputs=num_forward_outputs,
-        static_lifetime_input_nodes=OrderedSet(static_inputs),
-    )
+    with _lazy_graph_module._use_lazy_graph_module(True):
+        return _extract_fwd_bwd_modules(
+            joint,
+            list(saved),
+            saved_sym_nodes=list(saved_symints),
+            num_fwd_outputs=num_forward_outputs,
+            static_lifetime_input_nodes=OrderedSet(static_inputs),
+        )
+
+
+def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module whose code is written when somebody asks for it: passes change graphs, not code."""
+    with _lazy_graph_module._use_lazy_graph_module(True):
+        return _lazy_graph_module._make_graph_module(root, graph)
 
 
 # -- Convolutions ----------------------------------------------------------------------------------

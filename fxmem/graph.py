@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import fx
 
+from fxmem import _torch
 from fxmem.errors import VerificationError
 from fxmem.sizes import storages_in
 
@@ -107,7 +108,7 @@ class JointGraph:
             theirs.meta = dict(mine.meta)
             if mine.name != theirs.name:
                 raise VerificationError(f"copying renamed {mine.name} to {theirs.name}")
-        module = fx.GraphModule(self.module, graph)
+        module = _torch.graph_module(self.module, graph)
         module.meta = dict(self.module.meta)
         return JointGraph(
             module, self.num_forward_outputs, self.inputs, self.output_kinds, self.symbols
