@@ -73,19 +73,23 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in options.sizes:
         for name in options.families:
             for times in TIMES:
                 rows.append(answer(name, size, times))
-                print(*rows[-1].values(), flush=True)
+                print(json.dumps(rows[-1]), flush=True)
+                write(rows, options.out)
     wrong = [row for row in rows if not row["right"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} are right")
-    if options.out:
-        today = datetime.date.today().isoformat()
-        result = {"date": today, "torch": torch.__version__, "rows": rows}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if wrong else 0
+
+
+def write(rows: list[dict[str, Any]], out: Path | None) -> None:
+    today = datetime.date.today().isoformat()
+    if out:
+        result = {"date": today, "torch": torch.__version__, "rows": rows}
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -332,7 +332,10 @@ class OptimizedModule(fx.GraphModule):
     def report(self) -> Report:
         """What was decided, why, and what it costs."""
         memory = self._planned_program().memory
-        return Report(self.plan, memory=memory, **self.__dict__.get("_fxmem_checked", {}))
+        outside = self._session.options.outside.categories
+        return Report(
+            self.plan, memory=memory, outside=outside, **self.__dict__.get("_fxmem_checked", {})
+        )
 
     # -- Being a module ------------------------------------------------------------------------------------
 

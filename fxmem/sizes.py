@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -14,6 +14,19 @@ from fxmem._torch import storage_key
 
 Size: TypeAlias = int | sympy.Expr
 """Bytes: an ``int``, or a sympy polynomial in the shape symbols."""
+
+
+Bindings: TypeAlias = dict[sympy.Symbol, int]
+"""The size that each symbol stands for."""
+
+
+def symbol(name: str) -> sympy.Symbol:
+    """The symbol of that name in sizes that carry the user's names."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def symbols(sizes: Mapping[str, int]) -> Bindings:
+    return {symbol(name): size for name, size in sizes.items()}
 
 
 CUDA_BLOCK = 512

@@ -233,6 +233,27 @@ def test_a_report_without_a_budget_is_of_the_step_as_it_is():
         fxmem.report(Tower(), (torch.ones(8, 64),), gpus=True, on_infeasible="best")
 
 
+def test_an_optimizers_state_is_a_category_beside_the_step():
+    model, x = Tower(), torch.ones(8, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    plain = fxmem.liveness(model, (x,))
+    assert "optimizer state" not in plain.categories
+    found = fxmem.report(model, (x,), reserve=optimizer)
+    planned = fxmem.report(model, (x,), "2x", reserve=optimizer)
+    model(x).backward()
+    optimizer.step()
+    real = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+    assert found.liveness.categories == {**plain.categories, "optimizer state": real}
+    assert found.liveness.peak == plain.peak
+    assert dict(planned.outside) == {"optimizer state": real}
+    for text in (str(found), str(planned)):
+        (row,) = re.findall("^optimizer state, beside .*", text, re.MULTILINE)
+        assert "1.0" in row  # MiB
+    assert str(real) in str(found)
+    assert "optimizer state" not in str(fxmem.report(model, (x,)))
+    assert found.to_dict()["liveness"]["categories"]["optimizer state"]["nbytes"] == real
+
+
 def test_a_budget_that_nothing_fits_has_no_report():
     with pytest.raises(fxmem.BudgetInfeasibleError):
         fxmem.report(Tower(), (torch.ones(8, 64),), 1000)
@@ -352,6 +373,72 @@ def test_where_a_step_fits():
         "least": "no",
     }
     assert not fxmem.fits(model, (x,), gpus=gpus[-2:]).anywhere
+
+
+def test_the_largest_batch_on_each_gpu_solves_the_closed_form():
+    model, x = Tower(16, 1), torch.ones(512, 16)
+    form = fxmem.liveness(model, (x,))
+    own, whole = form.form_at({"B": 512}), form.unchanged_at()
+    rooms = {"just": whole, "tight": whole - 2000, "double": 2 * whole, "nothing": 1000}
+    gpus = tuple(with_room(name, room) for name, room in rooms.items())
+    found = fxmem.fits(model, (x,), gpus=gpus)
+    assert found.symbol == "B"
+    rows = {row.gpu: row for row in found.rows}
+    for row in found.rows:
+        # The form is the captured step's; the step as it is takes so many times that.
+        fits = [form.form_at({"B": row.largest + more}) * whole / own for more in (0, 1)]
+        assert row.largest == 0 or fits[0] <= row.usable + 1
+        assert row.usable < fits[1]
+        assert (row.verdict == "as it is") == (row.largest >= 512)
+    assert rows["nothing"].largest == 0
+    lines = str(found).splitlines()
+    assert lines[1].endswith("largest B")
+    assert any(line.endswith(f"  {rows['double'].largest:,}") for line in lines)
+    assert "largest B: that fits as it is" in " ".join(" ".join(lines).split())
+    named = fxmem.fits(model, (x,), gpus=gpus, dynamic_shapes={"x": {0: "N"}})
+    assert [row.largest for row in named.rows] == [row.largest for row in found.rows]
+    assert str(named).splitlines()[1].endswith("largest N")
+    most = torch.export.Dim("N", max=700)
+    capped = fxmem.fits(model, (x,), gpus=gpus, dynamic_shapes={"x": {0: most}})
+    assert max(row.largest for row in capped.rows) == 700
+
+
+class OfEight(nn.Module):
+    """The batch is a number in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.inner(x.reshape(8, 8)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "why"),
+    [
+        (OfEight(), None, "the step cannot be traced with a batch of any size"),
+        (Tower(8, 1), {"x": {1: "S"}}, "no input has a named first dimension"),
+    ],
+)
+def test_no_batch_no_largest_batch(model, shapes, why):
+    x = torch.ones(8, 8) if shapes is None else torch.ones(4, 16, 8)
+    found = fxmem.fits(model, (x,), dynamic_shapes=shapes)
+    assert (found.symbol, found.why_none) == ("", why)
+    assert {row.largest for row in found.rows} == {None}
+    text = str(found)
+    assert f"No largest batch: {why}." in " ".join(text.split())
+    assert "largest B" not in text
+
+
+def test_what_libraries_hold_is_taken_off_every_gpu(monkeypatch):
+    from fxmem import looking
+
+    model, x = Tower(16, 1), torch.ones(512, 16)
+    gpus = (with_room("just", fxmem.plan(model, "2x", (x,)).baseline_peak),)
+    assert fxmem.fits(model, (x,), gpus=gpus).rows[0].verdict == "as it is"
+    monkeypatch.setattr(looking, "library_memory", lambda device: 100)
+    assert fxmem.fits(model, (x,), gpus=gpus).rows[0].verdict == "with a plan"
 
 
 def test_each_gpu_has_its_own_price():
