@@ -61,7 +61,7 @@ class Program:
         """Was the program captured for such a call, and does it keep the budget at its sizes?"""
         if not self.matches(call.locals()):
             return False
-        if all(size <= self.sizes.get(place, size) for place, size in sizes.items()):
+        if sizes == self.sizes:
             return True
         return self.validity is not None and self.validity.fits(named)
 

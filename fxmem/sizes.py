@@ -88,6 +88,19 @@ def hint(value: int | torch.SymInt) -> int:
     return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
 
 
+def as_numbers(tensor: torch.Tensor, gradient: torch.Tensor) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides; -1 for a batch that is no constant, and the gradient's, too.
+
+    None where something else is no constant.
+    """
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    if shape and isinstance(shape[0], torch.SymInt):
+        if as_expr(shape[0]) != as_expr(gradient.shape[0]):
+            return None
+        shape[0] = -1
+    return (shape, strides) if all(isinstance(n, int) for n in (*shape, *strides)) else None
+
+
 def by_stride(shape: Sequence[Any], strides: Sequence[Any]) -> list[int]:
     """The dimensions, the one with the largest steps first; among equal steps, the longest."""
     return sorted(range(len(shape)), key=lambda d: (-hint(strides[d]), -hint(shape[d])))
