@@ -47,7 +47,7 @@ class Fits:
 
     baseline_peak: bytes of the step as it is.  reserve: bytes beside it.  device: whose operators were
     captured.  symbol: what ``largest`` is of, such as B; empty where no size is the batch, and then
-    why_none says why.
+    why_none says why.  rough: the form may be off far from the example.
     """
 
     model: str
@@ -57,6 +57,7 @@ class Fits:
     rows: tuple[Fit, ...]
     symbol: str = ""
     why_none: str = ""
+    rough: bool = False
 
     def __str__(self) -> str:
         beside = f" beside {format_bytes(self.reserve)} of reserve" if self.reserve else ""
@@ -91,6 +92,12 @@ def usable(gpu: Gpu) -> int:
     return gpu.nbytes * (100 - DRIVER_SHARE) // 100 - CONTEXT
 
 
+ROUGH = (
+    " What some operators hold follows no polynomial, so far from the example it may be well off."
+)
+"""Of what closed forms say."""
+
+
 # -- Text --------------------------------------------------------------------------------------------
 
 _GIB = 2**30
@@ -120,9 +127,10 @@ def fit_lines(found: Fits) -> list[str]:
 def _largest_note(found: Fits) -> str:
     if not found.symbol:
         return f" No largest batch: {found.why_none}." if found.why_none else ""
+    rough = ROUGH if found.rough else ""
     return (
         f" largest {found.symbol}: that fits as it is, by the closed form; fxmem.max_batch settles "
-        "the boundary, and with a plan more may fit."
+        f"the boundary, and with a plan more may fit.{rough}"
     )
 
 

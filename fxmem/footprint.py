@@ -160,6 +160,7 @@ def _liveness(footprint: Footprint, traced: Trace, notes: list[str]) -> Liveness
         storages=tuple(_Rows(traced, peaks[0].step).rows()),
         assumptions=tuple(map(str, traced.assumed)),
         notes=tuple(notes),
+        rough=bool(traced.how.get("measured")),
         monomials=tuple(forms.monomials.index),
         live=forms.coefficients,
         peak_of=footprint.peak_at,

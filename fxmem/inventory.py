@@ -145,8 +145,9 @@ class Liveness:
     model, device: of the step.  peak: the largest bytes of any step, a polynomial or the ``Max`` of a
     few.  peaks: those, each with its program point, the peak at the hint first.  points: the steps in
     program order.  outside: bytes beside the step, such as the optimizer's state, by category; they are in
-    no peak.  assumptions: relations between sizes for which alone the forms hold.  notes: what a
-    reader should know, such as sizes that are constants.
+    no peak.  rough: what some operators hold follows no polynomial, so that far from the hint ``peak`` may
+    be off, and ``peak_at`` is not.  assumptions: relations between sizes for which alone the forms hold.
+    notes: what a reader should know, such as sizes that are constants.
     """
 
     model: str
@@ -159,6 +160,7 @@ class Liveness:
     assumptions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     outside: Mapping[str, int] = field(default_factory=dict)
+    rough: bool = False
     monomials: tuple[sympy.Expr, ...] = ()
     live: Iterable[Sequence[int]] = field(default=(), repr=False)
     peak_of: Callable[[Mapping[str, int]], int] = field(default=lambda _: 0, repr=False)

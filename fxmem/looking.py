@@ -221,6 +221,7 @@ def fits_of(
         tuple(rows),
         batches.symbol,
         batches.why_none,
+        batches.found is not None and batches.found.rough,
     )
 
 

@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from fxmem.fits import ROUGH
 from fxmem.inventory import Liveness, Row
 from fxmem.report import labelled
 from fxmem.tables import BYTES, ROUNDED, WIDTH, Scale, cut, percent, scale, table, wrapped
@@ -190,5 +191,5 @@ def _fitting(report: StepReport) -> list[str]:
     step = "unchanged step" if report.unchanged is not None else "captured step"
     return wrapped(
         f"By the closed form, of the {step}{at}: {'; '.join(fits)}. fxmem.max_batch settles the "
-        "boundary."
+        f"boundary.{ROUGH if found.rough else ''}"
     )

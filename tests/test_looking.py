@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -289,8 +290,6 @@ def test_pictures(report, tmp_path):
 
 def test_a_name_in_a_picture_is_no_formula(report, tmp_path):
     pytest.importorskip("matplotlib")
-    from dataclasses import replace
-
     name = r"$\frac{$</text><script>alert(1)</script>"
     replace(report, plan=replace(report.plan, model=name)).svg(tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
@@ -429,6 +428,18 @@ def test_no_batch_no_largest_batch(model, shapes, why):
     text = str(found)
     assert f"No largest batch: {why}." in " ".join(text.split())
     assert "largest B" not in text
+
+
+def test_rough_forms_are_called_rough():
+    found = fxmem.report(Tower(16, 1), (torch.ones(512, 16),))
+    rough = replace(found, liveness=replace(found.liveness, rough=True))
+    assert not found.liveness.rough
+    assert "follows no polynomial" not in str(found)
+    assert "follows no polynomial" in " ".join(str(rough).split())
+    row = Fit("T4", 16 * GIB, 14 * GIB, "as it is", 20 * MIB, 0.0, 12)
+    for rough, said in ((False, False), (True, True)):
+        lines = fit_lines(Fits("GPT", "cpu", 20 * MIB, 0, (row,), "B", "", rough))
+        assert ("follows no polynomial" in " ".join(" ".join(lines).split())) == said
 
 
 def test_what_libraries_hold_is_taken_off_every_gpu(monkeypatch):
