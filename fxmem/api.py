@@ -208,7 +208,18 @@ def liveness(
     )
     outside = read_reserve(reserve).categories
     with torch.enable_grad():
-        return replace(liveness_of(call, names, device_of(call), bounds), outside=outside)
+        try:
+            found = liveness_of(call, names, device_of(call), bounds)
+        except CaptureError:
+            if dynamic_shapes or not names:
+                raise
+            # Nobody asked for symbols, and the step works with these sizes alone.
+            found = liveness_of(call, {}, device_of(call))
+            found = replace(found, notes=(_NO_SYMBOLS, *found.notes))
+    return replace(found, outside=outside)
+
+
+_NO_SYMBOLS = "the step cannot be traced with sizes that change, so all are constants here"
 
 
 # -- Reading what the user wrote ---------------------------------------------------------------------

@@ -190,11 +190,11 @@ def _batches(
             loss_fn=loss_fn, loss_inputs=loss_inputs,
         )  # fmt: skip
     except CaptureError:  # with symbols: the step itself may well be captured
-        return _Batches(why_none="the step cannot be traced with a batch of any size")
+        return _Batches(why_none=_NO_SIZE)
     places = {name: info.where for name, info in found.symbols.items()}
     name = next((n for n, where in places.items() if any(map(_is_first, where))), None)
     if name is None:
-        return _Batches(why_none="no input has a named first dimension")
+        return _Batches(why_none="no input has a named first dimension" if places else _NO_SIZE)
     info = found.symbols[name]
     if info.low == info.high:
         return _Batches(why_none=f"the step works with {name}={info.hint} alone")
@@ -202,6 +202,9 @@ def _batches(
         return _Batches(why_none=f"the peak is the same for every {name}")
     high = given_bounds(dynamic_shapes).get(name, (1, None))[1]
     return _Batches(found, name, _unchanged(found), high)
+
+
+_NO_SIZE = "the step cannot be traced with a batch of any size"
 
 
 def _is_first(place: str) -> bool:

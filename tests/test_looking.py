@@ -430,6 +430,20 @@ def test_no_batch_no_largest_batch(model, shapes, why):
     assert "largest B" not in text
 
 
+def test_a_step_of_fixed_sizes_is_looked_at_without_symbols():
+    found = fxmem.liveness(OfEight(), (torch.ones(8, 8),))
+    assert not found.symbols
+    assert "cannot be traced with sizes that change" in found.notes[0]
+    assert (
+        found.peak_at()
+        == found.peak
+        == fxmem.plan(OfEight(), "1GiB", (torch.ones(8, 8),)).predicted_peak
+    )
+    assert "cannot be traced" in str(fxmem.report(OfEight(), (torch.ones(8, 8),)))
+    with pytest.raises(fxmem.CaptureError):
+        fxmem.liveness(OfEight(), (torch.ones(8, 8),), dynamic_shapes={0: {0: "B"}})
+
+
 def test_rough_forms_are_called_rough():
     found = fxmem.report(Tower(16, 1), (torch.ones(512, 16),))
     rough = replace(found, liveness=replace(found.liveness, rough=True))
