@@ -343,6 +343,11 @@ def convolution_kernel(
     return name, memory_format
 
 
+def with_batch(size: list[int], grad: torch.Tensor) -> list[int]:
+    """The size of an input, whose batch is the gradient's where it is given as -1."""
+    return [grad.shape[0], *size[1:]] if size[0] == -1 else size
+
+
 def without_bytes(size: list[int], strides: list[int], like: torch.Tensor) -> torch.Tensor:
     """A tensor of that shape, type and device with a storage of 0 bytes: no element may be read."""
     nothing = like.new_empty(0)

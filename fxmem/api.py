@@ -7,6 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -188,6 +189,7 @@ def liveness(
     dynamic_shapes: Any = None,
     loss_fn: Callable[..., Any] | None = None,
     loss_inputs: Any = (),
+    reserve: Any = 0,
 ) -> Liveness:
     """When each storage of one training step is born and dies, and closed forms of its peak.
 
@@ -198,13 +200,26 @@ def liveness(
     bounds narrows the range.  Without it, B is the first dimension of the inputs, and S the second one
     of token ids and sequences.  Another input's dimension that stands alike and is as long has the
     same name; equal sizes elsewhere are chance and stay apart.
+    reserve: an optimizer, whose state is a category then, or bytes; they are beside the step's peak.
     Raises ``CaptureError`` where the step cannot be captured, ``FxmemError`` for arguments it cannot read.
     """
     call, names, bounds = named_call(
         model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
     )
+    outside = read_reserve(reserve).categories
     with torch.enable_grad():
-        return liveness_of(call, names, device_of(call), bounds)
+        try:
+            found = liveness_of(call, names, device_of(call), bounds)
+        except CaptureError:
+            if dynamic_shapes or not names:
+                raise
+            # Nobody asked for symbols, and the step works with these sizes alone.
+            found = liveness_of(call, {}, device_of(call))
+            found = replace(found, notes=(_NO_SYMBOLS, *found.notes))
+    return replace(found, outside=outside)
+
+
+_NO_SYMBOLS = "the step cannot be traced with sizes that change, so all are constants here"
 
 
 # -- Reading what the user wrote ---------------------------------------------------------------------
@@ -232,11 +247,9 @@ def read_options(
         )
     if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < 1:
         raise FxmemError(f"noise should be a number from 0 to below 1, not {noise!r}")
-    outside = read_reserve(reserve)
     return Options(
         budget=Budget.parse(budget),
-        reserve=outside.nbytes,
-        reserve_in_8_bits=outside.in_8_bits,
+        outside=read_reserve(reserve),
         allow=_read_allow(allow),
         on_infeasible=on_infeasible,
         cost=_read_cost(cost),

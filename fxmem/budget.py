@@ -98,11 +98,21 @@ class Budget:
 class Reserve:
     """Bytes to keep free for what lies outside the step.
 
-    in_8_bits: of them, what an optimizer would free that stores its moments in 8 bits.
+    in_8_bits: of them, what an optimizer would free that stores its moments in 8 bits.  what: their
+    name among categories, "optimizer state" where they are that.
     """
 
     nbytes: int
     in_8_bits: int = 0
+    what: str = "reserve"
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """The bytes by their name, or nothing."""
+        return {self.what: self.nbytes} if self.nbytes else {}
+
+
+NO_RESERVE = Reserve(0)
 
 
 def read_reserve(reserve: int | str | torch.optim.Optimizer) -> Reserve:
@@ -250,7 +260,7 @@ def _reserve_for(tensors: list[torch.Tensor]) -> Reserve:
     """The tensors are one for each storage."""
     whole = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     freed = sum(tensor.nbytes - _in_8_bits(tensor) for tensor in tensors)
-    return Reserve(whole, freed)
+    return Reserve(whole, freed, "optimizer state")
 
 
 def _in_8_bits(tensor: torch.Tensor) -> int:

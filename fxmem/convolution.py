@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from fxmem._torch import convolution_kernel, without_bytes
+from fxmem._torch import convolution_kernel, with_batch, without_bytes
 
 aten = torch.ops.aten
 
@@ -53,6 +53,7 @@ def _input_backward(
     bias_sizes: list[int] | None,
     *how: Any,
 ) -> torch.Tensor:
+    size = with_batch(size, grad)
     if weight.ndim == 3:  # it is run as two dimensions, and a tensor without bytes has no views
         wide = (grad.unsqueeze(2), weight.unsqueeze(2), *_widened(size, strides), bias_sizes)
         return _input_backward(*wide, *_widened_how(*how)).squeeze(2)
@@ -70,7 +71,7 @@ def _fake_input_backward(
     bias_sizes: list[int] | None,
     *how: Any,
 ) -> torch.Tensor:
-    x = grad.new_empty_strided(size, strides)
+    x = grad.new_empty_strided(with_batch(size, grad), strides)
     return _input_gradient(grad, x, weight, bias_sizes, how)
 
 
@@ -127,7 +128,10 @@ _LIBRARY.impl("convolution_input_backward", _input_backward, "CompositeExplicitA
 torch.library.register_fake("fxmem::convolution_input_backward", _fake_input_backward, lib=_LIBRARY)
 
 convolution_input_backward = torch.ops.fxmem.convolution_input_backward.default
-"""``convolution_input_backward(grad, weight, input_size, input_stride, ...)``, the rest as aten's."""
+"""``convolution_input_backward(grad, weight, input_size, input_stride, ...)``, the rest as aten's.
+
+A batch of -1 is the gradient's.
+"""
 
 
 @register_flop_formula(torch.ops.fxmem.convolution_input_backward)
@@ -145,4 +149,5 @@ def _flops(
     **__: Any,
 ) -> int:
     """What torch counts for this part of ``aten.convolution_backward``."""
-    return int(conv_flop_count(grad_shape, weight_shape, size, not transposed))
+    found: int = conv_flop_count(grad_shape, weight_shape, size, not transposed)
+    return found

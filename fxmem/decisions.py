@@ -219,7 +219,7 @@ def _certificate(
         judge = Judge(graph, simulator, choice.kept, choice.drops, choice.outcome, budget)
         remedies += judge.remedies(tensors)
         if options.budget.kind != "baseline_share":  # which the reserve is no part of
-            remedies += optimizer_in_8_bits(options.reserve, options.reserve_in_8_bits)
+            remedies += optimizer_in_8_bits(options.reserve, options.outside.in_8_bits)
     return certificate(simulator, peak.nbytes, tensors, remedies)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxmem._torch import without_bytes
+from fxmem._torch import with_batch, without_bytes
 
 aten = torch.ops.aten
 
@@ -257,6 +257,7 @@ def _pool_backward(
     dilation: list[int],
     ceil_mode: bool,
 ) -> torch.Tensor:
+    size = with_batch(size, grad)
     found = grad.new_empty_strided(size, strides)
     top = _corners(offsets.shape[-2], stride[0], padding[0], offsets)[:, None]
     left = _corners(offsets.shape[-1], stride[1], padding[1], offsets)
@@ -299,7 +300,7 @@ def _avg_pool2d_backward(
     grad: torch.Tensor, size: list[int], strides: list[int], *how: Any
 ) -> torch.Tensor:
     found: torch.Tensor = aten.avg_pool2d_backward.default(
-        grad, without_bytes(size, strides, grad), *how
+        grad, without_bytes(with_batch(size, grad), strides, grad), *how
     )
     return found
 
@@ -308,7 +309,7 @@ def _max_pool2d_backward(
     grad: torch.Tensor, indices: torch.Tensor, size: list[int], strides: list[int], *how: Any
 ) -> torch.Tensor:
     found: torch.Tensor = aten.max_pool2d_with_indices_backward.default(
-        grad, without_bytes(size, strides, grad), *how, indices
+        grad, without_bytes(with_batch(size, grad), strides, grad), *how, indices
     )
     return found
 
@@ -327,13 +328,13 @@ def _fake_pool_offsets(indices: torch.Tensor, *_: Any) -> torch.Tensor:
 def _fake_avg_pool2d_backward(
     grad: torch.Tensor, size: list[Any], strides: list[Any], *_: Any
 ) -> torch.Tensor:
-    return grad.new_empty_strided(size, strides)
+    return grad.new_empty_strided(with_batch(size, grad), strides)
 
 
 def _fake_pool_backward(
     grad: torch.Tensor, offsets: torch.Tensor, size: list[Any], strides: list[Any], *_: Any
 ) -> torch.Tensor:
-    return grad.new_empty_strided(size, strides)
+    return grad.new_empty_strided(with_batch(size, grad), strides)
 
 
 for _signature, _real, _fake in (
@@ -435,7 +436,7 @@ pool_backward = torch.ops.fxmem.pool_backward.default
 
 avg_pool2d_backward = torch.ops.fxmem.avg_pool2d_backward.default
 max_pool2d_backward = torch.ops.fxmem.max_pool2d_backward.default
-"""aten's, with the size and the strides of the input in its place."""
+"""aten's, with the size and the strides of the input in its place.  A batch of -1 is the gradient's."""
 
 ENCODERS = frozenset({pack, pack_above, pack_between, pack_positive, pool_offsets, shorten})
 """Operators whose result is a code of their first operand."""

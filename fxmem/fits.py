@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fxmem.boundary import FARTHEST
 from fxmem.gpus import GPUS, Gpu
 from fxmem.tables import clean, table, wrapped
 from fxmem.units import format_bytes
@@ -27,6 +28,8 @@ class Fit:
     nbytes: of its memory.  usable: what is left of them for the step.  verdict: "as it is", "with a
     plan" or "no".  peak: bytes of the step as it runs there; where the verdict is "no", the smallest
     peak.  overhead: added time / unchanged time by this GPU's roofline; None where it does not fit.
+    largest: the largest batch of the step as it is, by its closed form; None where no size is
+    the batch, or where all that anybody would ask for fit.
     """
 
     gpu: str
@@ -35,6 +38,7 @@ class Fit:
     verdict: str
     peak: int
     overhead: float | None
+    largest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Fits:
     """A step on all GPUs of the table, the smallest memory first.
 
     baseline_peak: bytes of the step as it is.  reserve: bytes beside it.  device: whose operators were
-    captured.
+    captured.  symbol: what ``largest`` is of, such as B; empty where no size is the batch, and then
+    why_none says why.  rough: the form may be off far from the example.
     """
 
     model: str
@@ -50,6 +55,9 @@ class Fits:
     baseline_peak: int
     reserve: int
     rows: tuple[Fit, ...]
+    symbol: str = ""
+    why_none: str = ""
+    rough: bool = False
 
     def __str__(self) -> str:
         beside = f" beside {format_bytes(self.reserve)} of reserve" if self.reserve else ""
@@ -84,27 +92,46 @@ def usable(gpu: Gpu) -> int:
     return gpu.nbytes * (100 - DRIVER_SHARE) // 100 - CONTEXT
 
 
+ROUGH = (
+    " What some operators hold follows no polynomial, so far from the example it may be well off."
+)
+"""Of what closed forms say."""
+
+
 # -- Text --------------------------------------------------------------------------------------------
 
 _GIB = 2**30
-_NAMES = 40
+_NAMES = 34
 
 
 def fit_lines(found: Fits) -> list[str]:
-    """The table: GPUs that a step fits as it is on one line, those that it does not fit on another."""
+    """The table: a line for GPUs of which all the same is true, be it that nothing fits."""
     groups: dict[tuple[Any, ...], list[Fit]] = {}
     for row in found.rows:
         size = row.nbytes if row.verdict == "with a plan" else 0
-        groups.setdefault((row.verdict, size, _time(row)), []).append(row)
+        groups.setdefault((row.verdict, size, _time(row), row.largest), []).append(row)
     cells = [line for group in groups.values() for line in _group_cells(group)]
+    headers = ("GPU", "GiB", "usable", "fits", "peak", "time", f"largest {found.symbol}")
+    columns = len(headers) if found.symbol else len(headers) - 1
     return [
-        *table(("GPU", "GiB", "usable", "fits", "peak", "time"), cells, "lrrlrr"),
+        *table(headers[:columns], [line[:columns] for line in cells], "lrrlrrr"[:columns]),
         *wrapped(
             f"usable: {DRIVER_SHARE} % for the driver and {format_bytes(CONTEXT)} for the process "
             "are taken off. time: added to the step by that GPU's roofline. Operators are those of "
             f"{found.device}. Where nothing fits, peak is the smallest that any plan reached."
+            + _largest_note(found)
         ),
     ]
+
+
+def _largest_note(found: Fits) -> str:
+    if not found.symbol:
+        return f" No largest batch: {found.why_none}." if found.why_none else ""
+    rough = ROUGH if found.rough else ""
+    return (
+        f" largest {found.symbol}: that fits as it is, by the closed form; fxmem.max_batch settles "
+        f"the boundary, and with a plan more may fit.{rough}"
+    )
 
 
 def _group_cells(group: list[Fit]) -> list[tuple[str, ...]]:
@@ -117,8 +144,9 @@ def _group_cells(group: list[Fit]) -> list[tuple[str, ...]]:
         first.verdict,
         format_bytes(first.peak),
         _time(first),
+        f"> {FARTHEST:,}" if first.largest is None else f"{first.largest:,}",
     )
-    return [(names[0], *figures), *((name, "", "", "", "", "") for name in names[1:])]
+    return [(names[0], *figures), *((name, *[""] * len(figures)) for name in names[1:])]
 
 
 def _span(low: str, high: str) -> str:

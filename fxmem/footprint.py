@@ -26,9 +26,9 @@ from fxmem.graph import (
 from fxmem.inventory import Liveness, Peak, Point, Row, SymbolInfo
 from fxmem.liveness import Step, Storage
 from fxmem.partition import Split
-from fxmem.sizes import evaluate, storages_in, tensors_in
+from fxmem.sizes import evaluate, storages_in, symbols, tensors_in
 from fxmem.standins import at_sizes
-from fxmem.symbolic import SMALLEST, Trace, kind_of, scores_in, symbols
+from fxmem.symbolic import SMALLEST, Trace, kind_of, scores_in
 from fxmem.tracing import trace
 from fxmem.workspace import load_workspaces, save_workspaces
 
@@ -160,6 +160,7 @@ def _liveness(footprint: Footprint, traced: Trace, notes: list[str]) -> Liveness
         storages=tuple(_Rows(traced, peaks[0].step).rows()),
         assumptions=tuple(map(str, traced.assumed)),
         notes=tuple(notes),
+        rough=bool(traced.how.get("measured")),
         monomials=tuple(forms.monomials.index),
         live=forms.coefficients,
         peak_of=footprint.peak_at,

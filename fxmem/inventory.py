@@ -11,8 +11,10 @@ from typing import Any
 import sympy
 from tabulate import tabulate, tabulate_formats
 
+from fxmem.boundary import FARTHEST, largest
 from fxmem.errors import FxmemError
 from fxmem.forms import Reign
+from fxmem.sizes import symbol, symbols
 from fxmem.tables import WIDTH, clean, cut, table
 from fxmem.units import format_bytes
 
@@ -142,8 +144,10 @@ class Liveness:
 
     model, device: of the step.  peak: the largest bytes of any step, a polynomial or the ``Max`` of a
     few.  peaks: those, each with its program point, the peak at the hint first.  points: the steps in
-    program order.  assumptions: relations between sizes for which alone the forms hold.  notes: what a
-    reader should know, such as sizes that are constants.
+    program order.  outside: bytes beside the step, such as the optimizer's state, by category; they are in
+    no peak.  rough: what some operators hold follows no polynomial, so that far from the hint ``peak`` may
+    be off, and ``peak_at`` is not.  assumptions: relations between sizes for which alone the forms hold.
+    notes: what a reader should know, such as sizes that are constants.
     """
 
     model: str
@@ -155,6 +159,8 @@ class Liveness:
     storages: tuple[Row, ...]
     assumptions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    outside: Mapping[str, int] = field(default_factory=dict)
+    rough: bool = False
     monomials: tuple[sympy.Expr, ...] = ()
     live: Iterable[Sequence[int]] = field(default=(), repr=False)
     peak_of: Callable[[Mapping[str, int]], int] = field(default=lambda _: 0, repr=False)
@@ -171,8 +177,9 @@ class Liveness:
 
     @property
     def categories(self) -> dict[str, sympy.Expr]:
-        """What is live at the peak at the hint, by category."""
-        return dict(self.peaks[0].categories)
+        """What is live at the peak at the hint, by category; and what is there beside the step."""
+        beside = {name: sympy.Integer(nbytes) for name, nbytes in self.outside.items()}
+        return {**self.peaks[0].categories, **beside}
 
     def peak_at(self, **sizes: int) -> int:
         """Bytes at the peak for these sizes; symbols that are not named have their hint's.
@@ -208,6 +215,31 @@ class Liveness:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise FxmemError(f"{name} should be a positive integer, not {size!r:.80}")
         return {**self.hint, **given}
+
+    def largest(
+        self,
+        name: str,
+        budget: int,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        peak: int | None = None,
+        high: int | None = None,
+    ) -> int | None:
+        """The largest size of a symbol that fits by the closed form alone; ``max_batch`` settles it.
+
+        budget: bytes.  sizes: of the other symbols, by default the hint's.  peak: bytes of another step at
+        these and the hint of ``name``, such as the model's own: the form is taken in proportion to it.
+        high: no size above is looked for.  0 where not even 1 fits, None where all sizes do.
+        """
+        if symbol(name) not in self.peak.free_symbols:
+            return None
+        here = {**self.sizes(sizes or {}), name: self.hint[name]}
+        whole = self.form_at(here)
+        within = budget if peak is None else budget * whole // max(peak, 1)
+        found = largest(
+            lambda size: self.form_at({**here, name: size}), within, here[name], 1, high
+        )
+        return None if found == FARTHEST else found or 0
 
     # -- Rows ------------------------------------------------------------------------------------------
 
@@ -292,7 +324,7 @@ class Liveness:
         null for what is no product of symbols) and ``"live": [[coefficient, ...], ...]``, one row a
         step, one column a monomial.
         """
-        here = {sympy.Symbol(n, integer=True, positive=True): s for n, s in self.hint.items()}
+        here = symbols(self.hint)
         found: dict[str, Any] = {
             "schema": 1,
             "model": self.model,
@@ -333,6 +365,7 @@ class Liveness:
             lines += [f"  {p.expression}   {p.point.operator}: {p.where()}" for p in shown]
             if rest := len(self.peaks) - len(shown):
                 lines.append(f"  {rest} more, each the largest at other sizes, if anywhere")
+        lines += [f"{what}: {format_bytes(n)} beside that" for what, n in self.outside.items()]
         lines += [f"note: {note}" for note in self.notes]
         return [cut(clean(line), WIDTH) for line in lines]
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import sympy
 
 from fxmem.errors import FxmemError
-from fxmem.sizes import Size, evaluate
+from fxmem.sizes import Bindings, Size, evaluate, symbols
 
 WORKSPACE = "workspace"
 CATEGORIES = (
@@ -107,11 +106,11 @@ class Memory:
         """The step at which the example peaks."""
         return int(self.live.argmax()) if len(self.live) else 0
 
-    def _bindings(self, sizes: dict[str, int]) -> dict[sympy.Symbol, int]:
+    def _bindings(self, sizes: dict[str, int]) -> Bindings:
         unknown = sorted(set(sizes) - set(self.symbols))
         if unknown:
             raise FxmemError(f"no symbol {', '.join(unknown)}; known: {sorted(self.symbols)}")
-        return {symbol(name): size for name, size in {**self.symbols, **sizes}.items()}
+        return symbols({**self.symbols, **sizes})
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,3 @@ class BeforeAfter:
 
     before: Memory
     after: Memory
-
-
-def symbol(name: str) -> sympy.Symbol:
-    """The symbol of that name in the sizes of a ``Memory``."""
-    return sympy.Symbol(name, integer=True, positive=True)

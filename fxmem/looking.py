@@ -7,15 +7,17 @@ each size of memory leaves.  From the largest memory down, so that what fits now
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
 from fxmem.api import ALLOWED, analyzed, liveness, read_options
-from fxmem.budget import Budget, read_reserve
+from fxmem.budget import Budget
 from fxmem.cost import CostModel, model_of
-from fxmem.errors import BudgetInfeasibleError, FxmemError
+from fxmem.device import library_memory
+from fxmem.dynamic import given_bounds
+from fxmem.errors import BudgetInfeasibleError, CaptureError, FxmemError
 from fxmem.fits import Alternative, Fit, Fits, usable
 from fxmem.gpus import GPUS, Gpu
 from fxmem.inventory import Liveness
@@ -23,7 +25,9 @@ from fxmem.pipeline import Analysis, Options, Planned, decide
 from fxmem.plan import Plan
 from fxmem.report import Report
 from fxmem.runtime import decided
+from fxmem.sizes import symbol
 from fxmem.step_report import StepReport
+from fxmem.workspace import device_at_hand
 
 
 def report(
@@ -52,22 +56,23 @@ def report(
         _refuse_without_a_budget(allow=allow, on_infeasible=on_infeasible, cost=cost, gpus=gpus)
         found = liveness(
             model, example_inputs, example_kwargs=example_kwargs, dynamic_shapes=dynamic_shapes,
-            loss_fn=loss_fn, loss_inputs=loss_inputs,
+            loss_fn=loss_fn, loss_inputs=loss_inputs, reserve=reserve,
         )  # fmt: skip
-        return _as_it_is(found, reserve)
+        return StepReport(found, _unchanged(found))
     options = read_options(
         model, budget, allow=allow, noise=0.01, reserve=reserve, on_infeasible=on_infeasible,
         compiler="eager", cost=cost, plan=None,
     )  # fmt: skip
-    with analyzed(
-        model, options, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
-    ) as (analysis, names):
+    step = (model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs)
+    batches = _batches(*step) if gpus else None  # no two captures at once
+    with analyzed(model, options, *step[1:]) as (analysis, names):
         planned, _ = decided(analysis, options, names, memory=True)
         return Report(
             planned.plan,
+            outside=options.outside.categories,
             memory=planned.memory,
             alternatives=tuple(_alternatives(analysis, options, planned.plan)),
-            gpus=fits_of(analysis, options) if gpus else None,
+            gpus=fits_of(analysis, options, batches) if batches else None,
         )
 
 
@@ -86,12 +91,12 @@ def _refuse_without_a_budget(**options: Any) -> None:
         )
 
 
-def _as_it_is(found: Liveness, reserve: Any) -> StepReport:
+def _unchanged(found: Liveness) -> int | None:
+    """Bytes at the peak of the model's own step; None where it cannot be run on fake tensors."""
     try:
-        unchanged = found.unchanged_at()
+        return found.unchanged_at()
     except FxmemError:
-        unchanged = None
-    return StepReport(found, unchanged, read_reserve(reserve).nbytes)
+        return None
 
 
 # -- Other budgets -----------------------------------------------------------------------------------
@@ -128,13 +133,17 @@ def fits(
     example_inputs: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
     loss_fn: Callable[..., Any] | None = None,
     loss_inputs: Any = (),
     allow: Any = ALLOWED,
     reserve: Any = 0,
     gpus: tuple[Gpu, ...] = GPUS,
 ) -> Fits:
-    """Where the step fits; arguments as ``fxmem.plan``'s, gpus: those to look at.
+    """Where the step fits, and the largest batch of it as it is; arguments as ``fxmem.plan``'s.
+
+    gpus: those to look at.  The batch is what the first dimension of the inputs is called, B without
+    ``dynamic_shapes``; its largest size comes from the closed form, which ``max_batch`` makes exact.
 
     Operators and what they hold are those of the model's own device, or of the device at hand for a
     model on the meta device.  Raises as ``fxmem.plan`` does, but not where the step fits nowhere.
@@ -143,41 +152,101 @@ def fits(
         model, "min", allow=allow, noise=0.01, reserve=reserve, on_infeasible="raise",
         compiler="eager", cost="auto", plan=None,
     )  # fmt: skip
+    step = (model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs)
+    batches = _batches(*step)
     with analyzed(model, options, example_inputs, example_kwargs, None, loss_fn, loss_inputs) as (
         analysis,
         _,
     ):
-        return fits_of(analysis, options, gpus)
+        return fits_of(analysis, options, batches, gpus)
 
 
-def fits_of(analysis: Analysis, options: Options, gpus: tuple[Gpu, ...] = GPUS) -> Fits:
+@dataclass(frozen=True)
+class _Batches:
+    """The closed form of a step as it is, to be solved for the size called ``symbol``.
+
+    peak: bytes of the step at the form's hint.  high: the largest size that the user has in mind.
+    found is None where there is nothing to solve, and why_none says why.
+    """
+
+    found: Liveness | None = None
+    symbol: str = ""
+    peak: int | None = None
+    high: int | None = None
+    why_none: str = ""
+
+    def largest(self, room: int) -> int | None:
+        if self.found is None:
+            return None
+        return self.found.largest(self.symbol, room, peak=self.peak, high=self.high)
+
+
+def _batches(
+    model: nn.Module, inputs: Any, kwargs: Any, dynamic_shapes: Any, loss_fn: Any, loss_inputs: Any
+) -> _Batches:
+    try:
+        found = liveness(
+            model, inputs, example_kwargs=kwargs, dynamic_shapes=dynamic_shapes,
+            loss_fn=loss_fn, loss_inputs=loss_inputs,
+        )  # fmt: skip
+    except CaptureError:  # with symbols: the step itself may well be captured
+        return _Batches(why_none=_NO_SIZE)
+    places = {name: info.where for name, info in found.symbols.items()}
+    name = next((n for n, where in places.items() if any(map(_is_first, where))), None)
+    if name is None:
+        return _Batches(why_none="no input has a named first dimension" if places else _NO_SIZE)
+    info = found.symbols[name]
+    if info.low == info.high:
+        return _Batches(why_none=f"the step works with {name}={info.hint} alone")
+    if symbol(name) not in found.peak.free_symbols:
+        return _Batches(why_none=f"the peak is the same for every {name}")
+    high = given_bounds(dynamic_shapes).get(name, (1, None))[1]
+    return _Batches(found, name, _unchanged(found), high)
+
+
+_NO_SIZE = "the step cannot be traced with a batch of any size"
+
+
+def _is_first(place: str) -> bool:
+    return place.endswith(".shape[0]")
+
+
+def fits_of(
+    analysis: Analysis, options: Options, batches: _Batches, gpus: tuple[Gpu, ...] = GPUS
+) -> Fits:
     """Where a captured step fits."""
-    rows = sorted(_rows(analysis, options, gpus), key=lambda row: row.nbytes)
+    rows = sorted(_rows(analysis, options, batches, gpus), key=lambda row: row.nbytes)
     return Fits(
         type(analysis.call.model).__name__,
-        str(analysis.device),
+        str(analysis.device if analysis.device.type != "meta" else device_at_hand()),
         analysis.baseline_peak,
         options.reserve,
         tuple(rows),
+        batches.symbol,
+        batches.why_none,
+        batches.found is not None and batches.found.rough,
     )
 
 
-def _rows(analysis: Analysis, options: Options, gpus: tuple[Gpu, ...]) -> Iterator[Fit]:
+def _rows(
+    analysis: Analysis, options: Options, batches: _Batches, gpus: tuple[Gpu, ...]
+) -> Iterator[Fit]:
     """One size of memory after the other, the largest first; below one that is too small all are."""
     options = replace(options, on_infeasible="raise")
     too_small: int | None = None
     for size in sorted({usable(gpu) for gpu in gpus}, reverse=True):
         planned = None
-        room = size - options.reserve
+        room = size - options.reserve - library_memory(analysis.device)
         as_it_is = analysis.baseline_peak <= room
         if not as_it_is and too_small is None and room > 0:
             try:
                 planned = decide(analysis, replace(options, budget=Budget.parse(size)))
             except BudgetInfeasibleError as error:
                 too_small = error.smallest_peak
+        most = batches.largest(room)
         for gpu in gpus:
             if usable(gpu) == size:
-                yield _row(gpu, analysis, planned, too_small, as_it_is)
+                yield replace(_row(gpu, analysis, planned, too_small, as_it_is), largest=most)
 
 
 def _row(

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxmem._torch_eager import compiling
 from fxmem.baseline import eager_peak
-from fxmem.budget import Budget
+from fxmem.budget import NO_RESERVE, Budget, Reserve
 from fxmem.capture import StepCall, capture
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow, with_codes
@@ -44,6 +44,7 @@ from fxmem.passes.uncode import UncodePass, plain_name, reader_of
 from fxmem.passes.unread import UnreadPass
 from fxmem.plan import Plan, fingerprint
 from fxmem.planner import Choice, Planner
+from fxmem.sizes import in_blocks
 from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
 from fxmem.timings import measured_cost
@@ -67,18 +68,22 @@ BEFORE_PLANNING: tuple[Pass, ...] = (
 class Options:
     """``optimize``'s keywords, checked; see there.
 
-    reserve_in_8_bits: bytes of ``reserve`` that 8-bit moments would free.  library: bytes outside
-    the step, too, that the device's libraries hold.
+    outside: what ``reserve`` was read from.  library: bytes outside the step, too, that the device's
+    libraries hold.
     """
 
     budget: Budget
-    reserve: int = 0
-    reserve_in_8_bits: int = 0
+    outside: Reserve = NO_RESERVE
     library: int = 0
     allow: tuple[str, ...] = ("recompute", "lossless")
     on_infeasible: str = "raise"
     cost: CostModel | Literal["measure"] | None = None
     plan: Plan | None = None
+
+    @property
+    def reserve(self) -> int:
+        """Bytes outside the step, those of libraries aside."""
+        return self.outside.nbytes
 
 
 @dataclass(frozen=True)
@@ -277,8 +282,12 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
     return measured
 
 
-_LOSS_SCALARS = 64
-"""Bytes for a loss outside the model: itself, its weight and its gradient, held all along."""
+def limit_for(budget: int, loss_outside: bool, device: torch.device) -> int:
+    """Bytes that a captured step may hold of a budget, where the caller may compute the loss.
+
+    A loss outside the model has four numbers at most, held all along: itself, its weight, its gradient.
+    """
+    return budget - 4 * int(in_blocks(16, device)) if loss_outside else budget
 
 
 def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Planned:
@@ -293,8 +302,8 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
         reserve=options.reserve + options.library,
     )
     limit = budget
-    if budget is not None and analysis.flow.loss_outside:
-        limit = budget - _LOSS_SCALARS
+    if budget is not None:
+        limit = limit_for(budget, analysis.flow.loss_outside > 0, analysis.device)
     analysis, choice, floor = _choose(analysis, options, limit)
     rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:

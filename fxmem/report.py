@@ -9,7 +9,7 @@ import html
 import os
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ class Report:
     measured_peak: bytes that one step really held, or None.  gradients: the result of comparing
     them, as a phrase such as "bitwise equal to the unchanged step", or None.  memory: of each step,
     where the step itself was at hand.  alternatives: other budgets.  gpus: on which GPUs it runs.
+    outside: bytes beside the step that were taken off the budget, such as the optimizer's state.
     """
 
     plan: Plan
@@ -55,6 +56,7 @@ class Report:
     memory: BeforeAfter | None = field(default=None, repr=False)
     alternatives: tuple[Alternative, ...] = ()
     gpus: Fits | None = field(default=None, repr=False)
+    outside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -63,7 +65,7 @@ class Report:
 
     def __str__(self) -> str:
         sections = [
-            live_lines(self.plan),
+            live_lines(self.plan, self.outside),
             step_chart(self.memory, None if self.plan.smallest else self.plan.budget)
             if self.memory
             else [],
@@ -83,6 +85,7 @@ class Report:
             "measured_peak": self.measured_peak,
             "gradients": self.gradients,
             "live": [asdict(row) for row in live_rows(self.plan)],
+            "outside": dict(self.outside),
             "decisions": [asdict(row) for row in folded(self.plan)],
             "alternatives": [asdict(row) for row in self.alternatives],
             "gpus": None if self.gpus is None else self.gpus.to_dict(),
@@ -218,8 +221,10 @@ def live_rows(plan: Plan) -> list[LiveRow]:
     return [*rows, rest] if rest.before or rest.after else rows
 
 
-def live_lines(plan: Plan) -> list[str]:
+def live_lines(plan: Plan, outside: Mapping[str, int] | None = None) -> list[str]:
+    """The table of categories; outside: of bytes beside the step, which are in no total."""
     rows = live_rows(plan)
+    beside = [LiveRow(f"{what}, beside", n, n) for what, n in (outside or {}).items()]
     total = LiveRow("TOTAL", sum(r.before for r in rows), sum(r.after for r in rows))
     columns = [
         [r.before for r in rows],
@@ -234,9 +239,9 @@ def live_lines(plan: Plan) -> list[str]:
             unit.text(r.before),
             unit.text(r.after),
             unit.text(r.after - r.before, sign=True),
-            percent(r.after, whole),
+            "" if r in beside else percent(r.after, whole),
         )
-        for r in (*rows, total)
+        for r in (*rows, total, *beside)
     ]
     share = "% of peak" if plan.smallest else "% of budget"
     lines = table(("category", "before", "after", "change", share), cells, "lrrrr")

@@ -61,7 +61,7 @@ class Program:
         """Was the program captured for such a call, and does it keep the budget at its sizes?"""
         if not self.matches(call.locals()):
             return False
-        if all(size <= self.sizes.get(place, size) for place, size in sizes.items()):
+        if sizes == self.sizes:
             return True
         return self.validity is not None and self.validity.fits(named)
 
@@ -332,7 +332,10 @@ class OptimizedModule(fx.GraphModule):
     def report(self) -> Report:
         """What was decided, why, and what it costs."""
         memory = self._planned_program().memory
-        return Report(self.plan, memory=memory, **self.__dict__.get("_fxmem_checked", {}))
+        outside = self._session.options.outside.categories
+        return Report(
+            self.plan, memory=memory, outside=outside, **self.__dict__.get("_fxmem_checked", {})
+        )
 
     # -- Being a module ------------------------------------------------------------------------------------
 

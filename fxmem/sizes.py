@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -14,6 +14,19 @@ from fxmem._torch import storage_key
 
 Size: TypeAlias = int | sympy.Expr
 """Bytes: an ``int``, or a sympy polynomial in the shape symbols."""
+
+
+Bindings: TypeAlias = dict[sympy.Symbol, int]
+"""The size that each symbol stands for."""
+
+
+def symbol(name: str) -> sympy.Symbol:
+    """The symbol of that name in sizes that carry the user's names."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def symbols(sizes: Mapping[str, int]) -> Bindings:
+    return {symbol(name): size for name, size in sizes.items()}
 
 
 CUDA_BLOCK = 512
@@ -73,6 +86,19 @@ def evaluate(size: Size, bindings: dict[Any, int]) -> int:
 def hint(value: int | torch.SymInt) -> int:
     """The value in the example inputs."""
     return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def as_numbers(tensor: torch.Tensor, gradient: torch.Tensor) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides; -1 for a batch that is no constant, and the gradient's, too.
+
+    None where something else is no constant.
+    """
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    if shape and isinstance(shape[0], torch.SymInt):
+        if as_expr(shape[0]) != as_expr(gradient.shape[0]):
+            return None
+        shape[0] = -1
+    return (shape, strides) if all(isinstance(n, int) for n in (*shape, *strides)) else None
 
 
 def by_stride(shape: Sequence[Any], strides: Sequence[Any]) -> list[int]:

@@ -140,8 +140,9 @@ class _Question:
 
     def _grows(self, symbol: str, hint: int) -> None:
         """Raises ``FxmemError`` where the step takes the same bytes for every size."""
-        form = self._by_form(symbol)
-        if form(hint) == form(2 * hint):
+        sizes = {**self.liveness.hint, **self.given}
+        form = self.liveness.form_at
+        if form({**sizes, symbol: hint}) == form({**sizes, symbol: 2 * hint}):
             raise FxmemError(
                 f"the peak does not depend on {symbol}, so every size fits\n"
                 f"  found: {self.liveness.peak}"
@@ -150,16 +151,10 @@ class _Question:
     def _guess(self, symbol: str, limit: int) -> int:
         """Where the traced step's closed form meets the limit; it and the peak asked for differ little."""
         hint = self.liveness.symbols[symbol].hint
-        form = self._by_form(symbol)
         if self.allow:
             return hint
         exact = self.peak_at({symbol: hint})
-        scaled = limit * form(hint) // max(exact, 1)
-        return largest(form, scaled, hint) or 1
-
-    def _by_form(self, symbol: str) -> Callable[[int], int]:
-        sizes = {**self.liveness.hint, **self.given}
-        return lambda size: self.liveness.form_at({**sizes, symbol: size})
+        return self.liveness.largest(symbol, limit, sizes=self.given, peak=exact) or 1
 
     # -- One shape -------------------------------------------------------------------------------------
 

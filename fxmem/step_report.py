@@ -7,9 +7,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
-
-from fxmem.boundary import FARTHEST, largest
+from fxmem.fits import ROUGH
 from fxmem.inventory import Liveness, Row
 from fxmem.report import labelled
 from fxmem.tables import BYTES, ROUNDED, WIDTH, Scale, cut, percent, scale, table, wrapped
@@ -27,13 +25,16 @@ class StepReport:
     """What a training step holds, in bytes.
 
     liveness: of the captured step with everything kept.  unchanged: the peak of the model's own step as
-    eager PyTorch runs it, or None where it cannot be run on fake tensors.  reserve: outside the step,
-    such as the optimizer's state.
+    eager PyTorch runs it, or None where it cannot be run on fake tensors.
     """
 
     liveness: Liveness
     unchanged: int | None = None
-    reserve: int = 0
+
+    @property
+    def reserve(self) -> int:
+        """Bytes outside the step, such as the optimizer's state."""
+        return sum(self.liveness.outside.values())
 
     def __str__(self) -> str:
         sections = (
@@ -65,10 +66,10 @@ def _verdict(report: StepReport) -> list[str]:
     unchanged = (
         f"unchanged step {format_bytes(report.unchanged)}" if report.unchanged is not None else ""
     )
-    reserve = f"reserve {format_bytes(report.reserve)} extra" if report.reserve else ""
+    beside = [f"{what} {format_bytes(n)} extra" for what, n in found.outside.items()]
     return [
         *labelled("fxmem", [found.model, found.device, sizes, "no budget"]),
-        *labelled("PEAK", [format_bytes(peak.nbytes), unchanged, reserve]),
+        *labelled("PEAK", [format_bytes(peak.nbytes), unchanged, *beside]),
         *labelled(
             "AT",
             [
@@ -90,10 +91,10 @@ def _live(report: StepReport) -> list[str]:
     unit = scale(BYTES, [[nbytes for _, nbytes, _ in rows]])
     cells = [(n, unit.text(b), percent(b, total), str(e)) for n, b, e in rows]
     cells.append(("TOTAL", unit.text(total), percent(total, total), str(peak.expression)))
-    if report.reserve:
-        cells.append(("outside the step", unit.text(report.reserve), "", ""))
+    for what, nbytes in found.outside.items():
+        cells.append((f"{what}, beside", unit.text(nbytes), "", str(nbytes)))
     headers = ("category", unit.name, "%", "closed form (bytes)")
-    lines = table(headers, cells, "lrrl", {0: 18, 3: 40})
+    lines = table(headers, cells, "lrrl", {0: 23, 3: 40})
     notes = [] if unit.adds_up else [ROUNDED]
     return [f"1. Live at the peak ({unit.name})", *lines, *notes, *_other_peaks(found)]
 
@@ -174,27 +175,21 @@ def _fitting(report: StepReport) -> list[str]:
     """By the closed form alone: the largest first symbol in common amounts of memory."""
     found = report.liveness
     name = next(iter(found.symbols), None)
-    if (
-        name is None
-        or sympy.Symbol(name, integer=True, positive=True) not in found.peak.free_symbols
-    ):
+    if name is None:
         return []
     others = ", ".join(f"{n}={size}" for n, size in found.hint.items() if n != name)
     fits: list[str] = []
     for gib in _COMMON_GIB:
         limit = gib * 2**30 - report.reserve
-        most = largest(_form_of(found, name), limit, found.hint[name], 1, None)
-        if most == FARTHEST:
+        most = found.largest(name, limit, peak=report.unchanged)
+        if most is None:
             break
         fits.append(f"{gib} GiB: {name} <= {most}" if most else f"{gib} GiB: not even {name}=1")
     if not fits:
         return []
     at = f" at {others}" if others else ""
+    step = "unchanged step" if report.unchanged is not None else "captured step"
     return wrapped(
-        f"By the closed form of the peak{at}: {'; '.join(fits)}. fxmem.max_batch settles the boundary."
+        f"By the closed form, of the {step}{at}: {'; '.join(fits)}. fxmem.max_batch settles the "
+        f"boundary.{ROUGH if found.rough else ''}"
     )
-
-
-def _form_of(found: Liveness, name: str) -> Any:
-    hint = found.hint
-    return lambda size: found.form_at({**hint, name: size})

@@ -23,7 +23,7 @@ from fxmem.liveness import MemoryTimeline, Storage, timeline
 from fxmem.partition import Split
 from fxmem.polynomials import Ranges
 from fxmem.scaling import Scaling
-from fxmem.sizes import storages_in
+from fxmem.sizes import storages_in, symbol, symbols
 from fxmem.workspace import Workspaces
 
 Bounds = Mapping[str, tuple[int, "int | None"]]
@@ -86,14 +86,6 @@ class Trace:
         """Bytes at the peak; far from the sizes of the trace every operator is measured anew."""
         there = symbols(sizes)
         return self.forms.peak_at(there, near=self.near(there))
-
-
-def symbol(name: str) -> sympy.Symbol:
-    return sympy.Symbol(name, integer=True, positive=True)
-
-
-def symbols(sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
-    return {symbol(name): size for name, size in sizes.items()}
 
 
 def _holds(relation: Any, sizes: Mapping[sympy.Symbol, int]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fxmem.boundary import largest
-from fxmem.pipeline import Planned, as_run
+from fxmem.pipeline import Planned, as_run, limit_for
 from fxmem.plan import Plan
 from fxmem.symbolic import Trace, traced
 from fxmem.workspace import Workspaces, save_workspaces
@@ -19,10 +19,10 @@ UNSURE = (0.8, 1.25)
 
 @dataclass
 class Validity:
-    """A plan at any sizes.  Bytes at the peak, and whether they are within the budget."""
+    """A plan at any sizes.  limit: bytes that its step may hold at the peak."""
 
     trace: Trace
-    budget: int
+    limit: int
     _known: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     def fits(self, sizes: Mapping[str, int]) -> bool:
@@ -36,9 +36,9 @@ class Validity:
         if not self.trace.covers(sizes):
             return False
         about = self.trace.by_form(sizes)
-        if not UNSURE[0] * self.budget < about < UNSURE[1] * self.budget:
-            return about <= self.budget
-        return self.trace.peak_at(sizes) <= self.budget
+        if not UNSURE[0] * self.limit < about < UNSURE[1] * self.limit:
+            return about <= self.limit
+        return self.trace.peak_at(sizes) <= self.limit
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         """Symbol -> smallest and largest size for which the plan keeps its budget.
@@ -67,9 +67,9 @@ class Validity:
         def exact(size: int) -> int:
             return self.trace.peak_at({**others, name: size})
 
-        found = largest(by_form, self.budget, others[name], low, high)
+        found = largest(by_form, self.limit, others[name], low, high)
         if found is None or found <= 4 * self.trace.here[name]:
-            found = largest(exact, self.budget, found or low, low, high)
+            found = largest(exact, self.limit, found or low, low, high)
         return found or 0
 
 
@@ -80,7 +80,11 @@ def validity_of(
     _, _, run, table = as_run(planned.graph, workspaces, device)
     trace = traced(planned.graph, run, table, device, here)
     save_workspaces(table, device)
-    return Validity(trace, planned.plan.budget)
+    plan = planned.plan
+    work = trace.line.steps[trace.line.boundary].workspace
+    limit = limit_for(plan.budget, work != 0, device)
+    # The smallest plan may take the last bytes that a loss outside should have.
+    return Validity(trace, max(limit, min(plan.predicted_peak, plan.budget)))
 
 
 def with_ranges(plan: Plan, validity: Validity) -> Plan:

@@ -14,9 +14,9 @@ from fxmem.graph import (
     source_line,
     type_text,
 )
-from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point, symbol
+from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point
 from fxmem.liveness import MemoryTimeline, Step, Storage
-from fxmem.sizes import Size, storage_nbytes, tensors_in
+from fxmem.sizes import Size, storage_nbytes, symbol, tensors_in
 
 if TYPE_CHECKING:
     from fxmem.pipeline import Analysis

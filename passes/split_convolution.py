@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -26,7 +26,7 @@ from fxmem.convolution import convolution_input_backward, reads_shape_alone
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph
 from fxmem.passes.base import insert_like
-from fxmem.sizes import storages_in, tensors_in
+from fxmem.sizes import as_numbers, hint, storages_in
 from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
@@ -56,12 +56,24 @@ def _is_worth_it(node: fx.Node, dying: set[int]) -> bool:
         return False
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or LAYOUT in x.meta:
         return False
-    values = (x.meta["val"], weight.meta["val"])
-    if any(not isinstance(size, int) for t in tensors_in(values) for size in t.shape):
+    if _shape(node) is None or not dying.issuperset(storages_in(x.meta["val"])):
         return False
-    if not dying.issuperset(storages_in(values[0])) or values[0].numel() < values[1].numel():
+    values = (_as_in_the_example(x.meta["val"]), weight.meta["val"])
+    if values[0].numel() < values[1].numel():
         return False
     return reads_shape_alone(*values, bias_sizes, tuple(how))
+
+
+def _shape(node: fx.Node) -> tuple[list[int], list[int]] | None:
+    """The input's sizes and strides; None where more than the batch is no constant."""
+    grad, x, weight = (n.meta["val"] for n in node.args[:3])  # type: ignore[union-attr]
+    fixed = all(isinstance(size, int) for size in weight.shape)
+    return as_numbers(x, grad) if fixed else None
+
+
+def _as_in_the_example(value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same sizes as numbers, of which questions may be asked that fix them."""
+    return value.new_empty_strided([*map(hint, value.shape)], [*map(hint, value.stride())])
 
 
 def _last_read(graph: JointGraph) -> dict[fx.Node, set[int]]:
@@ -82,9 +94,9 @@ def _last_read(graph: JointGraph) -> dict[fx.Node, set[int]]:
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> None:
-    grad, x, weight, bias_sizes, *how, mask = node.args
-    value: Any = x.meta["val"]  # type: ignore[union-attr]
-    shape = (list(value.shape), list(value.stride()))
+    grad, _, weight, bias_sizes, *how, mask = node.args
+    shape = _shape(node)
+    assert shape is not None  # it is worth it
     first, *others = _results(node, 0)
     with graph.inserting_before(first):
         alone = insert_like(

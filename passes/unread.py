@@ -20,7 +20,7 @@ from fxmem.encodings import avg_pool2d_backward, max_pool2d_backward
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph
 from fxmem.passes.base import insert_like
-from fxmem.sizes import is_plain
+from fxmem.sizes import as_numbers, is_plain
 from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
@@ -33,26 +33,31 @@ class UnreadPass:
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
         for node in list(graph.nodes):
-            if node.target in _REWRITES and _is_known(node.args[1]):
-                _replace(graph.module.graph, node)
+            shape = _known(node) if node.target in _REWRITES else None
+            if shape is not None:
+                _replace(graph.module.graph, node, shape)
         return graph.verified()
 
 
-def _is_known(x: Any) -> bool:
-    """Are the sizes and the strides fixed, those that the tensor really has, and the gradient's, too?"""
-    if not isinstance(x, fx.Node) or LAYOUT in x.meta:
-        return False
+Shape = tuple[list[int], list[int]]
+"""Sizes and strides."""
+
+
+def _known(node: fx.Node) -> Shape | None:
+    """The input's shape, if it is fixed but for the batch, and what the tensor and its gradient have."""
+    grad, x, *_ = node.args
+    if not isinstance(grad, fx.Node) or not isinstance(x, fx.Node) or LAYOUT in x.meta:
+        return None
     value: Any = x.meta["val"]
-    fixed = all(isinstance(n, int) for n in (*value.shape, *value.stride()))
-    return value.ndim == 4 and fixed and is_plain(value)
+    return as_numbers(value, grad.meta["val"]) if value.ndim == 4 and is_plain(value) else None
 
 
-def _max_pool(node: fx.Node, shape: tuple[Any, Any]) -> tuple[Any, tuple[Any, ...]]:
+def _max_pool(node: fx.Node, shape: Shape) -> tuple[Any, tuple[Any, ...]]:
     grad, _, *how, indices = node.args
     return max_pool2d_backward, (grad, indices, *shape, *how)
 
 
-def _avg_pool(node: fx.Node, shape: tuple[Any, Any]) -> tuple[Any, tuple[Any, ...]]:
+def _avg_pool(node: fx.Node, shape: Shape) -> tuple[Any, tuple[Any, ...]]:
     grad, _, *how = node.args
     return avg_pool2d_backward, (grad, *shape, *how)
 
@@ -63,9 +68,8 @@ _REWRITES: dict[Any, Any] = {
 }
 
 
-def _replace(graph: fx.Graph, node: fx.Node) -> None:
-    value: Any = node.args[1].meta["val"]  # type: ignore[union-attr]
-    target, args = _REWRITES[node.target](node, (list(value.shape), list(value.stride())))
+def _replace(graph: fx.Graph, node: fx.Node, shape: Shape) -> None:
+    target, args = _REWRITES[node.target](node, shape)
     with graph.inserting_before(node):
         ours = insert_like(graph, node, target, args, suffix="unread", backward=True)
     del ours.meta["fxmem_origin"]  # it is made once

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -233,6 +234,27 @@ def test_a_report_without_a_budget_is_of_the_step_as_it_is():
         fxmem.report(Tower(), (torch.ones(8, 64),), gpus=True, on_infeasible="best")
 
 
+def test_an_optimizers_state_is_a_category_beside_the_step():
+    model, x = Tower(), torch.ones(8, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    plain = fxmem.liveness(model, (x,))
+    assert "optimizer state" not in plain.categories
+    found = fxmem.report(model, (x,), reserve=optimizer)
+    planned = fxmem.report(model, (x,), "2x", reserve=optimizer)
+    model(x).backward()
+    optimizer.step()
+    real = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+    assert found.liveness.categories == {**plain.categories, "optimizer state": real}
+    assert found.liveness.peak == plain.peak
+    assert dict(planned.outside) == {"optimizer state": real}
+    for text in (str(found), str(planned)):
+        (row,) = re.findall("^optimizer state, beside .*", text, re.MULTILINE)
+        assert "1.0" in row  # MiB
+    assert str(real) in str(found)
+    assert "optimizer state" not in str(fxmem.report(model, (x,)))
+    assert found.to_dict()["liveness"]["categories"]["optimizer state"]["nbytes"] == real
+
+
 def test_a_budget_that_nothing_fits_has_no_report():
     with pytest.raises(fxmem.BudgetInfeasibleError):
         fxmem.report(Tower(), (torch.ones(8, 64),), 1000)
@@ -268,8 +290,6 @@ def test_pictures(report, tmp_path):
 
 def test_a_name_in_a_picture_is_no_formula(report, tmp_path):
     pytest.importorskip("matplotlib")
-    from dataclasses import replace
-
     name = r"$\frac{$</text><script>alert(1)</script>"
     replace(report, plan=replace(report.plan, model=name)).svg(tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
@@ -352,6 +372,98 @@ def test_where_a_step_fits():
         "least": "no",
     }
     assert not fxmem.fits(model, (x,), gpus=gpus[-2:]).anywhere
+
+
+def test_the_largest_batch_on_each_gpu_solves_the_closed_form():
+    model, x = Tower(16, 1), torch.ones(512, 16)
+    form = fxmem.liveness(model, (x,))
+    own, whole = form.form_at({"B": 512}), form.unchanged_at()
+    rooms = {"just": whole, "tight": whole - 2000, "double": 2 * whole, "nothing": 1000}
+    gpus = tuple(with_room(name, room) for name, room in rooms.items())
+    found = fxmem.fits(model, (x,), gpus=gpus)
+    assert found.symbol == "B"
+    rows = {row.gpu: row for row in found.rows}
+    for row in found.rows:
+        # The form is the captured step's; the step as it is takes so many times that.
+        fits = [form.form_at({"B": row.largest + more}) * whole / own for more in (0, 1)]
+        assert row.largest == 0 or fits[0] <= row.usable + 1
+        assert row.usable < fits[1]
+        assert (row.verdict == "as it is") == (row.largest >= 512)
+    assert rows["nothing"].largest == 0
+    lines = str(found).splitlines()
+    assert lines[1].endswith("largest B")
+    assert any(line.endswith(f"  {rows['double'].largest:,}") for line in lines)
+    assert "largest B: that fits as it is" in " ".join(" ".join(lines).split())
+    named = fxmem.fits(model, (x,), gpus=gpus, dynamic_shapes={"x": {0: "N"}})
+    assert [row.largest for row in named.rows] == [row.largest for row in found.rows]
+    assert str(named).splitlines()[1].endswith("largest N")
+    most = torch.export.Dim("N", max=700)
+    capped = fxmem.fits(model, (x,), gpus=gpus, dynamic_shapes={"x": {0: most}})
+    assert max(row.largest for row in capped.rows) == 700
+
+
+class OfEight(nn.Module):
+    """The batch is a number in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.inner(x.reshape(8, 8)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "why"),
+    [
+        (OfEight(), None, "the step cannot be traced with a batch of any size"),
+        (Tower(8, 1), {"x": {1: "S"}}, "no input has a named first dimension"),
+    ],
+)
+def test_no_batch_no_largest_batch(model, shapes, why):
+    x = torch.ones(8, 8) if shapes is None else torch.ones(4, 16, 8)
+    found = fxmem.fits(model, (x,), dynamic_shapes=shapes)
+    assert (found.symbol, found.why_none) == ("", why)
+    assert {row.largest for row in found.rows} == {None}
+    text = str(found)
+    assert f"No largest batch: {why}." in " ".join(text.split())
+    assert "largest B" not in text
+
+
+def test_a_step_of_fixed_sizes_is_looked_at_without_symbols():
+    found = fxmem.liveness(OfEight(), (torch.ones(8, 8),))
+    assert not found.symbols
+    assert "cannot be traced with sizes that change" in found.notes[0]
+    assert (
+        found.peak_at()
+        == found.peak
+        == fxmem.plan(OfEight(), "1GiB", (torch.ones(8, 8),)).predicted_peak
+    )
+    assert "cannot be traced" in str(fxmem.report(OfEight(), (torch.ones(8, 8),)))
+    with pytest.raises(fxmem.CaptureError):
+        fxmem.liveness(OfEight(), (torch.ones(8, 8),), dynamic_shapes={0: {0: "B"}})
+
+
+def test_rough_forms_are_called_rough():
+    found = fxmem.report(Tower(16, 1), (torch.ones(512, 16),))
+    rough = replace(found, liveness=replace(found.liveness, rough=True))
+    assert not found.liveness.rough
+    assert "follows no polynomial" not in str(found)
+    assert "follows no polynomial" in " ".join(str(rough).split())
+    row = Fit("T4", 16 * GIB, 14 * GIB, "as it is", 20 * MIB, 0.0, 12)
+    for rough, said in ((False, False), (True, True)):
+        lines = fit_lines(Fits("GPT", "cpu", 20 * MIB, 0, (row,), "B", "", rough))
+        assert ("follows no polynomial" in " ".join(" ".join(lines).split())) == said
+
+
+def test_what_libraries_hold_is_taken_off_every_gpu(monkeypatch):
+    from fxmem import looking
+
+    model, x = Tower(16, 1), torch.ones(512, 16)
+    gpus = (with_room("just", fxmem.plan(model, "2x", (x,)).baseline_peak),)
+    assert fxmem.fits(model, (x,), gpus=gpus).rows[0].verdict == "as it is"
+    monkeypatch.setattr(looking, "library_memory", lambda device: 100)
+    assert fxmem.fits(model, (x,), gpus=gpus).rows[0].verdict == "with a plan"
 
 
 def test_each_gpu_has_its_own_price():

@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 import fxmem
-from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point, symbol
+from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point
 from fxmem.page import page, page_data
 from fxmem.plan import Key
+from fxmem.sizes import symbol
 from tests.test_report import MIB, decision, make_plan
 
 CHROMIUM = next(

@@ -129,3 +129,85 @@ def test_labels_without_a_name_go_with_the_batch():
     for batch in (6, 3, 8):
         step(torch.randn(batch, 8), torch.randint(4, (batch,))).backward()
     assert len(step._session.programs) == 1
+
+
+# -- Codes ---------------------------------------------------------------------------------------------
+
+
+class Coded(nn.Module):
+    """What the backward can read as codes: rectifiers, dropout, and pools of both kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Dropout(0.2), nn.AvgPool2d(2),
+            nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.LeakyReLU(0.1),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.features(x).square().mean()
+
+
+def coded(batch):
+    torch.manual_seed(0)
+    return Coded(), torch.randn(batch, 3, 32, 32)
+
+
+def assert_serves(step, model, budget, batches):
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    for batch in batches:
+        x = torch.randn(batch, 3, 32, 32)
+
+        def both(run, x=x):
+            torch.manual_seed(0)  # of dropout
+            model.load_state_dict(start)
+            return seen(run, model, x)
+
+        both(step)
+        got, peak = both(step)
+        assert not differences(both(model)[0], got)
+        assert peak + resident(model, x) + sum(b.nbytes for b in model.buffers()) <= budget
+
+
+def test_a_plan_with_codes_serves_its_range_to_the_bit():
+    model, x = coded(12)
+    step = fxmem.optimize(model, "0.9x", (x,), dynamic_shapes={0: {0: "B"}}, allow=("lossless",))
+    encoded = {d.key.operator for d in step.plan.decisions if d.action == "encode"}
+    assert encoded == {"pack", "pack_above", "pool_offsets", "pack_positive"}
+    assert step.plan.valid_for["B"][0] == 2
+    assert_serves(step, model, step.plan.budget, (12, 2, 7, 3))
+    assert len(step._session.programs) == 1
+
+
+def test_a_table_of_plans_with_codes():
+    model, x = coded(8)
+    dim = torch.export.Dim("B", min=1, max=12)
+    budget = int(fxmem.min_budget(model, (x,), sizes={"B": 12}) * 0.9)
+    step = fxmem.optimize(model, budget, (x,), dynamic_shapes={0: {0: dim}})
+    plans = [program.plan for program in step._session.programs]
+    assert any(d.action == "encode" for plan in plans for d in plan.decisions)
+    assert len({tuple(plan.valid_for.items()) for plan in plans}) > 1
+    assert_serves(step, model, budget, (12, 1, 11))
+    assert len(step._session.programs) == len(plans)
+
+
+def test_a_batch_that_changes_takes_no_more_bytes_than_one_that_does_not():
+    """No rewrite depends on it: a pool's backward, a convolution's in two."""
+    model, x = coded(8)
+    for allow in (("lossless",), ("recompute", "lossless")):
+        plans = [
+            fxmem.plan(model, "min", (x,), dynamic_shapes=shapes, allow=allow)
+            for shapes in (None, {0: {0: "B"}})
+        ]
+        assert plans[0].predicted_peak == plans[1].predicted_peak
+
+
+def test_a_loss_outside_has_its_room_at_every_size():
+    """What ``optimize`` takes off the budget for it at the example, and at any other size."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    x = torch.randn(64, 32)
+    peak = fxmem.plan(model, "2x", (x,), dynamic_shapes={0: {0: "B"}}).predicted_peak
+    for more, fits in ((64, True), (63, False)):
+        plan = fxmem.plan(model, peak + more, (x[:8],), dynamic_shapes={0: {0: "B"}})
+        assert (plan.valid_for["B"][1] >= 64) == fits
