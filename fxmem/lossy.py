@@ -15,6 +15,7 @@ import torch
 
 from fxmem import quantizers
 from fxmem.lossless import ELEMENTS
+from fxmem.packing import FLOATS
 
 ErrorModel: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Expected squared error of each element of a tensor, in float32 and laid out as the tensor is."""
@@ -40,7 +41,7 @@ class LossyEncoding:
     unbiased: bool = True
     variance: ErrorModel = field(kw_only=True, repr=False)
     average: ErrorModel = field(kw_only=True, repr=False)
-    dtypes: tuple[torch.dtype, ...] = quantizers.FLOATS
+    dtypes: tuple[torch.dtype, ...] = FLOATS
 
     def to_encode(self, x: Any, seed: Any, stream: int) -> tuple[Any, ...]:
         """The encoder's arguments, of tensors or of nodes."""
