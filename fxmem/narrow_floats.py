@@ -38,6 +38,7 @@ from fxmem.packing import (
     flat,
     group_count,
     join,
+    over,
     put,
     rows,
     split,
@@ -108,7 +109,7 @@ def _check_cast(dtype: torch.dtype, narrow: torch.dtype, block: int | None) -> N
 
 
 def _cast_scale(largest: torch.Tensor, narrow: torch.dtype) -> torch.Tensor:
-    ratio = largest / CASTS[narrow].largest
+    ratio = over(largest, CASTS[narrow].largest)
     if narrow.itemsize == 1:
         return torch.where(largest > 0, ratio.clamp_min_(_TINY), 1.0)
     return torch.where(ratio > 1, _power_of_two_up(ratio), 1.0)
@@ -210,7 +211,7 @@ class BlockFormat:
 
     def scale(self, largest: torch.Tensor) -> torch.Tensor:
         """Of blocks whose largest element is so large in units of the tensor's scale."""
-        ratio = largest / self.numbers.largest
+        ratio = over(largest, self.numbers.largest)
         if not self.two_scales:
             return _power_of_two_up(ratio)
         step = E4M3.spacing(ratio)
@@ -284,9 +285,8 @@ def _whole_scale(x: torch.Tensor, how: BlockFormat) -> torch.Tensor:
     """The tensor's: float32[1, 1]."""
     if not how.two_scales:
         return x.new_ones((1, 1), dtype=torch.float32)
-    return _power_of_two_up(_largest_of_all(x) / (E4M3.largest * E2M1.largest)).clamp_min_(
-        2.0**-100
-    )
+    largest = over(_largest_of_all(x), E4M3.largest * E2M1.largest)
+    return _power_of_two_up(largest).clamp_min_(2.0**-100)
 
 
 def _block_scale(
@@ -311,9 +311,9 @@ def _quantize(x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: i
         scale = _block_scale(part, whole, how, x.dtype)
         size = part.abs()
         low, high, a, b = _sides(size, scale * whole, how.numbers, x.dtype)
-        share = size.sub_(a).div_(b.sub_(a))
-        above = share.view(-1) > noise.at(at * how.block, share.numel())
-        values = torch.where(above.view_as(share), high, low).copysign_(part).nan_to_num_(0.0)
+        drawn = b.sub_(a).view(-1).mul_(noise.at(at * how.block, b.numel()))
+        above = size.sub_(a).view(-1) > drawn
+        values = torch.where(above.view_as(low), high, low).copysign_(part).nan_to_num_(0.0)
         scales[at:end] = how.scale_bytes(scale)[:, 0]
         words[at:end] = how.element_bytes(values)
     return code
