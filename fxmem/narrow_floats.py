@@ -235,17 +235,17 @@ class BlockFormat:
         if self.numbers is E4M3:
             return values.to(_E4M3).view(torch.uint8)
         size = values.abs()
-        small, middle = size * 2, size + 2
-        index = torch.where(size < 2, small, torch.where(size < 4, middle, size / 2 + 4))
+        index = torch.minimum(torch.minimum(size * 2, size + 2), size * 0.5 + 4)
         return join(index.add_(values.signbit(), alpha=8).contiguous(), 4)
 
     def elements_of(self, words: torch.Tensor) -> torch.Tensor:
         if self.numbers is E4M3:
             return words.view(_E4M3).to(torch.float32)
         index = split(words, 4)
-        size = index.remainder(8)
-        large = torch.where(size < 6, size - 2, size * 2 - 8)
-        return torch.where(size < 4, size / 2, large).mul_(torch.where(index < 8, 1.0, -1.0))
+        negative = torch.ge(index, 8, out=torch.empty_like(index))
+        size = index.sub_(negative, alpha=8)
+        found = torch.maximum(torch.maximum(size * 0.5, size - 2), size * 2 - 8)
+        return found.mul_(negative.mul_(-2).add_(1))
 
 
 FORMATS = {
