@@ -23,3 +23,14 @@ def test_kernels_give_the_same_bits():
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1].startswith("the same: ")
+
+
+def test_kernels_compile_for_a_gpu_without_fused_roundings():
+    """To PTX, for which no GPU is needed."""
+    run = subprocess.run(
+        [sys.executable, HERE / "triton_bits.py", "--compile"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 8
+    assert all(line.endswith(" 0 fused") for line in lines), run.stdout

@@ -1,4 +1,7 @@
-"""Compares Triton's kernels with the operators' torch code.  Run with TRITON_INTERPRET=1, or on a GPU."""
+"""Compares Triton's kernels with the operators' torch code.  Run with TRITON_INTERPRET=1, or on a GPU.
+
+With --compile they are compiled for an H100 instead, of which none need be there.
+"""
 
 import itertools
 import sys
@@ -84,5 +87,35 @@ def main():
     return bool(wrong)
 
 
+def ptx_of(kernel, types, constants):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = kernel.arg_names
+    signature = {n: types.get(n, "constexpr") for n in names}
+    given = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given)
+    options = {"enable_fp_fusion": False}
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def compile_all():
+    lengths = {"length": "i32", "groups": "i32", "nbytes": "i32"}
+    parts = {"steps": "*i16", "firsts": "*fp16", "words": "*u8", "keys": "*i32", **lengths}
+    kernels = triton_kernels
+    for kind, bits in (("*fp32", 2), ("*i16", 4), ("*fp16", 8)):
+        how = {"bits": bits, "group": 64, "rows": 64}
+        yield kernels._quantize, {"x": kind, **parts}, {**how, "seeded": True}
+        yield kernels._dequantize, {"found": kind, **parts}, how
+    masks = {"mask": "*u8", "bits": "*u8", **lengths}
+    yield kernels._pack, masks, {"block": 1024}
+    yield kernels._unpack, masks, {"block": 1024}
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    if "--compile" in sys.argv:
+        for kernel, types, constants in compile_all():
+            fused = ptx_of(kernel, types, constants).count("fma.rn")
+            print(kernel.__name__, fused, "fused")
+    else:
+        sys.exit(main())
