@@ -11,6 +11,7 @@ from fxmem.errors import (
     BudgetError,
     BudgetInfeasibleError,
     CaptureError,
+    EncodingError,
     FxmemError,
     PlanMismatchError,
     VerificationError,
@@ -18,6 +19,8 @@ from fxmem.errors import (
 from fxmem.fits import Fits
 from fxmem.inventory import Liveness
 from fxmem.looking import fits, report
+from fxmem.lossless import ELEMENTS
+from fxmem.lossy import LossyEncoding, register_encoding
 from fxmem.measure import Measurement, measure
 from fxmem.oom import Explanation, explain_oom
 from fxmem.operators import declare_pure
@@ -31,14 +34,17 @@ from fxmem.step_report import StepReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELEMENTS",
     "BudgetError",
     "BudgetInfeasibleError",
     "CaptureError",
     "CostModel",
+    "EncodingError",
     "Explanation",
     "Fits",
     "FxmemError",
     "Liveness",
+    "LossyEncoding",
     "Measurement",
     "OptimizedModule",
     "Plan",
@@ -56,6 +62,7 @@ __all__ = [
     "min_budget",
     "optimize",
     "plan",
+    "register_encoding",
     "report",
     "saved",
 ]

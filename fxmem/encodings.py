@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fxmem._torch import with_batch, without_bytes
+from fxmem.packing import on_triton
 
 aten = torch.ops.aten
 
@@ -70,10 +71,32 @@ def _bits_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pack(mask: torch.Tensor) -> torch.Tensor:
+    if not on_triton(mask, _triton_agrees):
+        return pack_by_torch(mask)
+    from fxmem import triton_kernels
+
+    bits = _bits_like(mask)
+    triton_kernels.pack(_flat(mask), bits)
+    return bits
+
+
+def pack_by_torch(mask: torch.Tensor) -> torch.Tensor:
+    """As the operator, on any device."""
     bits, flat = _bits_like(mask), _flat(mask)
     for at in _stretches(mask):
         bits[at.start // 8 : -(-at.stop // 8)] = _packed(flat[at])
     return bits
+
+
+def _triton_agrees(device: torch.device) -> bool:
+    """Of masks that end within a byte."""
+    from fxmem import triton_kernels
+
+    mask = torch.arange(10_007, device=device) % 7 % 3 == 0
+    bits, again = _bits_like(mask), torch.empty_like(mask)
+    triton_kernels.pack(mask, bits)
+    triton_kernels.unpack(bits, again)
+    return torch.equal(bits, pack_by_torch(mask)) and torch.equal(mask, again)
 
 
 def _pack_above(x: torch.Tensor, threshold: Any) -> torch.Tensor:
@@ -102,6 +125,11 @@ def _pack_positive(x: torch.Tensor) -> torch.Tensor:
 def _unpack(bits: torch.Tensor, size: list[int], strides: list[int]) -> torch.Tensor:
     mask = bits.new_empty_strided(size, strides, dtype=torch.bool)
     flat = _flat(mask)
+    if on_triton(mask, _triton_agrees):
+        from fxmem import triton_kernels
+
+        triton_kernels.unpack(bits, flat)
+        return mask
     for at in _stretches(mask):
         torch.ne(_spread(bits, at), 0, out=flat[at])
     return mask
