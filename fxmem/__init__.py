@@ -19,6 +19,7 @@ from fxmem.fits import Fits
 from fxmem.inventory import Liveness
 from fxmem.looking import fits, report
 from fxmem.measure import Measurement, measure
+from fxmem.noise import Noise
 from fxmem.oom import Explanation, explain_oom
 from fxmem.operators import declare_pure
 from fxmem.plan import Plan
@@ -40,6 +41,7 @@ __all__ = [
     "FxmemError",
     "Liveness",
     "Measurement",
+    "Noise",
     "OptimizedModule",
     "Plan",
     "PlanMismatchError",
