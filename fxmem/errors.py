@@ -40,3 +40,7 @@ class PlanMismatchError(FxmemError):
 
 class VerificationError(FxmemError):
     """A rewritten graph, or a measured step, breaks what the plan promised."""
+
+
+class EncodingError(FxmemError, TypeError):
+    """An encoding was given a tensor that it does not take, or arguments that make no code."""
