@@ -17,11 +17,11 @@ from fxmem.dataflow import NOISE_CEILING
 from fxmem.errors import PlanMismatchError
 from fxmem.graph import JointGraph
 from fxmem.lossless import ELEMENTS
-from fxmem.lossy import LOSSY, Lossy
+from fxmem.lossy import LOSSY, LossyEncoding
 from fxmem.noise import Sensitivity, Statistics
 from fxmem.sizes import hint
 
-BY_NAME: dict[str, Lossy] = {encoding.name: encoding for encoding in LOSSY}
+BY_NAME: dict[str, LossyEncoding] = {encoding.name: encoding for encoding in LOSSY}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Candidate:
 
     sensitivity: Sensitivity
     stream: int
-    nbytes: int
     choices: tuple[tuple[str, int], ...]
 
     @property
@@ -146,7 +145,19 @@ def candidates_of(statistics: Statistics, graph: JointGraph) -> Iterator[Candida
         value = nodes[found.source].meta["val"]
         n = hint(value.numel())
         sizes = [(name, int(BY_NAME[name].nbytes.subs(ELEMENTS, n))) for name in found.variances]
-        smaller = [(name, size) for name, size in sizes if size < n * value.element_size()]
-        ordered = sorted(smaller, key=lambda one: -one[1])
-        if ordered:
-            yield Candidate(found, stream, n * value.element_size(), tuple(ordered))
+        choices = tuple(_finest_first(found, sizes, n * value.element_size()))
+        if choices:
+            yield Candidate(found, stream, choices)
+
+
+def _finest_first(
+    found: Sensitivity, sizes: Iterable[tuple[str, int]], most: int
+) -> Iterator[tuple[str, int]]:
+    """Encodings of fewer than ``most`` bytes, without those that are larger and noisier than another."""
+    noise = math.inf
+    kept = []
+    for name, size in sorted(sizes, key=lambda one: (one[1], found.variance(one[0]))):
+        if size < most and found.variance(name) < noise:
+            noise = found.variance(name)
+            kept.append((name, size))
+    yield from reversed(kept)

@@ -170,7 +170,7 @@ def _with_codes(flow: Dataflow, decisions: list[Decision]) -> Iterator[Decision]
     for decision in decisions:
         value = values[decision.value]
         if value.code:
-            operand = flow.values[flow.operators[value.producer].reads[0]]
+            operand = flow.values[flow.operators[value.producer].reads[-1]]
             nbytes = value.nbytes if operand.node.name in decided else operand.nbytes
             decision = replace(decision, nbytes=nbytes, seconds=value.keeping)
         yield decision

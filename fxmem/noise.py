@@ -30,7 +30,7 @@ from fxmem.capture import StepCall, training_step
 from fxmem.consumers import CASTS, Product, Saved, Use, saved_values
 from fxmem.errors import FxmemError
 from fxmem.graph import JointGraph, Role, is_backward
-from fxmem.lossy import LOSSY, Lossy
+from fxmem.lossy import LOSSY, LossyEncoding
 from fxmem.sizes import is_dense, tensors_in
 from fxmem.standins import backward
 from fxmem.untouched import copies, untouched
@@ -102,6 +102,12 @@ def candidates(graph: JointGraph) -> list[Saved]:
     return [s for s in saved_values(graph) if s.use is Use.LINEAR and _is_worth_it(s.node)]
 
 
+def encodings_of(saved: Saved) -> list[LossyEncoding]:
+    """Those that leave the mean of the gradients alone."""
+    dtype = saved.node.meta["val"].dtype
+    return [e for e in LOSSY if e.unbiased and dtype in e.dtypes]
+
+
 def _is_worth_it(node: fx.Node) -> bool:
     """Floats in one piece of memory whose size is known, and which operators lay out in one way."""
     value = node.meta["val"]
@@ -169,7 +175,7 @@ class _Recorder(fx.Interpreter):
                         self.products[product.node.name].append((name, product))
                         self.waiting[name] += 1
         self.found: dict[str, dict[str, Variances]] = {
-            name: {e.name: defaultdict(float) for e in LOSSY}
+            name: {e.name: defaultdict(float) for e in encodings_of(s)}
             for name, s in self.sources.items()
         }
 
@@ -212,7 +218,7 @@ class _Recorder(fx.Interpreter):
         columns = self._squared_columns(x, product, node)
         for encoding in LOSSY:
             if encoding.name in self.found[name]:
-                variance = float((encoding.squared_errors(x) * columns).sum(dtype=torch.float64))
+                variance = float((encoding.variance(x) * columns).sum(dtype=torch.float64))
                 self.found[name][encoding.name][product.parameters[0]] += variance
 
     def _squared_columns(self, x: torch.Tensor, product: Product, node: fx.Node) -> torch.Tensor:

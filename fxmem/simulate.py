@@ -93,8 +93,8 @@ class Simulator:
         return read - codes | {self.operand(v) for v in read & codes}
 
     def operand(self, code: int) -> int:
-        """What the code is made of."""
-        return self.flow.operators[self.flow.values[code].producer].reads[0]
+        """What the code is made of; the seed that it may read, too, is older."""
+        return self.flow.operators[self.flow.values[code].producer].reads[-1]
 
     # -- Judging -------------------------------------------------------------------------------------
 

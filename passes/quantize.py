@@ -29,10 +29,9 @@ from fxmem.consumers import Reader, saved_values
 from fxmem.dataflow import INSTEAD_OF, NOISE
 from fxmem.fakes import fake_value
 from fxmem.graph import JointGraph, Role, has_effect
-from fxmem.lossy import Lossy
+from fxmem.lossy import LossyEncoding
 from fxmem.passes.base import insert_like
 from fxmem.passes.encode import PLAIN, Plain
-from fxmem.quantizers import dequantize_groups, quantize_groups
 from fxmem.seeds import step_seed
 
 
@@ -41,7 +40,7 @@ class Code:
     """A code of the forward node ``source``.  stream: of random numbers, its own.  noise: see ``NOISE``."""
 
     source: str
-    encoding: Lossy
+    encoding: LossyEncoding
     stream: int
     noise: int = 1
 
@@ -81,10 +80,11 @@ def _seed(graph: JointGraph) -> fx.Node:
 
 
 def _encode(graph: fx.Graph, source: fx.Node, code: Code, seed: fx.Node) -> fx.Node:
-    how = code.encoding
-    args = (source, how.bits, how.group, seed, code.stream)
+    args = code.encoding.to_encode(source, seed, code.stream)
     with graph.inserting_after(source):
-        q = insert_like(graph, source, quantize_groups, args, suffix="quantized", backward=False)
+        q = insert_like(
+            graph, source, code.encoding.encoder, args, suffix="quantized", backward=False
+        )
     del q.meta["fxmem_origin"]
     q.meta.pop("recompute", None)  # what a checkpoint says of the tensor
     q.meta[NOISE] = code.noise
@@ -93,11 +93,11 @@ def _encode(graph: fx.Graph, source: fx.Node, code: Code, seed: fx.Node) -> fx.N
 
 def _read_decoded(readers: Sequence[Reader], source: fx.Node, code: Code, q: fx.Node) -> None:
     """Each reader decodes right before it reads, through views of its own of what is decoded."""
-    value, how = source.meta["val"], code.encoding
+    value = source.meta["val"]
     layout = (list(value.shape), list(value.stride()), value.dtype)
     for reader in dict.fromkeys(r.node for r in readers):
-        args = (q, how.bits, how.group, *layout)
-        decoded = _insert(reader, dequantize_groups, args, {}, "dequantized")
+        args = code.encoding.to_decode(q, *layout)
+        decoded = _insert(reader, code.encoding.decoder, args, {}, "dequantized")
         decoded.meta[INSTEAD_OF] = ""
         decoded.meta[PLAIN] = Plain(None, None)
         for ways in [r.views for r in readers if r.node is reader]:

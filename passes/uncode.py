@@ -20,11 +20,11 @@ from torch import fx
 from fxmem.encodings import ENCODERS
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward, is_view
+from fxmem.lossy import LOSSY
 from fxmem.passes.base import insert_like
 from fxmem.passes.encode import PLAIN
-from fxmem.quantizers import quantize_groups
 
-LOSSY_CODERS = frozenset({quantize_groups})
+LOSSY_CODERS = frozenset(encoding.encoder for encoding in LOSSY)
 CODERS = ENCODERS | LOSSY_CODERS
 """Operators whose result is a code of their first operand."""
 
