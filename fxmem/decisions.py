@@ -34,6 +34,7 @@ from fxmem.plan import (
 )
 from fxmem.planner import Choice
 from fxmem.report import least_text, line_of, remedy_lines
+from fxmem.seeds import step_seed
 from fxmem.simulate import Drop, Simulator
 from fxmem.sizes import evaluate
 from fxmem.tables import WIDTH, clean, cut
@@ -147,7 +148,7 @@ def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
     for v in sorted(simulator.readable):
         value = flow.values[v]
         kept = v in choice.kept or v in simulator.always_kept
-        if value.code and not kept:
+        if value.node.target is step_seed or (value.code and not kept):
             continue  # what would read it reads what it is made of
         remade = runs[value.producer] > 0 and not kept
         if value.node not in names or not (remade or (kept and (v in read or runs))):

@@ -487,10 +487,10 @@ class Schedule:
             self._forward_live[late] += nbytes
             self._journal.append((self._forward_live, late, nbytes))
             self._add_room(v, nbytes)
-            if v in self.simulator.lossy:
-                p, moment = self._forward.moment(v)
-                now = int(self._forward_live[p])
-                self._set_number(self._forward_live, p, now + sign * moment)
+        if v in self.simulator.lossy and len(self._forward_live):
+            p, moment = self._forward.moment(v)
+            now = int(self._forward_live[p])
+            self._set_number(self._forward_live, p, now + sign * moment)
 
     def _add_room(self, v: int, nbytes: int) -> None:
         """The last reader of a saved value cannot write over it, and perhaps over nothing else."""
