@@ -102,7 +102,7 @@ def noisy_flow(seed: int, forward: int | None = None) -> Dataflow:
         for v in sorted(codes.keys() & set(op.makes)):
             code, work = (codes[v],), _workspace(rng)
             operators.append(
-                Operator(NODE, False, (v, *seeds), code, work, 0.0, True, remakes=code)
+                Operator(NODE, False, (*seeds, v), code, work, 0.0, True, remakes=code)
             )
     for i, op in enumerate(operators):
         for v in op.makes:
