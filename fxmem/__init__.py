@@ -11,15 +11,18 @@ from fxmem.errors import (
     BudgetError,
     BudgetInfeasibleError,
     CaptureError,
+    EncodingError,
     FxmemError,
     PlanMismatchError,
     VerificationError,
 )
 from fxmem.fits import Fits
+from fxmem.gradient_noise import Noise
 from fxmem.inventory import Liveness
 from fxmem.looking import fits, report
+from fxmem.lossless import ELEMENTS
+from fxmem.lossy import LossyEncoding, register_encoding
 from fxmem.measure import Measurement, measure
-from fxmem.noise import Noise
 from fxmem.oom import Explanation, explain_oom
 from fxmem.operators import declare_pure
 from fxmem.plan import Plan
@@ -32,14 +35,17 @@ from fxmem.step_report import StepReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELEMENTS",
     "BudgetError",
     "BudgetInfeasibleError",
     "CaptureError",
     "CostModel",
+    "EncodingError",
     "Explanation",
     "Fits",
     "FxmemError",
     "Liveness",
+    "LossyEncoding",
     "Measurement",
     "Noise",
     "OptimizedModule",
@@ -58,6 +64,7 @@ __all__ = [
     "min_budget",
     "optimize",
     "plan",
+    "register_encoding",
     "report",
     "saved",
 ]

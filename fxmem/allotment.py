@@ -15,13 +15,15 @@ from functools import cached_property
 
 from fxmem.dataflow import NOISE_CEILING
 from fxmem.errors import PlanMismatchError
+from fxmem.gradient_noise import Sensitivity, Statistics
 from fxmem.graph import JointGraph
 from fxmem.lossless import ELEMENTS
-from fxmem.lossy import LOSSY, LossyEncoding
-from fxmem.noise import Sensitivity, Statistics
+from fxmem.lossy import LossyEncoding, encodings
 from fxmem.sizes import hint
 
-BY_NAME: dict[str, LossyEncoding] = {encoding.name: encoding for encoding in LOSSY}
+
+def encoding_named(name: str) -> LossyEncoding:
+    return next(encoding for encoding in encodings() if encoding.name == name)
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,7 @@ class Allotment:
             if not steps:
                 break
             n = -max(steps)[1]
-            more = self._share(candidates[n], levels[n] + 1) - self._share(
-                candidates[n], levels[n]
-            )
+            more = self._share(candidates[n], levels[n] + 1) - self._share(candidates[n], levels[n])
             if more > left:
                 refused.add(n)
                 continue
@@ -144,7 +144,9 @@ def candidates_of(statistics: Statistics, graph: JointGraph) -> Iterator[Candida
     for stream, found in enumerate(statistics.sensitivities):
         value = nodes[found.source].meta["val"]
         n = hint(value.numel())
-        sizes = [(name, int(BY_NAME[name].nbytes.subs(ELEMENTS, n))) for name in found.variances]
+        sizes = [
+            (name, int(encoding_named(name).nbytes.subs(ELEMENTS, n))) for name in found.variances
+        ]
         choices = tuple(_finest_first(found, sizes, n * value.element_size()))
         if choices:
             yield Candidate(found, stream, choices)

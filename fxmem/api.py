@@ -27,9 +27,9 @@ from fxmem.dynamic import (
 )
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.footprint import liveness_of
+from fxmem.gradient_noise import Noise
 from fxmem.graph import Role
 from fxmem.inventory import Liveness
-from fxmem.noise import Noise
 from fxmem.pipeline import Analysis, Options, analyze, device_of, unchanged_step
 from fxmem.plan import Plan
 from fxmem.runtime import OptimizedModule, Session, decided

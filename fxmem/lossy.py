@@ -13,8 +13,11 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
-from fxmem import quantizers
+from fxmem import derivatives, narrow_floats, quantizers
+from fxmem.encoding_trials import check_encoding
+from fxmem.errors import EncodingError
 from fxmem.lossless import ELEMENTS
+from fxmem.packing import FLOATS
 
 ErrorModel: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Expected squared error of each element of a tensor, in float32 and laid out as the tensor is."""
@@ -26,9 +29,9 @@ class LossyEncoding:
 
     nbytes: of the code of a tensor of ``ELEMENTS`` elements.  encoder: operator from the tensor,
     ``settings`` and, where ``seeded``, a seed and the tensor's own stream, to the code.  decoder: operator
-    from the code, ``settings``, size, strides and type to the tensor.  dtypes: what it is made of.
+    from the code, ``settings``, size, strides and type to the tensor.  dtypes: what it saves bytes of.
     unbiased: is the mean over seeds the tensor?  variance: the expected squared error given the tensor,
-    exactly; average: a cheaper estimate of it, that of an element at random on the grid.
+    exactly; average: the same for elements that lie at random between the points of a grid.
     """
 
     name: str
@@ -40,7 +43,7 @@ class LossyEncoding:
     unbiased: bool = True
     variance: ErrorModel = field(kw_only=True, repr=False)
     average: ErrorModel = field(kw_only=True, repr=False)
-    dtypes: tuple[torch.dtype, ...] = quantizers.FLOATS
+    dtypes: tuple[torch.dtype, ...] = FLOATS
 
     def to_encode(self, x: Any, seed: Any, stream: int) -> tuple[Any, ...]:
         """The encoder's arguments, of tensors or of nodes."""
@@ -73,9 +76,95 @@ def _integers(bits: int, group: int) -> LossyEncoding:
     )
 
 
+def _cast(name: str, narrow: torch.dtype, block: int | None) -> LossyEncoding:
+    scales = 1 if block is None else sympy.ceiling(ELEMENTS / block)
+    return LossyEncoding(
+        name,
+        4 * scales + narrow.itemsize * ELEMENTS,
+        narrow_floats.cast_blocks,
+        narrow_floats.uncast_blocks,
+        (narrow, block),
+        seeded=False,
+        unbiased=False,
+        dtypes=FLOATS if narrow.itemsize == 1 else (torch.float32,),
+        variance=lambda x: narrow_floats.cast_error(x, narrow, block),
+        average=lambda x: narrow_floats.cast_error_average(x, narrow, block),
+    )
+
+
+def _blocks(name: str) -> LossyEncoding:
+    how = narrow_floats.FORMATS[name]
+    return LossyEncoding(
+        name,
+        how.tensor_nbytes + sympy.ceiling(ELEMENTS / how.block) * how.block_nbytes,
+        narrow_floats.quantize_blocks,
+        narrow_floats.dequantize_blocks,
+        (name,),
+        variance=lambda x: narrow_floats.block_variance(x, name),
+        average=lambda x: narrow_floats.block_variance_average(x, name),
+    )
+
+
 LOSSY: tuple[LossyEncoding, ...] = (
+    _cast("float16", torch.float16, None),
+    _cast("bfloat16", torch.bfloat16, None),
+    _blocks("mxfp8"),
+    _cast("e4m3 g128", torch.float8_e4m3fn, 128),
     _integers(8, 256),
+    _cast("e4m3", torch.float8_e4m3fn, None),
+    _cast("e5m2 g128", torch.float8_e5m2, 128),
+    _cast("e5m2", torch.float8_e5m2, None),
     _integers(4, 64),
+    _blocks("nvfp4"),
+    _blocks("mxfp4"),
     _integers(2, 64),
 )
-"""From the finest to the coarsest."""
+"""Codes of a tensor, from the most bytes to the fewest."""
+
+
+def _derivative(activation: str, bits: int) -> LossyEncoding:
+    group = derivatives.GROUP
+    return LossyEncoding(
+        f"{activation}' {bits}",
+        4 + sympy.ceiling(ELEMENTS / group) * (group * bits // 8),
+        derivatives.encode_derivative,
+        derivatives.decode_derivative,
+        (activation, bits),
+        variance=lambda x: derivatives.derivative_variance(x, activation, bits),
+        average=lambda x: derivatives.derivative_variance_average(x, activation, bits),
+    )
+
+
+DERIVATIVES: dict[str, tuple[LossyEncoding, ...]] = {
+    activation: tuple(_derivative(activation, bits) for bits in (8, 4, 2))
+    for activation in derivatives.ACTIVATIONS
+}
+"""By activation: codes of the derivative at what its backward saves, which is what they decode to.
+
+The backward itself becomes ``derivative_backward`` (fxmem.derivatives), of the gradient and the code, which
+reads derivatives in float32; decoded to a narrower type they are rounded to it.
+"""
+
+
+# -- Registered by users -----------------------------------------------------------------------------
+
+_REGISTERED: dict[str, LossyEncoding] = {}
+
+
+def encodings() -> tuple[LossyEncoding, ...]:
+    """Ours and those that were registered."""
+    return (*LOSSY, *_REGISTERED.values())
+
+
+def register_encoding(encoding: LossyEncoding) -> LossyEncoding:
+    """Let plans choose an encoding of your own.  It is tried first, on small tensors on the CPU.
+
+    Raises ``EncodingError`` where it is not what it says: bytes, layout, fake kernels, repeatability,
+    errors, and the mean over seeds.  Sampled: a rare mistake may pass.
+    """
+    taken = [e.name for e in (*encodings(), *(e for row in DERIVATIVES.values() for e in row))]
+    if encoding.name in taken:
+        raise EncodingError(f"there is an encoding {encoding.name!r} already")
+    check_encoding(encoding)
+    _REGISTERED[encoding.name] = encoding
+    return encoding

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxmem._torch_eager import compiling
-from fxmem.allotment import BY_NAME, Allotment, candidates_of
+from fxmem.allotment import Allotment, candidates_of, encoding_named
 from fxmem.baseline import eager_peak
 from fxmem.budget import Budget
 from fxmem.capture import StepCall, capture
@@ -24,10 +24,10 @@ from fxmem.dataflow import Dataflow, dataflow, with_codes
 from fxmem.decisions import explain, find_choice, infeasible, kept_codes, too_large
 from fxmem.device import library_memory
 from fxmem.errors import PlanMismatchError, VerificationError
+from fxmem.gradient_noise import Noise, candidates, statistics
 from fxmem.graph import JointGraph, Role
 from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
-from fxmem.noise import Noise, candidates, statistics
 from fxmem.operators import recomputable_nodes
 from fxmem.partition import Split, split
 from fxmem.passes.base import Pass
@@ -44,7 +44,13 @@ from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.rectify import RectifyPass
 from fxmem.passes.split_convolution import SplitConvolutionPass
 from fxmem.passes.tangents import UndefinedTangentsPass
-from fxmem.passes.uncode import CODERS, LOSSY_CODERS, UncodePass, plain_name, reader_of
+from fxmem.passes.uncode import (
+    UncodePass,
+    coders,
+    lossy_coders,
+    plain_name,
+    reader_of,
+)
 from fxmem.passes.unread import UnreadPass
 from fxmem.plan import Plan, fingerprint, keys
 from fxmem.planner import Choice, Planner
@@ -83,7 +89,7 @@ class Options:
     on_infeasible: str = "raise"
     cost: CostModel | Literal["measure"] | None = None
     plan: Plan | None = None
-    noise: Noise = Noise()
+    noise: Noise = field(default_factory=Noise)
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class Analysis:
         form = self._rewritten(
             QuantizePass(
                 tuple(
-                    Code(source, BY_NAME[name], c.stream, allotment.units(source))
+                    Code(source, encoding_named(name), c.stream, allotment.units(source))
                     for source, (c, name) in codes
                 )
             )
@@ -255,7 +261,7 @@ def _numbers(
     times = _times(expected, device, cost)
     flow = dataflow(expected, workspaces, times, recomputable_nodes(expected))
     if plain is not None:
-        flow = with_codes(flow, plain, times, CODERS)
+        flow = with_codes(flow, plain, times, coders())
     keep, remake = tagged_values(flow)
     planner = Planner(flow, keep, remake)
     baseline = unchanged.peak
@@ -520,7 +526,8 @@ def _above(line: MemoryTimeline, graph: JointGraph, peak: int) -> frozenset[str]
     """The readers of codes that would take more bytes than was planned if they read no code."""
     live = line.live_bytes(graph.bindings())
     full = {s.node.name for s, n in zip(line.steps, live, strict=True) if s.node and n > peak}
-    exact = (n for n in graph.nodes if n.target not in LOSSY_CODERS)
+    lossy = lossy_coders()
+    exact = (n for n in graph.nodes if n.target not in lossy)
     readers = filter(None, map(reader_of, exact))
     return frozenset(r.name for r in readers if plain_name(r) in full)
 

@@ -28,94 +28,46 @@ Source of the idea: Chen et al. 2021, arXiv:2104.14129 (ActNN).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from fxmem.errors import EncodingError
-from fxmem.sizes import is_dense
-
-_LIBRARY = torch.library.Library("fxmem", "FRAGMENT")
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What is encoded.  Not float64: the points of a grid are computed in float32."""
-
-_STRETCH = {"cpu": 1 << 16}
-_LARGE_STRETCH = 1 << 25
-"""Elements that are worked on at a time, a multiple of every group."""
+from fxmem.noise import Noise
+from fxmem.packing import (
+    by_rows,
+    check_code,
+    check_dense,
+    check_float,
+    define,
+    flat,
+    group_count,
+    join,
+    put,
+    rows,
+    split,
+    stretches,
+)
 
 _LEAST_GROUP, _LARGEST_GROUP = 16, 1 << 16
-
-
-# -- Noise -------------------------------------------------------------------------------------------
-
-
-def _signed(value: int, bits: int) -> int:
-    """The integer of so many bits, two's complement, that has these low bits."""
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> (bits - 1) else value
-
-
-def keys(seed: torch.Tensor, stream: int, place: int) -> torch.Tensor:
-    """int32[2]: what the hash of places from a multiple of 2^32 on is keyed with.
-
-    The finalizer of splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195).
-    """
-    salt = (stream + 1) * 0x9E3779B97F4A7C15 + (place >> 32) * 0xD1342543DE82EF95
-    z = seed.reshape(1) + _signed(salt, 64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor, 64)
-    return z.view(torch.int32)
-
-
-def uniform(places: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """float32 in [0, 1), a multiple of 2^-24, of each place, an int32.
-
-    Two rounds of multiplication (constants: C. Wellons, "lowbias32"), one key before each.
-    """
-    h = places ^ key[0]
-    for shift, factor, more in ((16, 0x7FEB352D, key[1]), (15, 0x846CA68B, None)):
-        h ^= (h >> shift).bitwise_and_((1 << (32 - shift)) - 1)
-        h *= _signed(factor, 32)
-        if more is not None:
-            h ^= more
-    h ^= (h >> 16).bitwise_and_(0xFFFF)
-    h >>= 8
-    return h.bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
-
-
-class Noise:
-    """The draws of one tensor, by place."""
-
-    def __init__(self, seed: torch.Tensor, stream: int, device: torch.device) -> None:
-        self.seed, self.stream = seed.to(device), stream
-        self._keys: dict[int, torch.Tensor] = {}
-        self._places: torch.Tensor | None = None
-
-    def at(self, start: int, count: int) -> torch.Tensor:
-        """float32[count], of places that do not cross a multiple of 2^32."""
-        if start >> 32 not in self._keys:
-            self._keys = {start >> 32: keys(self.seed, self.stream, start)}
-        if self._places is None or len(self._places) < count:
-            self._places = torch.arange(count, dtype=torch.int32, device=self.seed.device)
-        places = self._places[:count] + _signed(start, 32)
-        return uniform(places, self._keys[start >> 32])
 
 
 # -- Grids -------------------------------------------------------------------------------------------
 
 
 class Grid(NamedTuple):
-    """Points (first + code) * step + constant, of each group: float32[G, 1] all three."""
+    """Points (first + code) * step + constant, of each group: float32[G, 1] all three.
+
+    The constant is 0 but where the step is.
+    """
 
     step: torch.Tensor
     first: torch.Tensor
     constant: torch.Tensor
 
     def points(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """In float32, of values that ``dtype`` holds.  Codes are float32 without fractions."""
-        found = torch.addcmul(self.constant, codes + self.first, self.step)
+        """In float32, of values that ``dtype`` holds, less the constant.  Codes have no fractions."""
+        found = (codes + self.first).mul_(self.step)
         return found if dtype is torch.float32 else found.to(dtype).to(torch.float32)
 
 
@@ -124,7 +76,7 @@ _TINY, _LARGEST_FIRST = 2.0**-126, 65000.0
 
 def _fit(x: torch.Tensor, bits: int, dtype: torch.dtype) -> Grid:
     """The grid of each row."""
-    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)  # on a CPU faster than aminmax
     levels = 2.0**bits - 1
     # A little more than the width, for float32 rounds, and for the first point, which is rounded down.
     step = (high / levels - low / levels).mul_(1 + 2.0**-20).add_(low.abs() * (2.0**-10 / levels))
@@ -154,7 +106,7 @@ def _round_down(first: torch.Tensor) -> torch.Tensor:
 
 def _sides(x: torch.Tensor, grid: Grid, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """The code of the point at or below each element, that point, and the next one."""
-    below = torch.addcmul(-grid.first, x, grid.step.reciprocal()).floor_()
+    below = (x * grid.step.reciprocal()).sub_(grid.first).floor_()
     below.nan_to_num_(0.0).clamp_(0, 2**bits - 2)
     return below, grid.points(below, dtype), grid.points(below + 1, dtype)
 
@@ -162,56 +114,12 @@ def _sides(x: torch.Tensor, grid: Grid, bits: int, dtype: torch.dtype) -> tuple[
 # -- Groups ------------------------------------------------------------------------------------------
 
 
-def _check(x: torch.Tensor, bits: int, group: int) -> None:
-    check_float(x)
-    check_layout(bits, group)
-
-
-def check_float(x: torch.Tensor) -> None:
-    if x.dtype not in FLOATS:
-        raise EncodingError(
-            f"a tensor of {x.dtype} has no lossy code: only float32, bfloat16 and float16 have"
-        )
-
-
-def check_dense(x: torch.Tensor) -> None:
-    if not is_dense(x):
-        raise EncodingError(
-            f"a tensor of strides {tuple(x.stride())} and shape {tuple(x.shape)} has gaps, or "
-            "elements in one place: encode x.contiguous()"
-        )
-
-
-def check_layout(bits: int, group: int) -> None:
+def _check(dtype: torch.dtype, bits: int, group: int) -> None:
+    check_float(dtype)
     if bits not in (2, 4, 8):
         raise EncodingError(f"codes have 2, 4 or 8 bits, not {bits}")
     if not _LEAST_GROUP <= group <= _LARGEST_GROUP or group & (group - 1):
         raise EncodingError(f"a group is a power of two from 16 to 65536 elements, not {group}")
-
-
-def check_seed(seed: torch.Tensor | None) -> None:
-    if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1):
-        raise EncodingError(f"a seed is one int64, not {seed.dtype} of shape {tuple(seed.shape)}")
-
-
-def _stretches(groups: int, group: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """The first group of each stretch, and the one after its last."""
-    step = max(1, _STRETCH.get(device.type, _LARGE_STRETCH) // group)
-    return ((at, min(at + step, groups)) for at in range(0, groups, step))
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements in the order of memory, in which there are no gaps."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _rows(flat: torch.Tensor, at: int, end: int, group: int) -> torch.Tensor:
-    """float32[end - at, group] of those groups, the last one filled up with its last element."""
-    part = flat[at * group : end * group].to(torch.float32)
-    missing = (end - at) * group - len(part)
-    if missing:
-        part = torch.cat([part, part[-1:].expand(missing)])
-    return part.view(end - at, group)
 
 
 def _parts(
@@ -223,48 +131,22 @@ def _parts(
     return steps.view(torch.int16), firsts.view(torch.float16), words
 
 
-def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8[G, g] below 2^bits -> uint8[G, g bits / 8]."""
-    if bits == 8:
-        return codes
-    count = 8 // bits
-    quarters = codes.view(len(codes), count, -1)
-    found = quarters[:, 0].clone()
-    for n in range(1, count):
-        found |= quarters[:, n] << (bits * n)
-    return found
-
-
-def _split(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8[G, g bits / 8] -> float32[G, g]."""
-    if bits == 8:
-        return words.to(torch.float32)
-    count, mask = 8 // bits, 2**bits - 1
-    found = words.new_empty((len(words), count, words.shape[1]), dtype=torch.float32)
-    for n in range(count):
-        found[:, n] = (words >> (bits * n)).bitwise_and_(mask)
-    return found.view(len(words), -1)
-
-
 def _quantize(
     x: torch.Tensor, bits: int, group: int, seed: torch.Tensor | None, stream: int
 ) -> torch.Tensor:
-    _check(x, bits, group)
+    code = _fake_quantize(x, bits, group, seed, stream)
     check_dense(x)
-    check_seed(seed)
-    code, flat = _fake_quantize(x, bits, group, seed, stream), _flat(x)
-    groups = -(-x.numel() // group)
+    noise, source, groups = Noise(seed, stream, x.device), flat(x), group_count(x, group)
     steps, firsts, words = _parts(code, groups, bits, group)
-    noise = None if seed is None else Noise(seed, stream, x.device)
-    for at, end in _stretches(groups, group, x.device):
-        rows = _rows(flat, at, end, group)
-        grid = _fit(rows, bits, x.dtype)
-        below, a, b = _sides(rows, grid, bits, x.dtype)
-        share = (rows - a).div_(b.sub_(a))  # NaN where both points are one: then the lower will do
-        draw = noise.at(at * group, rows.numel()).view_as(rows) if noise else 0.5
-        codes = _join(below.add_(share > draw).to(torch.uint8), bits)
-        flat_step = grid.step == 0
-        codes[:, :4] = torch.where(flat_step, grid.constant.view(torch.uint8), codes[:, :4])
+    for at, end in stretches(groups, group, x.device):
+        part = rows(source, at, end, group)
+        grid = _fit(part, bits, x.dtype)
+        below, a, b = _sides(part, grid, bits, x.dtype)
+        share = (part - a).div_(b.sub_(a)).view(-1)  # NaN where both are one: the lower will do
+        above = torch.gt(share, noise.at(at * group, len(share)), out=a.view(-1))
+        codes = join(below.add_(above.view_as(below)), bits)
+        constant = grid.constant.view(torch.uint8)
+        codes[:, :4] = torch.where(grid.step == 0, constant, codes[:, :4])
         words[at:end] = codes
         steps[at:end] = _step_word(grid.step)
         firsts[at:end] = grid.first[:, 0]
@@ -284,28 +166,17 @@ def _dequantize(
     stride: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    check_layout(bits, group)
+    _check(dtype, bits, group)
     found = code.new_empty_strided(size, stride, dtype=dtype)
-    check_float(found)
     check_dense(found)
-    groups = -(-found.numel() // group)
+    groups = group_count(found, group)
     check_code(code, groups * (4 + group * bits // 8), found)
-    flat, (steps, firsts, words) = _flat(found), _parts(code, groups, bits, group)
-    for at, end in _stretches(groups, group, code.device):
+    target, (steps, firsts, words) = flat(found), _parts(code, groups, bits, group)
+    for at, end in stretches(groups, group, code.device):
         grid = _stored(steps[at:end], firsts[at:end], words[at:end])
-        values = _split(words[at:end], bits).add_(grid.first)
-        values = torch.addcmul(grid.constant, values, grid.step).view(-1)
-        part = flat[at * group : end * group]
-        part.copy_(values[: len(part)])
+        values = split(words[at:end], bits).add_(grid.first)
+        put(values.mul_(grid.step).add_(grid.constant), target, at, group)
     return found
-
-
-def check_code(code: torch.Tensor, nbytes: int, found: torch.Tensor) -> None:
-    if code.dtype is not torch.uint8 or code.shape != (nbytes,) or not code.is_contiguous():
-        raise EncodingError(
-            f"a tensor of shape {tuple(found.shape)} has a code of {nbytes} bytes, "
-            f"not {code.dtype} of shape {tuple(code.shape)}"
-        )
 
 
 def _stored(steps: torch.Tensor, firsts: torch.Tensor, words: torch.Tensor) -> Grid:
@@ -322,32 +193,23 @@ def group_variance(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 
     NaN where the element comes back as NaN.
     """
-    return _by_rows(x, bits, group, _exact)
+
+    def of(part: torch.Tensor) -> torch.Tensor:
+        grid = _fit(part, bits, x.dtype)
+        _, a, b = _sides(part, grid, bits, x.dtype)
+        found = (part - a).clamp_min_(0.0).mul_((b - part).clamp_min_(0.0))
+        return found.masked_fill_(grid.step == 0, 0.0)
+
+    _check(x.dtype, bits, group)
+    check_dense(x)
+    return by_rows(x, group, of)
 
 
 def group_variance_average(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     """The same for an element at random between two points: step^2 / 6."""
-    return _by_rows(x, bits, group, lambda rows, grid, *_: (grid.step**2 / 6).expand_as(rows))
-
-
-def _exact(rows: torch.Tensor, grid: Grid, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    _, a, b = _sides(rows, grid, bits, dtype)
-    found = (rows - a).clamp_min_(0.0) * (b - rows).clamp_min_(0.0)
-    return found.masked_fill_(grid.step == 0, 0.0)
-
-
-def _by_rows(x: torch.Tensor, bits: int, group: int, function: Any) -> torch.Tensor:
-    _check(x, bits, group)
+    _check(x.dtype, bits, group)
     check_dense(x)
-    found = torch.empty_like(x, dtype=torch.float32)  # which keeps the strides of what has no gaps
-    flat, result = _flat(x), _flat(found)
-    for at, end in _stretches(-(-x.numel() // group), group, x.device):
-        rows = _rows(flat, at, end, group)
-        part = result[at * group : end * group]
-        part.copy_(
-            function(rows, _fit(rows, bits, x.dtype), bits, x.dtype).reshape(-1)[: len(part)]
-        )
-    return found
+    return by_rows(x, group, lambda part: (_fit(part, bits, x.dtype).step ** 2 / 6).expand_as(part))
 
 
 # -- As operators ------------------------------------------------------------------------------------
@@ -356,9 +218,9 @@ def _by_rows(x: torch.Tensor, bits: int, group: int, function: Any) -> torch.Ten
 def _fake_quantize(
     x: torch.Tensor, bits: int, group: int, seed: torch.Tensor | None, stream: int
 ) -> torch.Tensor:
-    _check(x, bits, group)
-    groups = (x.numel() + group - 1) // group
-    return x.new_empty((groups * (4 + group * bits // 8),), dtype=torch.uint8)
+    _check(x.dtype, bits, group)
+    nbytes = group_count(x, group) * (4 + group * bits // 8)
+    return x.new_empty((nbytes,), dtype=torch.uint8)
 
 
 def _fake_dequantize(
@@ -367,25 +229,17 @@ def _fake_dequantize(
     return code.new_empty_strided(size, stride, dtype=dtype)
 
 
-for _signature, _real, _fake in (
-    (
-        "quantize_groups(Tensor x, int bits, int group, Tensor? seed, int stream) -> Tensor",
-        _quantize,
-        _fake_quantize,
-    ),
-    (
-        "dequantize_groups(Tensor code, int bits, int group, SymInt[] size, SymInt[] stride, "
-        "ScalarType dtype) -> Tensor",
-        _dequantize,
-        _fake_dequantize,
-    ),
-):
-    _LIBRARY.define(_signature)
-    _name = _signature.partition("(")[0]
-    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fxmem::{_name}", _fake, lib=_LIBRARY)
-
-quantize_groups = torch.ops.fxmem.quantize_groups.default
+quantize_groups = define(
+    "quantize_groups(Tensor x, int bits, int group, Tensor? seed, int stream) -> Tensor",
+    _quantize,
+    _fake_quantize,
+)
 """x, bits, group, seed (one int64, or None to round to the nearest), stream -> code."""
-dequantize_groups = torch.ops.fxmem.dequantize_groups.default
+
+dequantize_groups = define(
+    "dequantize_groups(Tensor code, int bits, int group, SymInt[] size, SymInt[] stride, "
+    "ScalarType dtype) -> Tensor",
+    _dequantize,
+    _fake_dequantize,
+)
 """code, bits, group, size, strides, type -> the tensor, laid out as it was."""

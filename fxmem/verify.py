@@ -17,6 +17,7 @@ from fxmem.untouched import copies, untouched
 
 TOLERANCE = 0.001
 
+
 def verify_step(optimized: Any, call: StepCall) -> dict[str, Any]:
     """Run one step of each and compare.  What ``Report`` prints of it.
 
