@@ -130,7 +130,7 @@ def statistics(
     graph: of the step, for the tangents that come.  examples: its inputs' values, by placeholder.
     Raises ``FxmemError`` where there is nothing to compute with.
     """
-    _refuse_stand_ins(graph, examples)
+    check_measurable(graph, examples, call, noise)
     with fake_tensors_off(), untouched(call.model, copies(call.model)):
         run = _Recorder(graph, saved)
         full = run.gradients(examples)
@@ -138,7 +138,10 @@ def statistics(
     return Statistics(minibatch, tuple(run.sensitivities()), backwards + 1)
 
 
-def _refuse_stand_ins(graph: JointGraph, examples: Mapping[str, torch.Tensor]) -> None:
+def check_measurable(
+    graph: JointGraph, examples: Mapping[str, torch.Tensor], call: StepCall, noise: Noise
+) -> None:
+    """Raise ``FxmemError`` where there is nothing to compute gradients, or their variance, with."""
     if any(is_fake(t) or t.device.type == "meta" for t in examples.values()):
         raise FxmemError(
             'allow="quantize" measures gradients on your batch, so it needs real parameters and '
@@ -152,6 +155,8 @@ def _refuse_stand_ins(graph: JointGraph, examples: Mapping[str, torch.Tensor]) -
             'allow="quantize" compares the noise that it adds with that of your gradients, so it '
             "needs the loss\n  try: loss_fn=..., loss_inputs=(...), or a model that returns its loss"
         )
+    with fake_tensors_off():
+        _others(call, noise) if noise.batches else _parts(call)
 
 
 # -- What codes add -----------------------------------------------------------------------------------
@@ -273,7 +278,7 @@ def _minibatch(
     full: the gradients of the example.
     """
     if noise.batches:
-        calls = [_with_batch(call, batch) for batch in noise.batches[:MOST_BATCHES]]
+        calls = _others(call, noise)
         spread = _Spread()
         spread.add(full)
         for one in calls:
@@ -325,6 +330,10 @@ def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
     with torch.enable_grad():
         backward(training_step(*call.values()))
     return {n: p.grad for n, p in call.model.named_parameters() if p.grad is not None}
+
+
+def _others(call: StepCall, noise: Noise) -> list[StepCall]:
+    return [_with_batch(call, batch) for batch in noise.batches[:MOST_BATCHES]]
 
 
 def _with_batch(call: StepCall, batch: Any) -> StepCall:

@@ -24,7 +24,7 @@ from fxmem.dataflow import Dataflow, dataflow, with_codes
 from fxmem.decisions import explain, find_choice, infeasible, kept_codes, too_large
 from fxmem.device import library_memory
 from fxmem.errors import PlanMismatchError, VerificationError
-from fxmem.gradient_noise import Noise, candidates, statistics
+from fxmem.gradient_noise import Noise, candidates, check_measurable, statistics
 from fxmem.graph import JointGraph, Role
 from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
@@ -368,6 +368,9 @@ def _choose(
 
     A loaded plan is of either form, and its fingerprint says of which.
     """
+    if "quantize" in options.allow:
+        runs = UndefinedTangentsPass(analysis.undefined).apply(analysis.graph)
+        check_measurable(runs, analysis.examples, analysis.call, options.noise)
     if options.plan is not None:
         form = _form_of(analysis, options.plan, options)
         return form, find_choice(form, options.plan), None

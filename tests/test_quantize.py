@@ -14,11 +14,13 @@ from test_passes import captured, changed, tensor
 from torch import fx, nn
 
 import fxmem
+from fxmem._torch import fake_tensors_off
 from fxmem.allotment import Allotment, Candidate
 from fxmem.api import analyzed, read_options
 from fxmem.consumers import Use, saved_values
 from fxmem.dataflow import NOISE_CEILING
 from fxmem.gradient_noise import Sensitivity, Statistics
+from fxmem.lossless import ELEMENTS
 from fxmem.lossy import LOSSY
 from fxmem.measure import cpu_allocations
 from fxmem.passes.quantize import Code, QuantizePass
@@ -26,6 +28,8 @@ from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.uncode import UncodePass
 
 ALLOW = ("recompute", "lossless", "quantize")
+CODES = ("lossless", "quantize")
+"""Without recomputation there is not much to plan."""
 NAMED = {e.name: e for e in LOSSY}
 INT4 = NAMED["int4 g64"]
 
@@ -64,19 +68,20 @@ _to_copy_1 travelling: mm_4 travelling""",
 
 
 def test_noise_must_reach_a_gradient_once():
-    """The same product twice in one gradient; a product whose result is used again; one with itself."""
+    """Two products in one gradient; a product with itself, whose gradients go upstream; and one of the third."""
 
     def body(m, x):
-        h = x.sin()
-        twice = (h @ m.a).sin().sum() + (h @ m.a).cos().sum()
-        k = x.cos()
-        return twice + (k.t() @ k).sum() + (x.tan() * m.b).exp().sum()
+        h = F.gelu(x * m.c)
+        twice = (h @ m.a).sin().sum() + (h.t() @ m.a).cos().sum()
+        k = F.silu(x * m.c)
+        own = F.hardswish(x * m.c)
+        return twice + (k.t() @ k).sum() + (own * m.b).exp().sum()
 
-    graph = captured(body, tensor(8, 8), a=tensor(8, 8), b=tensor(8, 1))
+    graph = captured(body, tensor(8, 8), **{n: tensor(8, 8) for n in "abc"})
     found = {saved.node.name: saved.use for saved in saved_values(graph)}
-    assert found["sin"] is Use.TRAVELLING
-    assert found["cos"] is not Use.LINEAR
-    assert found["tan"] is Use.LINEAR
+    assert found["gelu"] is Use.TRAVELLING
+    assert found["silu"] is Use.TRAVELLING
+    assert found["hardswish"] is Use.LINEAR
 
 
 def test_what_somebody_holds_is_no_candidate():
@@ -93,7 +98,7 @@ def test_what_somebody_holds_is_no_candidate():
 
 def linear():
     def body(m, x):
-        return ((x @ m.w).exp() @ m.v).sin().sum()
+        return (F.gelu(x @ m.w) @ m.v).sin().sum()
 
     return captured(body, tensor(64, 64), w=tensor(64, 64), v=tensor(64, 32))
 
@@ -123,24 +128,22 @@ def test_a_linear_operand_leaves_a_code():
 + mm_2: f32[64, 32] = mm(t_dequantized, view_2)""",
     )
     code = after.node("getitem_quantized")
-    assert code.meta["val"].nbytes == INT4.nbytes.subs("n", 0) + 64 * 64 // 64 * (4 + 64 // 2)
+    assert code.meta["val"].nbytes == INT4.nbytes.subs(ELEMENTS, 64 * 64)
 
 
 def test_a_code_that_is_not_kept_is_none():
     """Nor is it held for a second reader: both read what it is made of."""
 
     def body(m, x):
-        h = (x @ m.w).exp()
+        h = F.gelu(x @ m.w)
         return (h @ m.v).sin().sum() + (h @ m.u).cos().sum()
 
     graph = captured(body, tensor(64, 64), w=tensor(64, 64), v=tensor(64, 32), u=tensor(64, 32))
-    linear_uses = [s.node for s in saved_values(graph)]
-    coded = QuantizePass((Code("mm", INT4, 0),)).apply(graph)
-    assert linear_uses
+    coded = QuantizePass((Code("gelu", INT4, 0),)).apply(graph)
     decodes = [n.name for n in coded.nodes if "dequantized" in n.name and "quant" in str(n.target)]
-    kept = {n.name for n in coded.nodes if n.op == "call_function"} - {"mm_quantized"}
+    kept = {n.name for n in coded.nodes if n.op == "call_function"} - {"gelu_quantized"}
     again = RecomputePass(
-        tuple(Recompute("mm_quantized", d) for d in decodes), frozenset(kept)
+        tuple(Recompute("gelu_quantized", d) for d in decodes), frozenset(kept)
     ).apply(coded)
     plain = UncodePass().apply(again)
     assert not [n for n in plain.nodes if "quant" in str(n.target)]
@@ -165,13 +168,13 @@ class Shell(nn.Module):
 
 def convolutions():
     parts = {"a": nn.Conv2d(3, 8, 3, padding=1), "b": nn.Conv2d(8, 8, 3, stride=2, groups=2)}
-    model = Shell(lambda m, x: m.b(m.a(x).relu()).square().mean(), **parts)
+    model = Shell(lambda m, x: m.b(F.gelu(m.a(x))).square().mean(), **parts)
     return model, torch.randn(8, 3, 16, 16)
 
 
 def products():
     parts = {"w": torch.randn(32, 48) / 6, "v": torch.randn(48, 40) / 7}
-    return Shell(lambda m, x: ((x @ m.w).exp() @ m.v).sin().mean(), **parts), torch.randn(256, 32)
+    return Shell(lambda m, x: (F.gelu(x @ m.w) @ m.v).sin().mean(), **parts), torch.randn(256, 32)
 
 
 def batched_products():
@@ -183,21 +186,23 @@ def batched_products():
     }
 
     def body(m, x):
-        h = (x.view(4, -1, 32) @ m.w).exp()
+        h = F.gelu(x.view(4, -1, 32) @ m.w)
         return (h @ m.v).sin().mean() + (h @ m.u).cos().mean()
 
     return Shell(body, **parts), torch.randn(256, 32)
 
 
 def gains():
-    return Shell(lambda m, x: (x.exp() * m.g).sin().mean(), g=torch.ones(64)), torch.randn(256, 64)
+    """Of a product with numbers along one dimension, whose gradient is a sum over the other."""
+    model = Shell(lambda m, x: (x.exp() * m.g).sin().mean(), g=torch.ones(64))
+    return model, torch.randn(256, 64)
 
 
 def mixed_precision():
     parts = {"w": torch.randn(32, 48) / 6, "v": torch.randn(48, 40) / 7}
 
     def body(m, x):
-        h = (x @ m.w).exp().bfloat16()
+        h = F.gelu(x @ m.w).bfloat16()
         return (h @ m.v.bfloat16()).float().sin().mean()
 
     return Shell(body, **parts), torch.randn(256, 32)
@@ -223,16 +228,17 @@ class Drawn:
             self.predicted = sum(c.sensitivity.variance(encoding) for c in allotment.candidates)
             codes = [Code(c.source, NAMED[encoding], c.stream) for c in allotment.candidates]
             self.graph = QuantizePass(tuple(codes)).apply(analysis.graph)
-            self.given = [
-                analysis.examples.get(n.name, torch.ones(())) for n in analysis.graph.placeholders()
-            ]
+            with fake_tensors_off():
+                one = torch.ones(())
+            known = analysis.examples
+            self.given = [known.get(n.name, one) for n in analysis.graph.placeholders()]
             self.exact = self.run(analysis.graph)
             assert len(wanted) == len(codes)
 
     def run(self, graph):
-        with torch.no_grad():
+        with torch.no_grad(), fake_tensors_off():
             results = fx.Interpreter(graph.module).run(*self.given, enable_io_processing=False)
-        return [g.double() for g in results[graph.num_forward_outputs :] if g is not None]
+            return [g.double() for g in results[graph.num_forward_outputs :] if g is not None]
 
     def errors(self, draws):
         for seed in range(draws):
@@ -285,7 +291,7 @@ def test_gradients_of_a_sum_grow_with_their_batch():
     for reduction in ("mean", "sum"):
         torch.manual_seed(0)
         model, x = (
-            nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 4)),
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4)),
             torch.randn(128, 32),
         )
         y = torch.randint(4, (128,))
@@ -348,14 +354,14 @@ def test_noise_goes_where_it_is_cheap():
 # -- Plans -----------------------------------------------------------------------------------------------
 
 
-def perceptron(width=64, rows=1024, dropout=0.0):
+def perceptron(layers=4, dropout=0.0, rows=2048, width=256):
     torch.manual_seed(0)
-    layers = []
-    for _ in range(4):
-        layers += [nn.Linear(width, width), nn.ReLU()]
+    parts = []
+    for _ in range(layers):
+        parts += [nn.Linear(width, width), nn.ReLU()]
     if dropout:
-        layers.append(nn.Dropout(dropout))
-    model = nn.Sequential(*layers, nn.Linear(width, 4))
+        parts.append(nn.Dropout(dropout))
+    model = nn.Sequential(*parts, nn.Linear(width, 4))
     x, y = torch.randn(rows, width), torch.randint(4, (rows,))
     return model, x, y, {"loss_fn": F.cross_entropy, "loss_inputs": (y,)}
 
@@ -371,16 +377,26 @@ def step_of(model, run, seed=0):
 @pytest.fixture(scope="module")
 def smallest():
     model, x, y, loss = perceptron(dropout=0.1)
-    return model, x, y, loss, fxmem.optimize(model, "min", (x,), allow=ALLOW, **loss)
+    return model, x, y, loss, fxmem.optimize(model, "min", (x,), allow=CODES, **loss)
 
 
-def test_the_floor_is_lower(smallest):
+def test_codes_take_fewer_bytes(smallest):
     model, x, _, loss, step = smallest
-    exact = fxmem.plan(model, "min", (x,), **loss)
-    assert step.plan.predicted_peak < exact.predicted_peak
+    exact = fxmem.plan(model, "min", (x,), allow="lossless", **loss)
+    assert step.plan.predicted_peak < 0.6 * exact.predicted_peak
     assert step.plan.noise.tier == "unbiased"
     assert 0 < step.plan.noise.predicted <= 0.01
     assert exact.noise is None
+
+
+def test_the_floor_is_lower_and_plans_are_no_slower():
+    model, x, _, loss = perceptron(layers=2)
+    exact, ours = (fxmem.plan(model, "min", (x,), allow=a, **loss) for a in (ALLOW[:2], ALLOW))
+    assert ours.predicted_peak < exact.predicted_peak
+    again = fxmem.plan(model, exact.predicted_peak, (x,), allow=ALLOW, **loss)
+    assert again.predicted_peak <= exact.predicted_peak
+    assert again.added_seconds < exact.added_seconds
+    assert 0 < again.noise.predicted <= 0.01
 
 
 def test_the_budget_is_kept(smallest):
@@ -416,7 +432,7 @@ def test_the_forward_is_eagers_and_steps_repeat(smallest):
 
 def test_another_step_draws_other_noise():
     model, x, y, loss = perceptron()
-    step = fxmem.optimize(model, "min", (x,), allow=ALLOW, **loss)
+    step = fxmem.optimize(model, "min", (x,), allow=CODES, **loss)
     torch.manual_seed(0)
     seen = []
     for _ in range(2):  # without dropout nothing but the step's own draw moves the generator
@@ -428,10 +444,10 @@ def test_another_step_draws_other_noise():
 
 def test_noise_is_measured(smallest):
     model, x, y, _, step = smallest
-    exact = [step_of(model, lambda: F.cross_entropy(model(x), y), seed)[1] for seed in range(16)]
-    noisy = [step_of(model, lambda: step(x, y), seed)[1] for seed in range(16)]
+    exact = [step_of(model, lambda: F.cross_entropy(model(x), y), seed)[1] for seed in range(8)]
+    noisy = [step_of(model, lambda: step(x, y), seed)[1] for seed in range(8)]
     added = sum(
-        float((a[n] - b[n]).double().square().sum()) / 16
+        float((a[n] - b[n]).double().square().sum()) / 8
         for a, b in zip(exact, noisy, strict=True)
         for n in a
     )
@@ -440,25 +456,11 @@ def test_noise_is_measured(smallest):
     assert predicted / added == pytest.approx(1, abs=0.1)
 
 
-def test_never_slower_and_never_over_the_ceiling():
-    model, x, _, loss = perceptron()
-    for budget in ("0.9x", "0.7x", "0.6x"):
-        for noise in (0.01, 1e-6):
-            ours = fxmem.plan(
-                model, budget, (x,), allow=ALLOW, noise=noise, on_infeasible="best", **loss
-            )
-            exact = fxmem.plan(model, budget, (x,), on_infeasible="best", **loss)
-            assert ours.noise is None or ours.noise.predicted <= noise
-            if exact.predicted_peak <= exact.budget:
-                assert ours.added_seconds <= exact.added_seconds
-            assert ours.predicted_peak <= max(exact.predicted_peak, exact.budget)
-
-
 def test_where_nothing_is_gained_nothing_is_noisy():
-    model, x, _, loss = perceptron()
+    model, x, _, loss = perceptron(layers=3)
     assert fxmem.plan(model, "2x", (x,), allow=ALLOW, **loss).noise is None
-    with_none = fxmem.plan(model, "min", (x,), allow=ALLOW, noise=0, **loss)
-    assert with_none.predicted_peak == fxmem.plan(model, "min", (x,), **loss).predicted_peak
+    quiet = fxmem.plan(model, "min", (x,), allow=CODES, noise=0, **loss)
+    assert quiet.noise is None or quiet.noise.tier == "exact"
 
 
 def test_a_plan_file_says_which_codes(smallest, tmp_path):
@@ -468,25 +470,25 @@ def test_a_plan_file_says_which_codes(smallest, tmp_path):
     assert fxmem.Plan.validate(path) == []
     assert fxmem.Plan.load(path) == step.plan
     budget = step.plan.predicted_peak
-    again = fxmem.optimize(model, budget, (x,), allow=ALLOW, plan=path, **loss)
+    again = fxmem.optimize(model, budget, (x,), allow=CODES, plan=path, **loss)
     assert again.plan.predicted_peak == step.plan.predicted_peak
     assert again.plan.noise == step.plan.noise
     mine, theirs = (step_of(model, lambda s=s: s(x, y))[1] for s in (step, again))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    with pytest.raises(fxmem.PlanMismatchError, match="not\nallowed here|not allowed here"):
-        fxmem.plan(model, budget, (x,), plan=path, **loss)
+    with pytest.raises(fxmem.PlanMismatchError, match="not allowed here"):
+        fxmem.plan(model, budget, (x,), allow="lossless", plan=path, **loss)
     with pytest.raises(fxmem.PlanMismatchError, match="more noise"):
-        fxmem.plan(model, budget, (x,), allow=ALLOW, noise=1e-8, plan=path, **loss)
+        fxmem.plan(model, budget, (x,), allow=CODES, noise=1e-8, plan=path, **loss)
     codes = step.plan.noise.codes
     forged = replace(codes[0], key=replace(codes[0].key, operator="native_layer_norm"))
     noise = replace(step.plan.noise, codes=(forged, *codes[1:]))
     with pytest.raises(fxmem.PlanMismatchError, match="gradients wrong"):
-        fxmem.plan(model, budget, (x,), allow=ALLOW, plan=replace(step.plan, noise=noise), **loss)
+        fxmem.plan(model, budget, (x,), allow=CODES, plan=replace(step.plan, noise=noise), **loss)
 
 
 def test_verification_measures_the_noise():
     model, x, _, loss = perceptron()
-    step = fxmem.optimize(model, "min", (x,), allow=ALLOW, verify=True, **loss)
+    step = fxmem.optimize(model, "min", (x,), allow=CODES, verify=True, **loss)
     text = str(step.report())
     noise = step.plan.noise
     assert (
@@ -505,7 +507,7 @@ def test_verification_measures_the_noise():
 
 def refused(match, model, x, kind=fxmem.FxmemError, **options):
     with pytest.raises(kind, match=match):
-        fxmem.plan(model, "min", x, allow=ALLOW, **options)
+        fxmem.plan(model, "min", x, allow=CODES, **options)
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -523,7 +525,7 @@ def test_an_infeasible_budget_names_the_one_that_works(smallest):
     model, x, _, loss, step = smallest
     floor = step.plan.predicted_peak
     with pytest.raises(fxmem.BudgetInfeasibleError) as found:
-        fxmem.plan(model, floor - 1, (x,), allow=ALLOW, **loss)
+        fxmem.plan(model, floor - 1, (x,), allow=CODES, **loss)
     assert found.value.smallest_peak == floor
     assert found.value.best_plan.noise.tier == "unbiased"
-    assert fxmem.plan(model, floor, (x,), allow=ALLOW, **loss).predicted_peak <= floor
+    assert fxmem.plan(model, floor, (x,), allow=CODES, **loss).predicted_peak <= floor
