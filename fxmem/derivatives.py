@@ -158,8 +158,8 @@ def _backward(
     how, found = _check(grad.dtype, activation, bits), torch.empty_like(grad)
     check_code(code, _code_nbytes(grad, bits), grad)
     if not grad.permute(order).is_contiguous():
-        lying = grad.new_empty([grad.shape[d] for d in order]).permute(_inverse(order))
-        size, stride = list(lying.shape), list(lying.stride())
+        like = _laid_out(grad, order)
+        size, stride = list(like.shape), list(like.stride())
         derivative = _decode(code, activation, bits, size, stride, torch.float32)
         return torch.mul(grad, derivative).to(grad.dtype)
     for at, end in stretches(group_count(grad, GROUP), GROUP, grad.device):
@@ -169,8 +169,10 @@ def _backward(
     return found
 
 
-def _inverse(order: list[int]) -> list[int]:
-    return [order.index(d) for d in range(len(order))]
+def _laid_out(grad: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """Memory for what was saved, laid out as it was."""
+    within = grad.new_empty([grad.shape[d] for d in order])
+    return within.permute([order.index(d) for d in range(len(order))])
 
 
 # -- Errors ------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ def _fake_encode(
 def _fake_backward(
     grad: torch.Tensor, code: torch.Tensor, order: list[int], activation: str, bits: int
 ) -> torch.Tensor:
-    return torch.empty_like(grad)
+    return torch.mul(grad, _laid_out(grad, order))
 
 
 encode_derivative = define(

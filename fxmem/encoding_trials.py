@@ -113,10 +113,11 @@ def _errors(encoding: LossyEncoding) -> str | None:
     measured = float(errors.square().sum()) / draws
     if not expected * 0.9 <= measured <= expected * 1.1:
         return f"its squared error is {measured:.4g} on a sample, not {expected:.4g}"
-    rest = float(errors.mean(0).square().sum()) * draws
-    if encoding.unbiased and rest > 2 * expected:
+    rest = float(errors.mean(0).square().mean()) ** 0.5
+    allowed = (expected / draws / x.numel()) ** 0.5
+    if encoding.unbiased and rest > 1.5 * allowed:
         return (
-            f"the mean of {draws} draws is off by {(rest / draws) ** 0.5:.4g}, where an unbiased "
-            f"one's would be by {(expected / draws) ** 0.5:.4g}"
+            f"the mean of {draws} draws is off by {rest:.4g} an element, root mean square, where "
+            f"without bias it would be by {allowed:.4g}"
         )
     return None

@@ -132,7 +132,10 @@ def _cast(x: torch.Tensor, narrow: torch.dtype, block: int | None) -> torch.Tens
         else:
             scale = _cast_scale(_largest(part), narrow)
             scales[at:end] = scale[:, 0]
-        put((part / scale).to(narrow), elements, at, group)
+        scaled = part / scale
+        if narrow is _E4M3:  # which has no Inf: torch makes it 448
+            scaled.masked_fill_(part.isinf(), torch.nan)
+        put(scaled.to(narrow), elements, at, group)
     return code
 
 

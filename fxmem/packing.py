@@ -40,7 +40,7 @@ def check_float(dtype: torch.dtype) -> None:
 
 
 def check_dense(x: torch.Tensor) -> None:
-    if not is_dense(x):
+    if x.numel() and not is_dense(x):
         raise EncodingError(
             f"a tensor of strides {tuple(x.stride())} and shape {tuple(x.shape)} has gaps, or "
             "elements in one place: encode x.contiguous()"

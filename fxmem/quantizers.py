@@ -86,7 +86,7 @@ def _fit(x: torch.Tensor, bits: int, dtype: torch.dtype) -> Grid:
     spans = ends.isfinite().all(1, keepdim=True) & low.isfinite() & high.isfinite()
     flat = low == high
     step = torch.where(spans, step, torch.nan).masked_fill_(flat, 0.0)
-    return Grid(step, first.masked_fill_(flat | ~spans, 0.0), low * 0.0 + torch.where(flat, low, 0))
+    return Grid(step, first.masked_fill_(flat | ~spans, 0.0), torch.where(flat, low, 0.0))
 
 
 def _round_up(step: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ def _dequantize(
 def _stored(steps: torch.Tensor, firsts: torch.Tensor, words: torch.Tensor) -> Grid:
     step = (steps[:, None].to(torch.int32) & 0xFFFF).bitwise_left_shift_(15).view(torch.float32)
     constant = words[:, :4].contiguous().view(torch.float32)
-    return Grid(step, firsts[:, None].to(torch.float32), constant.masked_fill_(step != 0, 0.0))
+    return Grid(step, firsts[:, None].to(torch.float32), torch.where(step == 0, constant, 0.0))
 
 
 # -- Errors ------------------------------------------------------------------------------------------
