@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -287,7 +287,7 @@ def _minibatch(
     parts, rows, batch = _parts(call)
     spread = _Spread()
     for one in parts:
-        spread.add(_gradients(one))
+        spread.add(_gradients_of_part(one))
     share = rows / batch
     if spread.is_summed(full, 1 / share):
         share = 1 / share  # a loss that is a sum grows with its batch
@@ -332,6 +332,17 @@ def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in call.model.named_parameters() if p.grad is not None}
 
 
+def _gradients_of_part(call: StepCall) -> dict[str, torch.Tensor]:
+    try:
+        return _gradients(call)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise FxmemError(
+            "the noise of gradients is found from parts of the example, cut along the first dimension, "
+            f"and the model refuses one: {str(error).splitlines()[0]}\n"
+            "  try: noise=fxmem.Noise(0.01, batches=[(x, y), ...]) with more batches like the example"
+        ) from error
+
+
 def _others(call: StepCall, noise: Noise) -> list[StepCall]:
     return [_with_batch(call, batch) for batch in noise.batches[:MOST_BATCHES]]
 
@@ -358,14 +369,17 @@ def _parts(call: StepCall) -> tuple[list[StepCall], int, int]:
         )
     rows = batch // count
 
-    def part(value: Any, n: int) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
-            return value[n * rows : (n + 1) * rows]
-        return value
+    def part(value: Any, n: int, late: bool) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.ndim or len(value) % batch:
+            return value
+        each = rows * (len(value) // batch)
+        if len(value) > batch and not late:
+            return value
+        return value[n * each : (n + 1) * each]  # targets of sequences may be one long row
 
-    return [_changed(call, lambda v, n=n: part(v, n)) for n in range(count)], rows, batch
+    def parted(n: int) -> StepCall:
+        args, kwargs = pytree.tree_map(lambda v: part(v, n, False), (call.args, call.kwargs))
+        late = pytree.tree_map(lambda v: part(v, n, True), call.loss_inputs)
+        return replace(call, args=args, kwargs=kwargs, loss_inputs=late)
 
-
-def _changed(call: StepCall, change: Callable[[Any], Any]) -> StepCall:
-    args, kwargs, late = pytree.tree_map(change, (call.args, call.kwargs, call.loss_inputs))
-    return replace(call, args=args, kwargs=kwargs, loss_inputs=late)
+    return [parted(n) for n in range(count)], rows, batch
