@@ -258,8 +258,9 @@ def _examples(graph: JointGraph, output: Any) -> dict[str, Any]:
     found = {}
     for node in graph.placeholders():
         description = node.meta.get("desc")
-        if type(description).__name__ == "PlainAOTInput":
-            found[node.name] = values[description.idx]
+        index = getattr(description, "idx", None)
+        if type(description).__name__ == "PlainAOTInput" and index is not None:
+            found[node.name] = values[index]
     return found
 
 

@@ -100,7 +100,7 @@ _LINEAR_IN: dict[Any, tuple[int, ...]] = {
 }
 """Operators, and the places of the operands that each is linear in, one at a time."""
 
-_RESULT_OF_OPERAND = {aten.convolution_backward.default: 1}
+_RESULT_OF_OPERAND: dict[Any, int] = {aten.convolution_backward.default: 1}
 """Which of several results the operand is part of: the weight's gradient."""
 
 _SUMS = {aten.add.Tensor, aten.sum.dim_IntList, aten.clone.default}
@@ -137,7 +137,7 @@ class _Consumers:
         if self.held.intersection(storages_in(value)):
             return False
         if getattr(node.target, "__name__", "") == "getitem":
-            return node.args[1] == 0
+            return bool(node.args[1] == 0)
         return node not in self.views
 
     def _readers(

@@ -25,7 +25,7 @@ from fxmem.decisions import explain, find_choice, infeasible, kept_codes, too_la
 from fxmem.device import library_memory
 from fxmem.errors import PlanMismatchError, VerificationError
 from fxmem.gradient_noise import Noise, candidates, check_measurable, statistics
-from fxmem.graph import JointGraph, Role
+from fxmem.graph import JointGraph, Role, is_backward
 from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
 from fxmem.operators import recomputable_nodes
@@ -513,11 +513,20 @@ def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
 def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:
     """Apply a choice to the graph with every tangent, and time what is expected to run of it."""
     graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
+    _refuse_unplanned_noise(UncodePass().apply(graph))
     rewritten, halves, line = _timed(analysis, UncodePass().apply(graph))
     if line.peak(graph.bindings()).nbytes > choice.outcome.peak:
         full = _above(line, graph, choice.outcome.peak)
         return _timed(analysis, UncodePass(full).apply(graph))
     return rewritten, halves, line
+
+
+def _refuse_unplanned_noise(graph: JointGraph) -> None:
+    """A lossy code that is not kept must be none.  Raises ``VerificationError``."""
+    lossy = lossy_coders()
+    made = [n.name for n in graph.nodes if n.target in lossy and is_backward(n)]
+    if made:
+        raise VerificationError(f"codes that were not planned add noise: {made}")
 
 
 def _timed(analysis: Analysis, graph: JointGraph) -> tuple[JointGraph, Split, MemoryTimeline]:

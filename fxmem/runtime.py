@@ -182,8 +182,9 @@ def build_program(call: StepCall, options: Options, names: Names) -> Program:
         run = captured.compile(forward, planned.split.backward, backward)
         sizes = sizes_of(call, names)
         seeded = any(n.target is step_seed for n in forward.graph.nodes)
-        rest = (sizes, validity, planned.memory, seeded)
-        return Program(captured.matches, run, planned.plan, *shown, *rest)
+        return Program(
+            captured.matches, run, planned.plan, *shown, sizes, validity, planned.memory, seeded
+        )
 
 
 def decided(

@@ -103,12 +103,18 @@ def _read_decoded(readers: Sequence[Reader], source: fx.Node, code: Code, q: fx.
         for ways in [r.views for r in readers if r.node is reader]:
             shown, now = source, decoded
             for view in ways:
-                args, kwargs = fx.node.map_arg(
-                    (view.args, dict(view.kwargs)),
-                    lambda n, shown=shown, now=now: now if n is shown else n,
-                )
-                shown, now = view, _insert(reader, view.target, args, kwargs, "dequantized", view)
+                shown, now = view, _view_again(view, shown, now, reader)
             reader.replace_input_with(shown, now)
+
+
+def _view_again(view: fx.Node, source: fx.Node, other: fx.Node, reader: fx.Node) -> fx.Node:
+    """The same view of another tensor than ``source``, for one reader."""
+
+    def taken(node: fx.Node) -> fx.Node:
+        return other if node is source else node
+
+    args, kwargs = fx.node.map_arg((view.args, dict(view.kwargs)), taken)
+    return _insert(reader, view.target, args, kwargs, "dequantized", view)
 
 
 def _insert(
