@@ -17,6 +17,7 @@ from fxmem.errors import (
     VerificationError,
 )
 from fxmem.fits import Fits
+from fxmem.gradient_noise import Noise
 from fxmem.inventory import Liveness
 from fxmem.looking import fits, report
 from fxmem.lossless import ELEMENTS
@@ -46,6 +47,7 @@ __all__ = [
     "Liveness",
     "LossyEncoding",
     "Measurement",
+    "Noise",
     "OptimizedModule",
     "Plan",
     "PlanMismatchError",

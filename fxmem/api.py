@@ -28,6 +28,7 @@ from fxmem.dynamic import (
 )
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.footprint import liveness_of
+from fxmem.gradient_noise import Noise
 from fxmem.graph import Role
 from fxmem.inventory import Liveness
 from fxmem.pipeline import Analysis, Options, analyze, device_of, unchanged_step
@@ -37,8 +38,9 @@ from fxmem.standins import without_meta
 from fxmem.units import format_bytes, shown
 from fxmem.verify import verify_step
 
-ALLOWED = ("recompute", "lossless")
-LATER = ("quantize", "offload")
+DEFAULT = ("recompute", "lossless")
+ALLOWED = (*DEFAULT, "quantize")
+LATER = ("offload",)
 
 NOTHING_TO_PLAN = (
     "nothing in this step needs a gradient, so nothing is saved for a backward.\n"
@@ -56,8 +58,8 @@ def optimize(
     dynamic_shapes: Any = None,
     loss_fn: Callable[..., Any] | None = None,
     loss_inputs: Any = (),
-    allow: Any = ALLOWED,
-    noise: float = 0.01,
+    allow: Any = DEFAULT,
+    noise: float | Noise = 0.01,
     reserve: Any = 0,
     on_infeasible: str = "raise",
     compiler: str = "eager",
@@ -76,13 +78,17 @@ def optimize(
     ``torch.export.Dim("B", min=1, max=64)`` for a name, all sizes of the range are planned now.
     loss_fn: called as ``loss_fn(outputs, *loss_inputs)`` when the loss is outside the model; then
     ``opt(*inputs, *loss_inputs)`` returns the loss.
+    allow: what a plan may do.  With ``"quantize"`` in it tensors may be stored in a few bits, which adds
+    noise to gradients; the example is then run, forward and backward, at most 20 times.
+    noise: with that, the ceiling on the variance that is added / the gradients' own from minibatch to
+    minibatch; or a ``Noise``, with more batches to find the latter from.
     reserve: bytes outside the step, or the optimizer whose state they are.  On CUDA, what cuBLAS
     keeps for itself is added: 64 MiB on an H100.
     on_infeasible: ``"raise"``, or ``"best"``: take the smallest plan and warn.
     plan: a Plan, or the path of one, to replay instead of planning.
     verify: run one step, compare predicted and measured peak, and gradients with the unchanged step.
 
-    Gradients are bitwise those of the step without a plan.
+    Gradients are bitwise those of the step without a plan, unless ``"quantize"`` is allowed.
     Raises ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``,
     ``VerificationError``.
     """
@@ -127,8 +133,8 @@ def plan(
     dynamic_shapes: Any = None,
     loss_fn: Callable[..., Any] | None = None,
     loss_inputs: Any = (),
-    allow: Any = ALLOWED,
-    noise: float = 0.01,
+    allow: Any = DEFAULT,
+    noise: float | Noise = 0.01,
     reserve: Any = 0,
     on_infeasible: str = "raise",
     cost: Any = "auto",
@@ -178,7 +184,7 @@ def analyzed(
     with torch.enable_grad(), capture(marked(call, names), names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             raise CaptureError(NOTHING_TO_PLAN)
-        yield analyze(captured.graph, call, unchanged, options.cost), names
+        yield analyze(captured.graph, call, unchanged, options.cost, captured.examples), names
 
 
 def liveness(
@@ -230,7 +236,7 @@ def read_options(
     budget: Any,
     *,
     allow: Any,
-    noise: float,
+    noise: float | Noise,
     reserve: Any,
     on_infeasible: str,
     compiler: str,
@@ -245,8 +251,6 @@ def read_options(
         raise FxmemError(
             f"compiler should be 'eager', not {compiler!r}: graphs run op by op so far"
         )
-    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < 1:
-        raise FxmemError(f"noise should be a number from 0 to below 1, not {noise!r}")
     return Options(
         budget=Budget.parse(budget),
         outside=read_reserve(reserve),
@@ -254,6 +258,7 @@ def read_options(
         on_infeasible=on_infeasible,
         cost=_read_cost(cost),
         plan=_read_plan(plan),
+        noise=_read_noise(noise),
     )
 
 
@@ -312,6 +317,14 @@ def _read_cost(cost: Any) -> CostModel | Literal["measure"] | None:
     if cost == "measure":
         return "measure"
     raise FxmemError(f"cost should be 'auto', 'roofline', 'measure' or a CostModel, not {cost!r}")
+
+
+def _read_noise(noise: Any) -> Noise:
+    found = noise if isinstance(noise, Noise) else Noise(noise)
+    ceiling: Any = found.ceiling
+    if isinstance(ceiling, bool) or not isinstance(ceiling, (int, float)) or not 0 <= ceiling < 1:
+        raise FxmemError(f"noise should be a number from 0 to below 1, not {ceiling!r}")
+    return found
 
 
 def _read_plan(plan: Any) -> Plan | None:

@@ -69,10 +69,14 @@ class StepCall:
 
 @dataclass
 class Capture:
-    """A captured step.  ``compile`` works only while the capture's context is open."""
+    """A captured step.  ``compile`` works only while the capture's context is open.
+
+    examples: what was captured with, by placeholder.
+    """
 
     graph: JointGraph
     matches: Callable[[dict[str, Any]], bool]
+    examples: dict[str, Any]
     _output: Any
     _exported: Any
 
@@ -125,7 +129,7 @@ def capture(
                 raise
             except Exception as error:
                 raise _capture_error(error, call.model) from error
-            yield Capture(graph, matches, output, exported)
+            yield Capture(graph, matches, _examples(graph, output), output, exported)
 
 
 def _captured(call: StepCall) -> Any:
@@ -246,6 +250,18 @@ def _input(node: fx.Node, roles: list[Input]) -> Input:
     if is_backward(node):
         return Input(Role.TANGENT, node.name)
     return Input(Role.INPUT, node.name)
+
+
+def _examples(graph: JointGraph, output: Any) -> dict[str, Any]:
+    """The example's values, by placeholder."""
+    values = output.backend_input.example_inputs
+    found = {}
+    for node in graph.placeholders():
+        description = node.meta.get("desc")
+        index = getattr(description, "idx", None)
+        if type(description).__name__ == "PlainAOTInput" and index is not None:
+            found[node.name] = values[index]
+    return found
 
 
 def _mutated(module: fx.GraphModule, descriptions: Any) -> tuple[str, ...]:

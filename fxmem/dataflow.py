@@ -31,6 +31,12 @@ from fxmem.workspace import Workspaces
 INSTEAD_OF = "fxmem_instead_of"
 """Node metadata: the name of the node of the step without codes that this one stands for; "" for none."""
 
+NOISE = "fxmem_noise"
+"""Node metadata of a lossy code: the noise that it adds if it is kept, in ``NOISE_CEILING``-ths."""
+
+NOISE_CEILING = 10**9
+"""The noise that the kept codes of a plan may add up to.  Whole numbers: sums do not drift."""
+
 
 @dataclass
 class Value:
@@ -41,6 +47,8 @@ class Value:
     held: a tangent that the autograd engine keeps to the end.  storage: its key in the graph.
     code: what readers that could read its producer's operand read in its place, if it is kept; it takes
     no time to make it again, for they can do without.  keeping: seconds that the step takes longer then.
+    noise: of a lossy code, what it takes of ``NOISE_CEILING`` if it is kept: one at least.  If not, it
+    is never held between two readers, for both read what it is made of.
     """
 
     nbytes: int
@@ -55,6 +63,7 @@ class Value:
     storage: int = -1
     code: bool = False
     keeping: float = 0.0
+    noise: int = 0
 
 
 @dataclass
@@ -178,7 +187,8 @@ def with_codes(flow: Dataflow, plain: Dataflow, cost: Cost, encoders: Container[
         waiting -= waits
         operators[i] = replace(op, seconds=seconds)
     for v, more in keeping.items():
-        values[v] = replace(values[v], code=True, keeping=max(more, 0.0))
+        noise = values[v].node.meta.get(NOISE, 0)
+        values[v] = replace(values[v], code=True, keeping=max(more, 0.0), noise=noise)
     return replace(flow, operators=operators, values=values, waiting=waiting)
 
 

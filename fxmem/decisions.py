@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,19 @@ import torch
 
 from fxmem.categories import category, workspace_name
 from fxmem.certificates import Judge, certificate, optimizer_in_8_bits
-from fxmem.dataflow import Dataflow, Value
+from fxmem.dataflow import NOISE_CEILING, Dataflow, Value
 from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
 from fxmem.graph import JointGraph, module_name, operator_name, source_line, type_text
 from fxmem.liveness import MemoryTimeline
 from fxmem.operators import refusal
 from fxmem.plan import (
     Certificate,
+    CodeOf,
     Decision,
+    GradientNoise,
     Key,
     LiveTensor,
+    NoiseOf,
     PeakPoint,
     Plan,
     Remedy,
@@ -30,7 +34,8 @@ from fxmem.plan import (
 )
 from fxmem.planner import Choice
 from fxmem.report import least_text, line_of, remedy_lines
-from fxmem.simulate import Drop
+from fxmem.seeds import step_seed
+from fxmem.simulate import Drop, Simulator
 from fxmem.sizes import evaluate
 from fxmem.tables import WIDTH, clean, cut
 from fxmem.units import format_bytes
@@ -85,7 +90,38 @@ def explain(
         certificate=_certificate(analysis, options, budget, choice, line, tight)
         if tight or choice.outcome.recomputed
         else None,
+        noise=_noise(analysis, choice),
     )
+
+
+def _noise(analysis: Analysis, choice: Choice) -> GradientNoise | None:
+    allotment = analysis.allotment
+    if allotment is None:
+        return None
+    kept = kept_codes(analysis.planner.simulator, choice.kept)
+    names = {node.name: key for key, node in keys(analysis.expected).items()}
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for parameter, added, own in allotment.by_parameter(kept):
+        groups[re.sub(r"\d+", "*", parameter)].append((added, own))
+    return GradientNoise(
+        ceiling=allotment.ceiling,
+        predicted=sum(map(allotment.share, sorted(kept))),
+        tier="unbiased" if kept else "exact",
+        parameters=tuple(
+            NoiseOf(name, len(found), sum(a for a, _ in found), sum(o for _, o in found))
+            for name, found in groups.items()
+        ),
+        codes=tuple(
+            CodeOf(names[source], encoding) for source, (_, encoding) in allotment.chosen.items()
+        ),
+        backwards=allotment.statistics.backwards,
+    )
+
+
+def kept_codes(simulator: Simulator, kept: Set[int]) -> frozenset[str]:
+    """The sources of the lossy codes among what is kept."""
+    operands = (simulator.operand(v) for v in simulator.lossy & kept)
+    return frozenset(simulator.flow.values[v].node.name for v in operands)
 
 
 def _gap(flow: Dataflow, choice: Choice) -> float | None:
@@ -112,13 +148,18 @@ def _decisions(analysis: Analysis, choice: Choice) -> list[Decision]:
     for v in sorted(simulator.readable):
         value = flow.values[v]
         kept = v in choice.kept or v in simulator.always_kept
-        if value.code and not kept:
+        if value.node.target is step_seed or (value.code and not kept):
             continue  # what would read it reads what it is made of
         remade = runs[value.producer] > 0 and not kept
         if value.node not in names or not (remade or (kept and (v in read or runs))):
             continue
         dropped = () if kept else drops.get(v, ())
         made = _decision(flow, v, names[value.node], kept, runs, dropped, v in read)
+        if value.noise and analysis.allotment is not None:
+            source = flow.values[simulator.operand(v)].node
+            name = analysis.allotment.chosen[source.name][1]
+            reason = f"{name} in place of {type_text(source.meta.get('val'))}"
+            made = replace(made, reason=reason, error=analysis.allotment.share(source.name))
         found.append(replace(made, type=words.named(made.type)))
     return list(_with_codes(flow, found))
 
@@ -130,7 +171,7 @@ def _with_codes(flow: Dataflow, decisions: list[Decision]) -> Iterator[Decision]
     for decision in decisions:
         value = values[decision.value]
         if value.code:
-            operand = flow.values[flow.operators[value.producer].reads[0]]
+            operand = flow.values[flow.operators[value.producer].reads[-1]]
             nbytes = value.nbytes if operand.node.name in decided else operand.nbytes
             decision = replace(decision, nbytes=nbytes, seconds=value.keeping)
         yield decision
@@ -360,4 +401,9 @@ def find_choice(analysis: Analysis, plan: Plan) -> Choice:
     if forgotten:
         names = sorted(flow.values[v].node.name for v in forgotten)
         raise PlanMismatchError(f"the plan says nothing of {', '.join(names[:5])}")
+    if simulator.noise_of_keeping(kept) > NOISE_CEILING:
+        raise PlanMismatchError(
+            "the codes of the plan add more noise to gradients than is allowed\n"
+            "  try: a higher noise=, or optimize without plan="
+        )
     return planner.choice(kept, drops)

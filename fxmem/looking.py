@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxmem.api import ALLOWED, analyzed, liveness, read_options
+from fxmem.api import DEFAULT, analyzed, liveness, read_options
 from fxmem.budget import Budget
 from fxmem.cost import CostModel, model_of
 from fxmem.device import library_memory
@@ -39,7 +39,7 @@ def report(
     dynamic_shapes: Any = None,
     loss_fn: Callable[..., Any] | None = None,
     loss_inputs: Any = (),
-    allow: Any = ALLOWED,
+    allow: Any = DEFAULT,
     reserve: Any = 0,
     on_infeasible: str = "raise",
     cost: Any = "auto",
@@ -78,7 +78,7 @@ def report(
 
 # -- Without a budget ---------------------------------------------------------------------------------
 
-_OF_PLANS = {"allow": ALLOWED, "on_infeasible": "raise", "cost": "auto", "gpus": False}
+_OF_PLANS = {"allow": DEFAULT, "on_infeasible": "raise", "cost": "auto", "gpus": False}
 """What only a plan has, and what it is where nobody gives it."""
 
 
@@ -136,7 +136,7 @@ def fits(
     dynamic_shapes: Any = None,
     loss_fn: Callable[..., Any] | None = None,
     loss_inputs: Any = (),
-    allow: Any = ALLOWED,
+    allow: Any = DEFAULT,
     reserve: Any = 0,
     gpus: tuple[Gpu, ...] = GPUS,
 ) -> Fits:

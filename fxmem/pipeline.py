@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from fxmem._torch_eager import compiling
+from fxmem.allotment import Allotment, candidates_of, encoding_named
 from fxmem.baseline import eager_peak
 from fxmem.budget import NO_RESERVE, Budget, Reserve
 from fxmem.capture import StepCall, capture
+from fxmem.consumers import Saved
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow, with_codes
-from fxmem.decisions import explain, find_choice, infeasible, too_large
+from fxmem.decisions import explain, find_choice, infeasible, kept_codes, too_large
 from fxmem.device import library_memory
-from fxmem.encodings import ENCODERS
-from fxmem.errors import VerificationError
-from fxmem.graph import JointGraph, Role
+from fxmem.errors import PlanMismatchError, VerificationError
+from fxmem.gradient_noise import Noise, candidates, check_measurable, statistics
+from fxmem.graph import JointGraph, Role, is_backward
 from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
 from fxmem.operators import recomputable_nodes
@@ -36,13 +39,20 @@ from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.order import OrderPass
+from fxmem.passes.quantize import Code, QuantizePass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.rectify import RectifyPass
 from fxmem.passes.split_convolution import SplitConvolutionPass
 from fxmem.passes.tangents import UndefinedTangentsPass
-from fxmem.passes.uncode import UncodePass, plain_name, reader_of
+from fxmem.passes.uncode import (
+    UncodePass,
+    coders,
+    lossy_coders,
+    plain_name,
+    reader_of,
+)
 from fxmem.passes.unread import UnreadPass
-from fxmem.plan import Plan, fingerprint
+from fxmem.plan import Plan, fingerprint, keys
 from fxmem.planner import Choice, Planner
 from fxmem.sizes import in_blocks
 from fxmem.standins import without_meta
@@ -79,6 +89,7 @@ class Options:
     on_infeasible: str = "raise"
     cost: CostModel | Literal["measure"] | None = None
     plan: Plan | None = None
+    noise: Noise = field(default_factory=Noise)
 
     @property
     def reserve(self) -> int:
@@ -106,7 +117,8 @@ class Planned:
 class Analysis:
     """A captured step before any decision: the graph, its numbers, and the search over them.
 
-    whole: the step before its convolutions were split, where this is the one after.
+    whole: the step before its convolutions were split, where this is the one after.  examples: what
+    it was captured with.  allotment: of the noise of its codes, where it may have lossy ones.
     """
 
     graph: JointGraph
@@ -121,6 +133,9 @@ class Analysis:
     call: StepCall = field(repr=False)
     cost_asked: CostModel | Literal["measure"] | None = None
     whole: Analysis | None = field(default=None, repr=False)
+    examples: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    allotment: Allotment | None = None
+    _allotted: tuple[Noise, Allotment] | None = field(default=None, repr=False)
 
     @cached_property
     def split(self) -> Analysis:
@@ -131,6 +146,31 @@ class Analysis:
     def coded(self) -> Analysis:
         """The step with codes, if kept, of all that the backward can read so; itself if there are none."""
         return self._rewritten(EncodePass(), RectifyPass())
+
+    @cached_property
+    def _saved(self) -> list[Saved]:
+        return candidates(self.graph)
+
+    def allotted(self, noise: Noise) -> Allotment:
+        """Encodings for what may be a lossy code, all of which may be kept; found out once."""
+        if self._allotted is None or self._allotted[0] is not noise:
+            runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
+            known = statistics(runs, self.examples, self.call, noise, self._saved)
+            self._allotted = noise, Allotment.of(known, noise.ceiling, candidates_of(known, runs))
+        return self._allotted[1]
+
+    def quantized(self, allotment: Allotment) -> Analysis:
+        """The step with these codes, if kept."""
+        codes = allotment.chosen.items()
+        form = self._rewritten(
+            QuantizePass(
+                tuple(
+                    Code(source, encoding_named(name), c.stream, allotment.units(source))
+                    for source, (c, name) in codes
+                )
+            )
+        )
+        return replace(form, allotment=allotment)
 
     def forms(self, options: Options) -> Iterator[Analysis]:
         """The step, and what else could run in its place; each is made when its turn comes."""
@@ -154,7 +194,9 @@ class Analysis:
             return self
         unchanged = Unchanged(self.device, self.baseline_peak, self.workspaces)
         form = _numbers(graph, self.call, unchanged, self.cost_asked, (self.whole or self).flow)
-        return replace(form, whole=self.whole or self)
+        return replace(
+            form, whole=self.whole or self, examples=self.examples, allotment=self.allotment
+        )
 
 
 @dataclass(frozen=True)
@@ -187,10 +229,15 @@ def analyze(
     call: StepCall,
     unchanged: Unchanged,
     cost: CostModel | Literal["measure"] | None = None,
+    examples: Mapping[str, Any] = MappingProxyType({}),
 ) -> Analysis:
-    """Clean the joint graph up and measure what the planner needs to know about it."""
+    """Clean the joint graph up and measure what the planner needs to know about it.
+
+    examples: what was captured with, for lossy codes.
+    """
     graph, workspaces = cleaned(graph, unchanged.workspaces, unchanged.device)
-    return _numbers(graph, call, replace(unchanged, workspaces=workspaces), cost)
+    found = _numbers(graph, call, replace(unchanged, workspaces=workspaces), cost)
+    return replace(found, examples=examples)
 
 
 def cleaned(
@@ -219,7 +266,7 @@ def _numbers(
     times = _times(expected, device, cost)
     flow = dataflow(expected, workspaces, times, recomputable_nodes(expected))
     if plain is not None:
-        flow = with_codes(flow, plain, times, ENCODERS)
+        flow = with_codes(flow, plain, times, coders())
     keep, remake = tagged_values(flow)
     planner = Planner(flow, keep, remake)
     baseline = unchanged.peak
@@ -330,6 +377,9 @@ def _choose(
 
     A loaded plan is of either form, and its fingerprint says of which.
     """
+    if "quantize" in options.allow:
+        runs = UndefinedTangentsPass(analysis.undefined).apply(analysis.graph)
+        check_measurable(runs, analysis.examples, analysis.call, options.noise)
     if options.plan is not None:
         form = _form_of(analysis, options.plan, options)
         return form, find_choice(form, options.plan), None
@@ -340,11 +390,63 @@ def _choose(
     return form, smallest, smallest.outcome.peak if "recompute" in options.allow else None
 
 
-def _smallest(analysis: Analysis, options: Options) -> tuple[Analysis, Choice]:
+Chosen = tuple["Analysis", Choice]
+
+
+def _fitting(analysis: Analysis, options: Options, budget: int) -> Chosen | None:
+    """The fastest plan that fits, of all forms of the step; the first of these among equals.
+
+    Forms with lossy codes come last: without noise is better than with.
+    """
+    best = _fastest(analysis.forms(options), options, budget)
+    if "quantize" in options.allow and (best is None or _added(*best) > 0):
+        for found in _lossy(analysis, options, budget):
+            if found[1].outcome.peak <= budget and (best is None or _added(*found) < _added(*best)):
+                best = found
+    return best
+
+
+def _fastest(forms: Iterable[Analysis], options: Options, budget: int) -> Chosen | None:
+    best: Chosen | None = None
+    least = math.inf
+    seen: list[Analysis] = []
+    for form in forms:
+        more = _added_by(form)
+        if more >= least or any(form is other for other in seen):
+            continue
+        seen.append(form)
+        choice = _fit(form.planner, options, budget)
+        if choice is not None and more + choice.outcome.seconds < least:
+            best, least = (form, choice), more + choice.outcome.seconds
+        if least <= 0:
+            break
+    return best
+
+
+def _added(form: Analysis, choice: Choice) -> float:
+    """Seconds more than the unchanged step takes."""
+    return _added_by(form) + choice.outcome.seconds
+
+
+def _added_by(form: Analysis) -> float:
+    return form.flow.seconds - (form.whole or form).flow.seconds
+
+
+def _smallest(analysis: Analysis, options: Options) -> Chosen:
     """The smallest plan, of all forms of the step; the first of these among equals."""
-    best: tuple[Analysis, Choice] | None = None
-    for form in analysis.small_forms(options):
-        if best is not None and (form is best[0] or _least(form) >= best[1].outcome.peak):
+    best = _least(analysis.small_forms(options), options)
+    if "quantize" in options.allow:
+        for found in _lossy(analysis, options, None):
+            if found[1].outcome.peak < best[1].outcome.peak:
+                best = found
+    return best
+
+
+def _least(forms: Iterable[Analysis], options: Options) -> Chosen:
+    best: Chosen | None = None
+    for form in forms:
+        below = form.planner.simulator.least.nbytes  # no plan of this form goes below
+        if best is not None and (form is best[0] or below >= best[1].outcome.peak):
             continue
         if "recompute" in options.allow:
             choice = form.planner.smallest()
@@ -356,35 +458,58 @@ def _smallest(analysis: Analysis, options: Options) -> tuple[Analysis, Choice]:
     return best
 
 
-def _least(form: Analysis) -> int:
-    """Bytes that no plan of this form goes below."""
-    return form.planner.simulator.least.nbytes
+_ROUNDS = 3
+"""Of plans with lossy codes, each with the noise shared out among what the one before kept."""
+
+
+def _lossy(analysis: Analysis, options: Options, budget: int | None) -> Iterator[Chosen]:
+    """Plans with lossy codes: the fastest that fit, or where there are none the smallest.
+
+    The noise is first shared out among all that may be a code, then among what was kept.
+    """
+    base = analysis.coded if "lossless" in options.allow else analysis
+    allotment = base.allotted(options.noise)
+    for _ in range(_ROUNDS):
+        if not allotment.candidates:
+            return
+        form = base.quantized(allotment)
+        forms = [form, form.split]
+        found = None if budget is None else _fastest(forms, options, budget)
+        found = found or _least(forms[1:], options)
+        yield found
+        again = allotment.among(kept_codes(found[0].planner.simulator, found[1].kept))
+        if again.encodings == allotment.encodings:
+            return
+        allotment = again
 
 
 def _form_of(analysis: Analysis, plan: Plan, options: Options) -> Analysis:
     """The form that the plan is of; the step itself if it is of none."""
-    for form in analysis.forms(options):
+    if plan.noise is not None and "quantize" not in options.allow:
+        raise PlanMismatchError(
+            "the plan stores tensors in a few bits, which adds noise to gradients, and that is not "
+            'allowed here\n  try: allow=("recompute", "lossless", "quantize")'
+        )
+    for form in (*analysis.forms(options), *_lossy_forms_of(analysis, plan, options)):
         if plan.fingerprint == fingerprint(form.expected):
             return form
     return analysis
 
 
-def _fitting(analysis: Analysis, options: Options, budget: int) -> tuple[Analysis, Choice] | None:
-    """The fastest plan that fits, of all forms of the step; the first of these among equals."""
-    best: tuple[Analysis, Choice] | None = None
-    least = math.inf
-    seen: list[Analysis] = []
-    for form in analysis.forms(options):
-        more = form.flow.seconds - analysis.flow.seconds
-        if more >= least or any(form is other for other in seen):
-            continue
-        seen.append(form)
-        choice = _fit(form.planner, options, budget)
-        if choice is not None and more + choice.outcome.seconds < least:
-            best, least = (form, choice), more + choice.outcome.seconds
-        if least <= 0:
-            break
-    return best
+def _lossy_forms_of(analysis: Analysis, plan: Plan, options: Options) -> Iterator[Analysis]:
+    """The forms with the codes of a plan, whose noise is found out anew.
+
+    Raises ``PlanMismatchError`` where it asks for codes that may not be, or that are too much noise.
+    """
+    if plan.noise is None:
+        return
+    base = analysis.coded if "lossless" in options.allow else analysis
+    allotment = base.allotted(options.noise)
+    nodes = {key: node.name for key, node in keys(base.expected).items()}
+    wanted = {nodes.get(code.key, ""): code.encoding for code in plan.noise.codes}
+    form = base.quantized(allotment.given(wanted))
+    yield form
+    yield form.split
 
 
 def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
@@ -397,11 +522,20 @@ def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
 def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:
     """Apply a choice to the graph with every tangent, and time what is expected to run of it."""
     graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
+    _refuse_unplanned_noise(UncodePass().apply(graph))
     rewritten, halves, line = _timed(analysis, UncodePass().apply(graph))
     if line.peak(graph.bindings()).nbytes > choice.outcome.peak:
         full = _above(line, graph, choice.outcome.peak)
         return _timed(analysis, UncodePass(full).apply(graph))
     return rewritten, halves, line
+
+
+def _refuse_unplanned_noise(graph: JointGraph) -> None:
+    """A lossy code that is not kept must be none.  Raises ``VerificationError``."""
+    lossy = lossy_coders()
+    made = [n.name for n in graph.nodes if n.target in lossy and is_backward(n)]
+    if made:
+        raise VerificationError(f"codes that were not planned add noise: {made}")
 
 
 def _timed(analysis: Analysis, graph: JointGraph) -> tuple[JointGraph, Split, MemoryTimeline]:
@@ -413,7 +547,9 @@ def _above(line: MemoryTimeline, graph: JointGraph, peak: int) -> frozenset[str]
     """The readers of codes that would take more bytes than was planned if they read no code."""
     live = line.live_bytes(graph.bindings())
     full = {s.node.name for s, n in zip(line.steps, live, strict=True) if s.node and n > peak}
-    readers = filter(None, map(reader_of, graph.nodes))
+    lossy = lossy_coders()
+    exact = (n for n in graph.nodes if n.target not in lossy)
+    readers = filter(None, map(reader_of, exact))
     return frozenset(r.name for r in readers if plain_name(r) in full)
 
 

@@ -25,8 +25,9 @@ from fxmem.graph import (
 )
 from fxmem.schema import plan_schema, problems
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ACTIONS = ("keep", "recompute", "encode")
+TIERS = ("exact", "unbiased", "bounded")
 _MAX_FILE_BYTES = 64 << 20
 _LARGEST = 2**63
 
@@ -52,7 +53,8 @@ class Decision:
     value: the node's name.  type: ``f32[4, 128]``.  nbytes: of its storage; nbytes_stored: of what
     is saved in its place.  seconds: added to the step.  times: how often it is made again.
     dropped: positions of the backward operators after which a copy made again is let go, because it
-    is made once more for its next reader.  error: None when exact.
+    is made once more for its next reader.  error: None when exact; else the variance that it adds to
+    gradients / the minibatch's own.
     """
 
     key: Key
@@ -137,6 +139,44 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class CodeOf:
+    """A value that the plan could store with noise, and the encoding that it would take."""
+
+    key: Key
+    encoding: str
+
+
+@dataclass(frozen=True)
+class NoiseOf:
+    """Variances of the gradients of alike parameters, added up over all of them.
+
+    parameters: their name, with ``*`` for what differs.  added: by codes.  own: the minibatch's.
+    """
+
+    parameters: str
+    n: int
+    added: float
+    own: float
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """What a plan's codes do to gradients: sampled on the example's batch, no worst case.
+
+    predicted: variance that they add / the minibatch's own; at most ``ceiling``.  tier: "exact" where
+    no lossy code is kept, "unbiased" where the mean of many steps is the exact gradient, else
+    "bounded".  parameters: by group.  codes: all that was weighed, kept or not.  backwards: that it took.
+    """
+
+    ceiling: float
+    predicted: float
+    tier: str
+    parameters: tuple[NoiseOf, ...]
+    codes: tuple[CodeOf, ...]
+    backwards: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Bytes unless said.
 
@@ -149,7 +189,7 @@ class Plan:
     until its last reader; None where nobody looked.  symbols: name -> value in the example.
     fingerprint: of the graph that the plan is for; step: of the step before convolutions were split.
     valid_for: symbol -> (smallest, largest) size.  certificate: why the peak is not lower; None
-    where the step fits as it is.
+    where the step fits as it is.  noise: None where no value may be stored with noise.
     """
 
     budget: int
@@ -175,6 +215,7 @@ class Plan:
     torch_version: str
     cost_model: str
     certificate: Certificate | None = None
+    noise: GradientNoise | None = None
 
     @property
     def smallest(self) -> bool:
@@ -369,6 +410,7 @@ def _plan_from(data: Any) -> Plan:
         _record(PeakPoint, data["before"]),
     )
     data["certificate"] = _certificate(data["certificate"])
+    data["noise"] = _noise(data["noise"])
     data["symbols"] = _sizes(data["symbols"], "symbols")
     ranges = _object(data["valid_for"], "valid_for")
     data["valid_for"] = {k: _range(v) for k, v in ranges.items()}
@@ -382,6 +424,23 @@ def _certificate(data: Any) -> Certificate | None:
     for name, kind in (("tensors", LiveTensor), ("remedies", Remedy)):
         data[name] = tuple(_record(kind, entry) for entry in _list(data[name], name))
     found: Certificate = _record(Certificate, data)
+    return found
+
+
+def _noise(data: Any) -> GradientNoise | None:
+    if data is None:
+        return None
+    data = dict(_object(data, "noise"))
+    data["parameters"] = tuple(
+        _record(NoiseOf, entry) for entry in _list(data["parameters"], "parameters")
+    )
+    codes = [dict(_object(entry, "a code")) for entry in _list(data["codes"], "codes")]
+    data["codes"] = tuple(
+        _record(CodeOf, {**code, "key": _record(Key, code["key"])}) for code in codes
+    )
+    found: GradientNoise = _record(GradientNoise, data)
+    if found.tier not in TIERS:
+        raise ValueError(f"unknown tier {found.tier!r:.80}, known are {TIERS}")
     return found
 
 

@@ -78,7 +78,7 @@ class Planner:
         read = simulator.directly_read()
         doubled = {v for v in simulator.codes if simulator.operand(v) in read}
         without: tuple[Set[int], ...] = (doubled, frozenset()) if simulator.codes else ()
-        saved = map(self.solver.all_read_without, without)
+        saved = map(self.solver.coded_without, without)
         return (self._unchanged, *map(self.choice, saved))
 
     def fit(self, budget: int) -> Choice | None:

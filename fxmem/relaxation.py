@@ -11,8 +11,10 @@ The backward is cut at a few of its operators into segments:
               made[s, r] <= there[c, v] + made[s, o]     for what reads v,
               1 <= there[c, v] + made[s, o]              if a backward operator of s reads v,
               there[c', v] <= there[c, v] + made[s, o],
-              kept[v] <= there[c, v]                     if a backward operator reads v after c;
-              bytes that are there at each cut, and kept at each forward step, <= budget
+              kept[v] <= there[c, v]                     if a backward operator reads v after c,
+              there[c, v] <= kept[v]                     if v is a lossy code;
+              bytes that are there at each cut, and kept at each forward step, <= budget,
+              noise of lossy codes that are kept <= the ceiling
 
 Each plan that runs the forward once and the backward in this order, and holds what it saved until
 its last reader, satisfies that, whatever it makes again and whenever: the optimum is a lower bound
@@ -33,6 +35,7 @@ from functools import cached_property
 import highspy
 import numpy as np
 
+from fxmem.dataflow import NOISE_CEILING
 from fxmem.simulate import Simulator
 
 CUTS = 4
@@ -114,13 +117,14 @@ class Relaxation:
         )
         self.nbytes = np.array([numbers.saved_nbytes[v] for v in self.values], dtype=np.float64)
         self.keeping = np.array([flow.values[v].keeping for v in self.values])
+        self.noise = np.array([flow.values[v].noise / NOISE_CEILING for v in self.values])
         always = (fixed | must_keep) & simulator.directly_read()  # what nobody reads is not saved
         self.least_kept = np.array([float(v in always) for v in self.values])
         self.most_kept = np.array([float(v not in must_remake) for v in self.values])
         forward = simulator.forward_with(frozenset())
         self.forward_base = simulator.forward_bytes(forward).astype(np.float64)
         self.saved_from = np.array([forward.saved_from(v) for v in self.values], dtype=np.int64)
-        self.slot_base = np.array(numbers.static_at, dtype=np.float64)
+        self.slot_base = simulator.static_least.astype(np.float64)
         self.least_possible = simulator.least.nbytes
 
     @cached_property
@@ -208,6 +212,7 @@ class Program:
         everything = np.ones(len(problem.values), dtype=bool)
         cost = problem.keeping * self.price
         self.kept = self._add_columns(everything, problem.least_kept, problem.most_kept, cost)
+        self._limit_noise()
         one = np.ones(1, dtype=bool)
         self.missing = int(
             self._add_columns(one, upper=np.full(1, highspy.kHighsInf), cost=100 * _PENALTY)[0]
@@ -276,6 +281,12 @@ class Program:
         room /= self.budget
         self.solver.addRow(-highspy.kHighsInf, room, len(indices), indices, numbers)
 
+    def _limit_noise(self) -> None:
+        noisy = np.flatnonzero(self.problem.noise)
+        if len(noisy):
+            columns, shares = self.kept[noisy].astype(np.int32), self.problem.noise[noisy]
+            self.solver.addRow(-highspy.kHighsInf, 1.0, len(noisy), columns, shares)
+
     def _made(self, first: int) -> np.ndarray:
         return self._add_columns(
             self.problem.last_use[1] >= first, cost=self.problem.seconds * self.price
@@ -310,11 +321,14 @@ class Program:
         whole = self.segments[n]
         read = np.zeros(len(problem.values))
         read[problem.read_between(slot, slot)] = 1.0
+        read[problem.noise > 0] = 0.0
         there = self._add_columns(problem.last_use[0] >= slot, lower=read)
         self.cuts[slot] = self.solver.getNumRow()
         self._add_bytes(there, problem.nbytes, self.slot_room[slot])
         stay = np.flatnonzero(problem.last_read > slot)
         self._add_rows([there[stay], self.kept[stay]], [1, -1], 0.0, highspy.kHighsInf)
+        lossy = np.flatnonzero((self.problem.noise > 0) & (there != NOWHERE))
+        self._add_rows([there[lossy], self.kept[lossy]], [1, -1], -highspy.kHighsInf, 0.0)
         parts = [
             self._segment(whole.first, slot, whole.before, there),
             self._segment(slot + 1, whole.last, there, whole.after),

@@ -6,7 +6,9 @@ No line is longer than ``WIDTH``.
 from __future__ import annotations
 
 import html
+import math
 import os
+import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -48,6 +50,7 @@ class Report:
     them, as a phrase such as "bitwise equal to the unchanged step", or None.  memory: of each step,
     where the step itself was at hand.  alternatives: other budgets.  gpus: on which GPUs it runs.
     outside: bytes beside the step that were taken off the budget, such as the optimizer's state.
+    noise: parameter -> variance of its gradient that codes were measured to add, or None.
     """
 
     plan: Plan
@@ -57,6 +60,7 @@ class Report:
     alternatives: tuple[Alternative, ...] = ()
     gpus: Fits | None = field(default=None, repr=False)
     outside: Mapping[str, int] = field(default_factory=dict)
+    noise: dict[str, float] | None = field(default=None, repr=False)
 
     @property
     def fits(self) -> bool:
@@ -70,6 +74,7 @@ class Report:
             if self.memory
             else [],
             _decisions(self.plan),
+            _noise(self),
             _else(self),
         ]
         parts = [_verdict(self)]
@@ -84,6 +89,7 @@ class Report:
             "fits": self.fits,
             "measured_peak": self.measured_peak,
             "gradients": self.gradients,
+            "noise": self.noise,
             "live": [asdict(row) for row in live_rows(self.plan)],
             "outside": dict(self.outside),
             "decisions": [asdict(row) for row in folded(self.plan)],
@@ -136,6 +142,7 @@ def _verdict(report: Report) -> list[str]:
         *labelled(*_fit(report)),
         *labelled("PRICE", [_step_times(plan), _gap(plan)]),
         *labelled("PEAK", _place(plan.peak)),
+        *(labelled("NOISE", _noise_parts(plan)) if plan.noise is not None else []),
         *labelled("CHECK", _check(report)),
     ]
 
@@ -195,6 +202,52 @@ def _check(report: Report) -> list[str]:
         off = f"{100 * (measured - predicted) / max(predicted, 1):+.2f} %"
         found = f"measured {format_bytes(measured)} ({off} against the prediction)"
     return [found, f"gradients {report.gradients}" if report.gradients else ""]
+
+
+# -- Noise in gradients -----------------------------------------------------------------------------
+
+
+def _noise_parts(plan: Plan) -> list[str]:
+    noise = plan.noise
+    assert noise is not None
+    if noise.tier == "exact":
+        return ["exact: no tensor is stored with noise", f"ceiling {_share(noise.ceiling)}"]
+    return [
+        f"{noise.tier}: adds {_share(noise.predicted)} to the variance of gradients",
+        f"ceiling {_share(noise.ceiling)}",
+        "sampled, not worst case",
+    ]
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _noise(report: Report) -> list[str]:
+    """What each group of parameters gets of it."""
+    noise = report.plan.noise
+    if noise is None or noise.tier == "exact":
+        return []
+    measured: dict[str, float] = defaultdict(float)
+    for name, variance in (report.noise or {}).items():
+        measured[re.sub(r"\d+", "*", name)] += variance
+    cells = []
+    for group in sorted(noise.parameters, key=lambda g: -g.added):
+        if group.added:
+            seen = measured[group.parameters] / group.own if report.noise and group.own else None
+            own = group.added / group.own if group.own else math.inf
+            cells.append(
+                (group.parameters, str(group.n), _share(own), "" if seen is None else _share(seen))
+            )
+    exact = sum(group.n for group in noise.parameters if not group.added)
+    headers = ("gradients of", "n", "predicted", "measured")
+    rest = f"Those of the other {exact} parameters are exact. " if exact else ""
+    notes = (
+        f"{rest}Each share is of the variance that the group's gradients have from minibatch to "
+        f"minibatch, found with {noise.backwards} backwards on your batch: sampled, not worst case. "
+        "The mean over many steps is the exact gradient."
+    )
+    return ["Noise in gradients", *table(headers, cells, "lrrr", {0: 40}), *wrapped(notes)]
 
 
 # -- Live at the peak ---------------------------------------------------------------------------
@@ -304,10 +357,17 @@ def _row(group: Sequence[Decision]) -> DecisionRow:
         n=len(group),
         before=sum(d.nbytes for d in group),
         after=sum(d.nbytes_stored for d in group),
-        decision=first.action + (f" x{first.times}" if first.times > 1 else ""),
+        decision=_decided(first),
         seconds=sum(d.seconds for d in group),
         source=first.source.split(" in ")[0],
     )
+
+
+def _decided(decision: Decision) -> str:
+    """``recompute x2``; of a lossy code, which."""
+    if decision.action == "encode" and decision.error is not None:
+        return decision.reason.partition(" in place of")[0]
+    return decision.action + (f" x{decision.times}" if decision.times > 1 else "")
 
 
 def _where(group: Sequence[Decision]) -> str:

@@ -37,6 +37,7 @@ from fxmem.pipeline import (
 from fxmem.plan import Plan
 from fxmem.readable import readable
 from fxmem.report import Report
+from fxmem.seeds import next_step, step_seed
 from fxmem.standins import at_sizes
 from fxmem.validity import Validity, validity_of, with_ranges
 
@@ -45,7 +46,8 @@ from fxmem.validity import Validity, validity_of, with_ranges
 class Program:
     """A captured step, ready to run.  plan and graphs are None where nothing needs a gradient.
 
-    sizes: what it was planned for.  validity: at which other sizes it keeps the budget.
+    sizes: what it was planned for.  validity: at which other sizes it keeps the budget.  seeded: does
+    its forward draw a seed for codes?
     """
 
     matches: Callable[[dict[str, Any]], bool]
@@ -56,6 +58,7 @@ class Program:
     sizes: Sizes = field(default_factory=dict)
     validity: Validity | None = None
     memory: BeforeAfter | None = field(default=None, repr=False)
+    seeded: bool = False
 
     def serves(self, call: StepCall, sizes: Sizes, named: Mapping[str, int]) -> bool:
         """Was the program captured for such a call, and does it keep the budget at its sizes?"""
@@ -171,14 +174,17 @@ def build_program(call: StepCall, options: Options, names: Names) -> Program:
     with capture(call, names) as captured:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             return Program(captured.matches, _run_eagerly, None, None, None)
-        analysis = analyze(captured.graph, call, unchanged, options.cost)
+        analysis = analyze(captured.graph, call, unchanged, options.cost, captured.examples)
         planned, validity = decided(analysis, options, names, memory=True)
         backward = Backward(planned, captured.graph)
         forward = planned.split.forward
         shown = readable(captured.graph, forward, backward.module)
         run = captured.compile(forward, planned.split.backward, backward)
         sizes = sizes_of(call, names)
-        return Program(captured.matches, run, planned.plan, *shown, sizes, validity, planned.memory)
+        seeded = any(n.target is step_seed for n in forward.graph.nodes)
+        return Program(
+            captured.matches, run, planned.plan, *shown, sizes, validity, planned.memory, seeded
+        )
 
 
 def decided(
@@ -276,6 +282,8 @@ class OptimizedModule(fx.GraphModule):
             return _run_eagerly(*call.values())
         program = self._session.program_for(call)
         outputs = program.run(*call.values())
+        if program.seeded:
+            next_step()
         _torch.prepare_backward(outputs, _refuse_autocast)
         return outputs
 

@@ -39,8 +39,8 @@ class Schedule:
     """One choice over one dataflow, and its slots.
 
     kept: values saved in the forward.  drops: (value, slot) after which a remade copy is let go.
-    seconds: added by recomputation.  work: values looked at so far, a clock that runs alike
-    everywhere.
+    seconds: added by recomputation.  noise: of the codes that are kept.  work: values looked at so
+    far, a clock that runs alike everywhere.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Schedule:
         self.made_in: dict[int, tuple[int, ...]] = {}
         self.spans: dict[int, tuple[Span, ...]] = {}
         self.seconds = simulator.seconds_of_keeping(self.kept)
+        self.noise = simulator.noise_of_keeping(self.kept)
         self.work = 0
         self._journal: list[tuple[Any, Any, Any]] = []
         self._through = np.zeros(slots, dtype=np.int64)
@@ -97,7 +98,7 @@ class Schedule:
         """Bytes while the slot's operator runs, without the copies that pass through."""
         reads = self.step.reads[j]
         made = (v for i in self.remade[j] for v in self.step.remakes[i])
-        total = self.step.static_at[j]
+        total = self._static_at(j)
         for v in {*reads, *made}:
             for start, end in self._span_at(v, j):
                 if (start == j or end == j) and (end > j or v in reads):
@@ -237,6 +238,9 @@ class Schedule:
         if v in self.simulator.codes:
             keeping = self.flow.values[v].keeping
             self._set_attribute("seconds", self.seconds + (keeping if v in self.kept else -keeping))
+        if v in self.simulator.lossy:
+            noise = self.flow.values[v].noise
+            self._set_attribute("noise", self.noise + (noise if v in self.kept else -noise))
         if extra:
             self._set_attribute("_extras", self._extras ^ {v})
             self._set_attribute("_forward", self._forward)
@@ -251,6 +255,8 @@ class Schedule:
         The first reader makes it; what comes after a drop may make it again.
         """
         readers = self.read_in.get(v, ())
+        if v in self.simulator.lossy:
+            return set(readers)
         after_drops = (self._next_reader(v, j) for j in self.dropped.get(v, ()))
         return {*readers[:1], *itertools.chain.from_iterable(after_drops)}
 
@@ -308,7 +314,7 @@ class Schedule:
         if v in self.kept or v >= len(self.flow.values):
             return True
         made = self.made_in.get(v)
-        if not made:
+        if not made or v in self.simulator.lossy:
             return False
         p = bisect_left(made, j)
         if p == 0:
@@ -419,11 +425,11 @@ class Schedule:
                 delta[p + 1] -= self._ending(v, j)
         for p, i in enumerate(remade):
             for v in step.remakes[i]:
-                delta[p] += step.nbytes[v]
+                delta[p] += step.remade_nbytes[v]
                 if v in self.kept:  # a copy that nobody reads
-                    delta[p + 1] -= step.nbytes[v]
+                    delta[p + 1] -= step.remade_nbytes[v]
                 elif v not in step.read_last[j] and self._dies_at(v, j) == j:
-                    delta[last.get(v, p) + 1] -= step.nbytes[v]
+                    delta[last.get(v, p) + 1] -= step.remade_nbytes[v]
         return self._fullest(j, delta)
 
     def _ending(self, v: int, j: int) -> int:
@@ -440,13 +446,19 @@ class Schedule:
         return spans[bisect_left(spans, (j,))][1]
 
     def _nbytes(self, v: int, start: int) -> int:
-        return (self.step.saved_nbytes if start == _FORWARD else self.step.nbytes)[v]
+        return (self.step.saved_nbytes if start == _FORWARD else self.step.remade_nbytes)[v]
+
+    def _static_at(self, j: int) -> int:
+        """Bytes while the slot's operator runs that no choice changes, but for codes to decode."""
+        code = self.simulator.decoded.get(j, -1)
+        idle = code >= 0 and code not in self.kept
+        return (self.step.static_before if idle else self.step.static_at)[j]
 
     def _fullest(self, j: int, delta: list[int]) -> int:
         step, remade = self.step, self.remade[j]
         *lives, last = itertools.accumulate(delta)
         fullest = max(live + step.workspace[i] for live, i in zip(lives, remade, strict=True))
-        return max(step.static_before[j] + fullest, step.static_at[j] + last)
+        return max(step.static_before[j] + fullest, self._static_at(j) + last)
 
     # -- The forward -----------------------------------------------------------------------------------
 
@@ -460,6 +472,9 @@ class Schedule:
         for v in saved:
             change[self._saved_from(v)] += self.step.saved_nbytes[v]
         live += np.cumsum(change)[:-1]
+        for v in saved & self.simulator.lossy:
+            p, nbytes = self._forward.moment(v)
+            live[p] += nbytes
         for p in self._forward.needs_room(saved):
             live[p] += self.step.nbytes[self._forward.takes[p][0]]
         self._forward_live = live
@@ -472,6 +487,10 @@ class Schedule:
             self._forward_live[late] += nbytes
             self._journal.append((self._forward_live, late, nbytes))
             self._add_room(v, nbytes)
+        if v in self.simulator.lossy and len(self._forward_live):
+            p, moment = self._forward.moment(v)
+            now = int(self._forward_live[p])
+            self._set_number(self._forward_live, p, now + sign * moment)
 
     def _add_room(self, v: int, nbytes: int) -> None:
         """The last reader of a saved value cannot write over it, and perhaps over nothing else."""

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from fxmem.dataflow import NOISE_CEILING
 from fxmem.schedule import Schedule
 
 Kind = Literal["keep", "remake", "drop", "retain", "forget", "clear", "encode", "decode"]
@@ -289,7 +290,7 @@ class Search:
         kind, v, j = move
         schedule = self.schedule
         if kind == "keep":
-            if v in schedule.kept:
+            if v in schedule.kept or not self._is_quiet(v):
                 return False
             schedule.keep(v)
         elif kind in ("remake", "forget"):
@@ -320,6 +321,8 @@ class Search:
         if v not in self._movable and (encode or v not in schedule.kept):
             return False
         if encode:
+            if not self._is_quiet(code):
+                return False
             schedule.keep(code)
             if v in schedule.kept:
                 schedule.remake(v)
@@ -328,6 +331,10 @@ class Search:
                 schedule.keep(v)
             schedule.remake(code)
         return True
+
+    def _is_quiet(self, v: int) -> bool:
+        """May ``v`` be kept, too, with the noise that is there already?"""
+        return self.schedule.noise + self.schedule.flow.values[v].noise <= NOISE_CEILING
 
     def _take(self, ranking: Ranking, gain: Callable[[Move], float]) -> Move | None:
         """The best move by ``gain``, which is asked while the move is made."""

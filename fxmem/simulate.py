@@ -71,6 +71,8 @@ class Simulator:
         self.readable = self._readable()
         # A code that is not kept costs a moment's bytes here, and none when the step runs.
         self.codes = frozenset(v for v, value in enumerate(flow.values) if value.code)
+        self.lossy = frozenset(v for v in self.codes if flow.values[v].noise)
+        self.decoded = self._decoded()
         made = [*self._result_values(), *self._random_values(), *self.codes]
         self._base = self._forward_slice(made)
         self._static = _Static(flow, self._base)
@@ -91,8 +93,8 @@ class Simulator:
         return read - codes | {self.operand(v) for v in read & codes}
 
     def operand(self, code: int) -> int:
-        """What the code is made of."""
-        return self.flow.operators[self.flow.values[code].producer].reads[0]
+        """What the code is made of; the seed that it may read, too, is older."""
+        return self.flow.operators[self.flow.values[code].producer].reads[-1]
 
     # -- Judging -------------------------------------------------------------------------------------
 
@@ -111,8 +113,11 @@ class Simulator:
         Beside that counts what is there whatever is chosen: residents, results, gradients.
         """
         numbers, forward = self.numbers, self.forward_with(frozenset())
-        reads = [sum(numbers.saved_nbytes[v] for v in slot) for slot in numbers.reads]
-        backward = np.array(numbers.static_at, dtype=np.int64) + np.array(reads, dtype=np.int64)
+        reads = [
+            sum(numbers.saved_nbytes[v] for v in slot if v not in self.lossy)
+            for slot in numbers.reads
+        ]
+        backward = self.static_least + np.array(reads, dtype=np.int64)
         needs = np.concatenate([self.forward_bytes(forward), backward])
         step = int(needs.argmax())
         if step == forward.steps - 1:
@@ -121,9 +126,24 @@ class Simulator:
         operator = forward.order[step] if late < 0 else self.flow.num_forward + late
         return Least(int(needs[step]), operator)
 
+    @cached_property
+    def static_least(self) -> np.ndarray:
+        """int64[slots]: bytes while each slot's operator runs that no choice changes.
+
+        A slot that decodes holds what is decoded; or what it stands for, if there is no code.
+        """
+        found = np.array(self.numbers.static_at, dtype=np.int64)
+        for j in self.decoded:
+            found[j] -= self.flow.operators[self.flow.num_forward + j].workspace
+        return found
+
     def seconds_of_keeping(self, kept: Iterable[int]) -> float:
         """What codes cost that are kept, beside what is made again."""
         return sum(self.flow.values[v].keeping for v in sorted(self.codes.intersection(kept)))
+
+    def noise_of_keeping(self, kept: Iterable[int]) -> int:
+        """What kept codes take of ``NOISE_CEILING``."""
+        return sum(self.flow.values[v].noise for v in self.lossy.intersection(kept))
 
     def is_extra(self, v: int) -> bool:
         """Does the forward make ``v`` only if it is kept?"""
@@ -164,6 +184,18 @@ class Simulator:
         if late and reads:
             reads[-1] = tuple(dict.fromkeys((*reads[-1], *late)))
         return reads
+
+    def _decoded(self) -> dict[int, int]:
+        """Slot -> the lossy code that it decodes.
+
+        Where the code is not kept, the slot does nothing: its readers read what the code is made of.
+        """
+        found = {}
+        for j, reads in enumerate(self.read_by_backward):
+            lossy = self.lossy.intersection(reads)
+            if lossy:
+                (found[j],) = lossy
+        return found
 
     def _readable(self) -> frozenset[int]:
         """Forward values that a backward operator, or an operator made again for one, may read."""
@@ -224,7 +256,8 @@ class Forward:
     """The forward phase for one set of operators that run: positions, lives, bytes.
 
     takes: by position, the values that the operator there reads last and may write its result over.
-    live: change of bytes at each step while nothing is saved, so that each such operator does.
+    live: change of bytes at each step while nothing is saved, so that each such operator does, and no
+    lossy code is made.
     """
 
     def __init__(self, flow: Dataflow, executed: frozenset[int]) -> None:
@@ -244,6 +277,8 @@ class Forward:
                     self.last[v] = self.steps - 1
                 if value.result:
                     self.results.append(v)
+                if value.noise:
+                    continue
                 self.live[self.position[i]] += value.nbytes
                 self.live[self.last[v] + 1] -= value.nbytes
         self.takes: dict[int, tuple[int, ...]] = {}
@@ -253,7 +288,16 @@ class Forward:
                 self.takes[p] = dying
                 self.live[p] -= flow.values[dying[0]].nbytes
                 self.live[p + 1] += flow.values[dying[0]].nbytes
-        self.workspace = [flow.operators[i].workspace for i in self.order] + [flow.loss_outside]
+        self.flow = flow
+        lossy = {x.producer for x in flow.values if x.noise}
+        workspace = [0 if i in lossy else flow.operators[i].workspace for i in self.order]
+        self.workspace = [*workspace, flow.loss_outside]
+
+    def moment(self, v: int) -> tuple[int, int]:
+        """The step that makes a lossy code, if it is kept, and the bytes that it takes there."""
+        value = self.flow.values[v]
+        workspace = self.flow.operators[value.producer].workspace
+        return self.position[value.producer], value.nbytes + workspace
 
     def saved_from(self, v: int) -> int:
         """The first step where it costs bytes to save ``v``: where it would be gone otherwise."""
@@ -279,6 +323,7 @@ class _Walk:
         self.now = self.forward.steps
         self.workspace: list[int] = []
         self.backward_position: list[int] = []
+        self.idle: list[bool] = []  # by slot: is there nothing to decode?
         self.alive: dict[int, list[int]] = {}  # made again: value -> [born, last read]
         self.closed: list[tuple[int, int, int]] = []  # value, born, last read
         self.kept_last: dict[int, int] = {}
@@ -299,9 +344,12 @@ class _Walk:
             else:
                 self.alive[v][1] = now
         self.backward_position.append(now)
-        self.workspace.append(self.flow.operators[self.flow.num_forward + j].workspace)
+        idle = self.simulator.decoded.get(j, -1) in self.alive
+        self.idle.append(idle)
+        workspace = self.flow.operators[self.flow.num_forward + j].workspace
+        self.workspace.append(0 if idle else workspace)
         self.now = now + 1
-        for v in self.drops.get(j, ()):
+        for v in (*self.drops.get(j, ()), *self.simulator.lossy.intersection(reads)):
             if v in self.alive:
                 self._close(v)
                 del self.alive[v]
@@ -328,7 +376,7 @@ class _Walk:
                 self.alive[v] = [now, now]
             self.recomputed.append((i, j))
             self.seconds += op.seconds
-            self.workspace.append(op.workspace + op.rng_state)
+            self.workspace.append(self.simulator.numbers.workspace[i])
             if op.rng_state:
                 self.kept_last[-1 - i] = now
             self.now = now + 1
@@ -370,6 +418,10 @@ class _Walk:
             elif not values[v].result:
                 live[last[v] + 1] += values[v].nbytes
                 live[end + 1] -= values[v].nbytes
+        for v in self.simulator.lossy.intersection(self.kept_last):
+            p, nbytes = self.forward.moment(v)
+            live[p] += nbytes
+            live[p + 1] -= nbytes
         for p in self.forward.needs_room(self.kept_last):
             nbytes = values[self.forward.takes[p][0]].nbytes
             live[p] += nbytes
@@ -383,15 +435,17 @@ class _Walk:
         live[end + 1] -= nbytes
 
     def _add_remade(self, live: np.ndarray) -> None:
+        nbytes = self.simulator.numbers.remade_nbytes
         for v, born, end in self.closed:
-            live[born] += self.flow.values[v].nbytes
-            live[end + 1] -= self.flow.values[v].nbytes
+            live[born] += nbytes[v]
+            live[end + 1] -= nbytes[v]
 
     def _add_backward(self, live: np.ndarray) -> None:
         static = self.simulator._static
         position = np.array(self.backward_position, dtype=np.int64)
         if len(position):
-            np.add.at(live, position[static.born], static.nbytes)
+            idle = np.array(self.idle, dtype=np.int64)
+            np.add.at(live, position[static.born] + idle[static.born], static.nbytes)
             np.subtract.at(live, position[static.dies] + 1, static.nbytes)
         for nbytes, end in static.tangents:
             live[self.forward.steps - 1] += nbytes
@@ -407,8 +461,8 @@ class Numbers:
 
     reads: forward values, by slot; read_last: the same, to look one up.  static_before, static_at:
     bytes that no choice changes, while a slot makes values again and while its operator runs.
-    inputs, remakes, workspace, seconds: by forward operator.  producer, nbytes, saved_nbytes (none
-    for what the caller holds): by value.
+    inputs, remakes, workspace (where it runs again), seconds: by forward operator.  producer, nbytes,
+    saved_nbytes (none for what the caller holds), remade_nbytes (none for a lossy code): by value.
     """
 
     reads: list[tuple[int, ...]]
@@ -422,6 +476,7 @@ class Numbers:
     producer: list[int]
     nbytes: list[int]
     saved_nbytes: list[int]
+    remade_nbytes: list[int]
     tangents: int
 
 
@@ -445,11 +500,15 @@ def _numbers(simulator: Simulator) -> Numbers:
             for i, op in enumerate(forward)
         ],
         remakes=[op.remakes for op in forward],
-        workspace=[op.workspace + op.rng_state for op in forward],
+        workspace=[
+            0 if simulator.lossy.intersection(op.makes) else op.workspace + op.rng_state
+            for op in forward
+        ],
         seconds=[op.seconds for op in forward],
         producer=[v.producer for v in flow.values],
         nbytes=nbytes + states,
         saved_nbytes=[0 if v.result else v.nbytes for v in flow.values] + states,
+        remade_nbytes=[0 if v in simulator.lossy else n for v, n in enumerate(nbytes)] + states,
         tangents=sum(nbytes for nbytes, _ in simulator._static.tangents),
     )
 

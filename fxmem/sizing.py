@@ -179,5 +179,5 @@ class _Question:
         unchanged = unchanged_step(call)
         call = without_meta(call)
         with torch.enable_grad(), capture(call, guarded=False) as captured:
-            analysis = analyze(captured.graph, call, unchanged, options.cost)
+            analysis = analyze(captured.graph, call, unchanged, options.cost, captured.examples)
             return decide(analysis, options).plan

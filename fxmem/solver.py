@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fxmem.dataflow import NOISE_CEILING
 from fxmem.relaxation import CUTS, Bound, Program, Relaxation, Relaxed, worst
 from fxmem.schedule import Schedule
 from fxmem.search import Search
@@ -126,6 +127,27 @@ class Solver:
         """The same with codes of whatever has one, but for these."""
         return self.simulator.read_without(codes) - self.must_remake | self.must_keep
 
+    def coded_without(self, codes: Set[int]) -> frozenset[int]:
+        """``all_read_without``, and without codes that are too much noise together."""
+        lossy = self.simulator.lossy
+        saved = self.all_read_without(codes)
+        return self.all_read_without(codes | lossy - self._quiet(saved))
+
+    def _quiet(self, kept: Set[int]) -> frozenset[int]:
+        """These values without the codes that are too much noise together, most a byte saved first."""
+        values, operand = self.simulator.flow.values, self.simulator.operand
+
+        def density(v: int) -> float:
+            return values[v].noise / max(values[operand(v)].nbytes - values[v].nbytes, 1)
+
+        left, found = NOISE_CEILING, set(kept)
+        for v in sorted(self.simulator.lossy & found, key=lambda v: (density(v), v)):
+            left -= values[v].noise
+            if left < 0:
+                left += values[v].noise
+                found.discard(v)
+        return frozenset(found)
+
     @property
     def least_possible(self) -> int:
         """Bytes that every choice needs: in each slot what its operator reads, makes and works in."""
@@ -184,7 +206,7 @@ class Solver:
     def _whole(self, relaxed: Relaxed, share: float = 0.5) -> Schedule:
         """Keep what has more than ``share``; let copies go that are not there at a cut."""
         kept = {v for v, kept in relaxed.kept.items() if kept > share}
-        schedule = Schedule(self.simulator, kept | self.must_keep)
+        schedule = Schedule(self.simulator, self._quiet(kept) | self.must_keep)
         for slot, there in relaxed.there:
             gone = [v for v, share_there in there.items() if share_there <= share]
             for drop in schedule.passing(slot, gone):
@@ -194,7 +216,7 @@ class Solver:
 
     def _extremes(self) -> Iterator[Schedule]:
         """Everything kept that is read, as it is and as codes; and nothing."""
-        for saved in dict.fromkeys((self.all_read, self.all_read_without(frozenset()))):
+        for saved in dict.fromkeys((self.all_read, self.coded_without(frozenset()))):
             yield Schedule(self.simulator, saved)
         yield Schedule(self.simulator, self.must_keep)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +13,9 @@ from fxmem.errors import VerificationError
 from fxmem.measure import measure
 from fxmem.standins import backward
 from fxmem.units import format_bytes
+from fxmem.untouched import copies, untouched
 
 TOLERANCE = 0.001
-
-_Copies = list[tuple[torch.Tensor, torch.Tensor]]
-"""Each parameter, and what it was."""
 
 
 def verify_step(optimized: Any, call: StepCall) -> dict[str, Any]:
@@ -30,20 +27,19 @@ def verify_step(optimized: Any, call: StepCall) -> dict[str, Any]:
     plan = optimized.plan
     model = optimized.__dict__["_fxmem_model"]
     inputs = (*call.args, *call.loss_inputs)
-    # In the host's memory, because a device may have no room for them twice.
-    parameters = [(p, p.detach().to("cpu", copy=True)) for p in model.parameters()]
-    with _untouched(model, parameters):
+    parameters = copies(model)
+    with untouched(model, parameters):
         _train(lambda: optimized(*inputs, **call.kwargs))  # warm up: handles, caches
-    with _untouched(model, parameters):
+    with untouched(model, parameters):
         measured = measure(lambda: _train(lambda: optimized(*inputs, **call.kwargs)))
         mine = _gradients(model)
         del measured
-    with _untouched(model, parameters):
+    with untouched(model, parameters):
         started = measure(lambda: None).at_start
         again = measure(lambda: _train(lambda: optimized(*inputs, **call.kwargs)))
         peak = again.peak - started + plan.resident
         del again
-    with _untouched(model, parameters):
+    with untouched(model, parameters):
         _train(lambda: training_step(*call.values()))
         equal = _equal(mine, _gradients(model))
     if plan.budget is not None and peak > max(plan.budget, plan.predicted_peak) * (1 + TOLERANCE):
@@ -53,37 +49,57 @@ def verify_step(optimized: Any, call: StepCall) -> dict[str, Any]:
             "  try: reserve= the difference, and please report the model"
         )
     text = "bitwise equal to the unchanged step" if equal else "not bitwise equal to eager"
-    return {"measured_peak": peak, "gradients": text}
+    if plan.noise is None or plan.noise.tier == "exact":
+        return {"measured_peak": peak, "gradients": text}
+    noise = _measured_noise(optimized, call, parameters)
+    _refuse_more_noise(plan, sum(noise.values()))
+    exact = sum(1 for name in mine if not noise[name])
+    text = f"of {exact} of {len(mine)} parameters bitwise equal to the unchanged step"
+    return {"measured_peak": peak, "gradients": text, "noise": noise}
+
+
+DRAWS = 8
+_MARGIN = 1.25
+"""Times the ceiling that so few draws may come to."""
+
+
+def _measured_noise(optimized: Any, call: StepCall, parameters: Any) -> dict[str, float]:
+    """Parameter -> mean squared distance of its gradient from the unchanged step's, summed over it."""
+    model = optimized.__dict__["_fxmem_model"]
+    inputs = (*call.args, *call.loss_inputs)
+    found = dict.fromkeys(_gradients(model), 0.0)
+    for seed in range(DRAWS):
+        both = []
+        for step in (
+            lambda: optimized(*inputs, **call.kwargs),
+            lambda: training_step(*call.values()),
+        ):
+            with untouched(model, parameters):
+                torch.manual_seed(seed)
+                _train(step)
+                both.append(_gradients(model))
+        for name, gradient in both[0].items():
+            other = both[1][name]
+            if gradient is not None and other is not None:
+                error = (gradient.double() - other.double()).square().sum()
+                found[name] += float(error) / DRAWS
+    return found
+
+
+def _refuse_more_noise(plan: Any, added: float) -> None:
+    own = sum(group.own for group in plan.noise.parameters)
+    if added > _MARGIN * plan.noise.ceiling * own:
+        raise VerificationError(
+            f"codes add {100 * added / own:.3g} % to the variance of the gradients, measured over "
+            f"{DRAWS} draws; predicted {100 * plan.noise.predicted:.3g} %, allowed "
+            f"{100 * plan.noise.ceiling:.3g} %.\n  try: a lower noise=, and please report the model"
+        )
 
 
 def _train(step: Callable[[], Any]) -> Any:
     outputs = step()
     backward(outputs)
     return outputs
-
-
-@contextmanager
-def _untouched(model: nn.Module, parameters: _Copies) -> Iterator[None]:
-    """Run a step as if it had not been: its state, gradients and the generator come back."""
-    versions = [p._version for p, _ in parameters]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    for p, _ in gradients:
-        p.grad = None
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        torch.manual_seed(0)
-        try:
-            yield
-        finally:
-            for p, gradient in gradients:
-                p.grad = gradient
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-                for (parameter, value), version in zip(parameters, versions, strict=True):
-                    if parameter._version != version:  # few steps write parameters
-                        parameter.copy_(value)
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:

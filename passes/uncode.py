@@ -20,13 +20,27 @@ from torch import fx
 from fxmem.encodings import ENCODERS
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward, is_view
+from fxmem.lossy import encodings
 from fxmem.passes.base import insert_like
 from fxmem.passes.encode import PLAIN
 
 
+def lossy_coders() -> frozenset[Any]:
+    """Operators whose result is a code, with errors, of their first operand."""
+    return frozenset(encoding.encoder for encoding in encodings())
+
+
+def coders() -> frozenset[Any]:
+    """Operators whose result is a code of their first operand."""
+    return ENCODERS | lossy_coders()
+
+
 @dataclass(frozen=True)
 class UncodePass:
-    """but: readers that stay, for what they would read takes bytes that are not there."""
+    """but: readers that stay, for what they would read takes bytes that are not there.
+
+    Not those of lossy codes, which must be as few as the plan says.
+    """
 
     but: frozenset[str] = frozenset()
     name: ClassVar[str] = "uncode"
@@ -42,7 +56,7 @@ class UncodePass:
 
 def reader_of(code: fx.Node) -> fx.Node | None:
     """The node that alone reads a code, right after it is made in the backward."""
-    if code.target not in ENCODERS or not is_backward(code) or len(code.users) != 1:
+    if code.target not in coders() or not is_backward(code) or len(code.users) != 1:
         return None
     (reader,) = code.users
     after = code.next

@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import fx
 
-from fxmem.dataflow import Dataflow, Operator, Value
+from fxmem.dataflow import NOISE_CEILING, Dataflow, Operator, Value
 
 NODE = cast(fx.Node, None)  # no graph stands behind these
 
@@ -72,6 +72,42 @@ def coded_flow(seed: int, forward: int | None = None) -> Dataflow:
         for v in op.makes:
             flow.values[v].producer = i
     return Dataflow(operators, flow.values, flow.num_forward + len(codes))
+
+
+def noisy_flow(seed: int, forward: int | None = None) -> Dataflow:
+    """The same where some of it may be read as a lossy code, which is decoded right before each reader."""
+    rng = random.Random(f"noise {seed}")
+    flow = random_flow(seed, forward)
+    values, backward = flow.values, flow.operators[flow.num_forward :]
+    made = {v for op in flow.operators[: flow.num_forward] for v in op.remakes}
+    read = sorted(made.intersection(v for op in backward for v in op.reads))
+    values.append(Value(1, NODE))
+    seeds = (len(values) - 1,)
+    codes: dict[int, int] = {}
+    for v in read:
+        if rng.random() < 0.6 and not values[v].gradient:
+            codes[v] = len(values)
+            noise = rng.choice((1, NOISE_CEILING // 4, NOISE_CEILING // 2))
+            keeping = rng.randint(0, 3) * 1e-6
+            size = rng.randint(0, values[v].nbytes)
+            values.append(Value(size, NODE, code=True, keeping=keeping, noise=noise))
+    operators: list[Operator] = [Operator(NODE, False, (), seeds, 0, 0.0, False, remakes=seeds)]
+    for op in flow.operators:
+        for v in sorted(codes.keys() & set(op.reads)) if op.backward else ():
+            values.append(Value(values[v].nbytes, NODE))
+            decoded = (len(values) - 1,)
+            operators.append(Operator(NODE, True, (codes[v],), decoded, _workspace(rng), 0.0))
+            op.reads = tuple(sorted({*decoded, *op.reads} - {v}))
+        operators.append(op)
+        for v in sorted(codes.keys() & set(op.makes)):
+            code, work = (codes[v],), _workspace(rng)
+            operators.append(
+                Operator(NODE, False, (*seeds, v), code, work, 0.0, True, remakes=code)
+            )
+    for i, op in enumerate(operators):
+        for v in op.makes:
+            values[v].producer = i
+    return Dataflow(operators, values, flow.num_forward + len(codes) + 1)
 
 
 def _operator(rng: random.Random, i: int, ready: list[int], values: list[Value]) -> Operator:

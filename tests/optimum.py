@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from flows import random_flow
 
-from fxmem.dataflow import Dataflow
+from fxmem.dataflow import NOISE_CEILING, Dataflow
 from fxmem.planner import Choice, Planner
 
 MOST = 9
@@ -19,10 +19,10 @@ def small_planner(seed: int, flow: Callable[[int], Dataflow] = random_flow) -> P
 
 
 def every_choice(planner: Planner) -> list[Choice]:
-    """All there are that let no copy go early."""
-    free = planner.free
-    sizes = range(len(free) + 1)
-    return [planner.choice(kept) for n in sizes for kept in itertools.combinations(free, n)]
+    """All there are that let no copy go early, and that are not too much noise."""
+    free, noise = planner.free, planner.simulator.noise_of_keeping
+    subsets = (s for n in range(len(free) + 1) for s in itertools.combinations(free, n))
+    return [planner.choice(kept) for kept in subsets if noise(kept) <= NOISE_CEILING]
 
 
 def budgets(choices: list[Choice]) -> list[int]:
@@ -39,6 +39,7 @@ def distance(planner: Planner, budget: int, choices: list[Choice]) -> float:
     if found is None:
         return float("inf")
     assert found.outcome.peak <= budget
+    assert planner.simulator.noise_of_keeping(found.kept) <= NOISE_CEILING
     return (whole + found.outcome.seconds) / (whole + best)
 
 

@@ -343,7 +343,7 @@ def test_a_file_with_another_certificate_is_refused(change, tmp_path, a_plan):
     assert fxmem.Plan.load(path) == a_plan
     change(data)
     path.write_text(json.dumps(data))
-    with pytest.raises(fxmem.PlanMismatchError, match="schema 3"):
+    with pytest.raises(fxmem.PlanMismatchError, match="schema 4"):
         fxmem.Plan.load(path)
 
 

@@ -71,6 +71,8 @@ def object_of(kind, **more):
     properties = {**more, **{f.name: schema_of(hints[f.name]) for f in fields(kind)}}
     if kind is plans.Decision:
         properties["action"] = {"enum": list(plans.ACTIONS)}
+    if kind is plans.GradientNoise:
+        properties["tier"] = {"enum": list(plans.TIERS)}
     return {
         "type": "object",
         "properties": properties,
@@ -81,15 +83,17 @@ def object_of(kind, **more):
 
 def written_schema():
     parts = ("Key", "Decision", "PeakPoint", "LiveTensor", "Remedy", "Certificate")
+    parts += ("CodeOf", "NoiseOf", "GradientNoise")
     definitions = {name: object_of(getattr(plans, name)) for name in parts}
-    nullable = {**definitions["Certificate"], "type": ["object", "null"]}
+    for name in ("Certificate", "GradientNoise"):
+        definitions[f"{name}OrNull"] = {**definitions[name], "type": ["object", "null"]}
     whole = object_of(Plan, schema={"const": plans.SCHEMA_VERSION})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A plan of fxmem",
         "description": "Written by Plan.save. Bytes and seconds are plain numbers.",
         **whole,
-        "$defs": {**definitions, "CertificateOrNull": nullable},
+        "$defs": definitions,
     }
 
 
@@ -129,7 +133,7 @@ def changed(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"schema": 1}, "schema should be 3, not 1"),
+        ({"schema": 1}, "schema should be 4, not 1"),
         ({"budget": -1}, "budget should be at least 0, not -1"),
         ({"budget": True}, "budget should be integer, not boolean"),
         ({"budget": "1GiB"}, "budget should be integer, not string"),
@@ -212,11 +216,11 @@ def refused(path):
         b"__import__('os').system('touch owned')",
         b"[" * 100_000,
         b'{"a":' * 100_000,
-        b'{"schema": 3, "schema": 3}',
+        b'{"schema": 4, "schema": 4}',
         b"NaN",
         b'{"schema": NaN}',
         b"9" * 5000,
-        b'{"schema": 3, "decisions": "keep"}',
+        b'{"schema": 4, "decisions": "keep"}',
     ],
 )
 def test_other_content_is_refused(path, content, monkeypatch):

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from flows import coded_flow, random_flow
+from flows import coded_flow, noisy_flow, random_flow
 
 from fxmem.schedule import Schedule
 from fxmem.simulate import Outcome, Simulator
@@ -34,6 +34,7 @@ def check(schedule: Schedule) -> None:
     assert schedule.peak == outcome.peak
     assert schedule.recomputed() == outcome.recomputed
     assert schedule.seconds == pytest.approx(outcome.seconds, abs=1e-12)
+    assert schedule.noise == sum(simulator.flow.values[v].noise for v in schedule.kept)
 
 
 def move(schedule: Schedule, rng: random.Random) -> None:
@@ -50,6 +51,7 @@ def move(schedule: Schedule, rng: random.Random) -> None:
 def state(schedule: Schedule) -> tuple[object, ...]:
     return (
         schedule.seconds,
+        schedule.noise,
         schedule.peak,
         schedule.recomputed(),
         schedule.drops(),
@@ -59,7 +61,7 @@ def state(schedule: Schedule) -> tuple[object, ...]:
     )
 
 
-@pytest.mark.parametrize("flow", [random_flow, coded_flow])
+@pytest.mark.parametrize("flow", [random_flow, coded_flow, noisy_flow])
 @pytest.mark.parametrize("seed", range(150))
 def test_every_move_is_simulated_exactly_and_can_be_taken_back(seed, flow):
     simulator = Simulator(flow(seed))
@@ -87,5 +89,5 @@ def test_a_schedule_that_starts_with_drops_is_the_one_that_got_them():
     for _ in range(20):
         move(schedule, rng)
     again = Schedule(simulator, schedule.kept, schedule.drops())
-    assert state(again)[1:] == state(schedule)[1:]
+    assert state(again)[2:] == state(schedule)[2:]
     assert np.array_equal(again.slot_peaks(), schedule.slot_peaks())

@@ -1,0 +1,531 @@
+"""Lossy codes: who reads what, the pass as text, the noise that is predicted, and what a plan promises."""
+
+# ruff: noqa: E501 (a node is one line of text, however long)
+
+import re
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from test_passes import captured, changed, tensor
+from torch import fx, nn
+
+import fxmem
+from fxmem._torch import fake_tensors_off
+from fxmem.allotment import Allotment, Candidate
+from fxmem.api import analyzed, read_options
+from fxmem.consumers import Use, saved_values
+from fxmem.dataflow import NOISE_CEILING
+from fxmem.gradient_noise import Sensitivity, Statistics
+from fxmem.lossless import ELEMENTS
+from fxmem.lossy import LOSSY
+from fxmem.measure import cpu_allocations
+from fxmem.passes.quantize import Code, QuantizePass
+from fxmem.passes.recompute import Recompute, RecomputePass
+from fxmem.passes.uncode import UncodePass
+
+ALLOW = ("recompute", "lossless", "quantize")
+CODES = ("lossless", "quantize")
+"""Without recomputation there is not much to plan."""
+NAMED = {e.name: e for e in LOSSY}
+INT4 = NAMED["int4 g64"]
+
+
+# -- Who reads what ------------------------------------------------------------------------------------
+
+
+def uses(graph):
+    return "\n".join(
+        f"{saved.node.name} {saved.use.name.lower()}: "
+        + ", ".join(f"{r.node.name} {r.use.name.lower()}" for r in saved.readers)
+        for saved in saved_values(graph)
+    )
+
+
+def test_consumers_of_a_block():
+    def body(m, x):
+        h = m.norm(x)
+        a = torch.softmax(h @ h.mT, -1) @ (h @ m.v)
+        return (F.gelu(a @ m.w).bfloat16() @ m.u.bfloat16()).float().sum()
+
+    graph = captured(
+        body, tensor(2, 8, 16), norm=nn.LayerNorm(16), **{n: tensor(16, 16) for n in "vwu"}
+    )
+    assert_expected_inline(
+        uses(graph),
+        """\
+getitem travelling: bmm_5 travelling, bmm_4 travelling, mm_7 linear
+_softmax nonlinear: _softmax_backward_data nonlinear, bmm_2 travelling
+mm travelling: bmm_3 travelling
+bmm_1 linear: mm_5 linear
+mm_1 nonlinear: gelu_backward nonlinear
+_to_copy linear: mm_3 linear
+_to_copy_1 travelling: mm_4 travelling""",
+    )
+
+
+def test_noise_must_reach_a_gradient_once():
+    """Two products in one gradient; a product with itself, whose gradients go upstream; and one of the third."""
+
+    def body(m, x):
+        h = F.gelu(x * m.c)
+        twice = (h @ m.a).sin().sum() + (h.t() @ m.a).cos().sum()
+        k = F.silu(x * m.c)
+        own = F.hardswish(x * m.c)
+        return twice + (k.t() @ k).sum() + (own * m.b).exp().sum()
+
+    graph = captured(body, tensor(8, 8), **{n: tensor(8, 8) for n in "abc"})
+    found = {saved.node.name: saved.use for saved in saved_values(graph)}
+    assert found["gelu"] is Use.TRAVELLING
+    assert found["silu"] is Use.TRAVELLING
+    assert found["hardswish"] is Use.LINEAR
+
+
+def test_what_somebody_holds_is_no_candidate():
+    def body(m, x):
+        h = (x @ m.a).relu()
+        return (h @ m.b).sum(), h
+
+    graph = captured(body, tensor(8, 8), a=tensor(8, 8), b=tensor(8, 8))
+    assert uses(graph) == ""
+
+
+# -- The passes ----------------------------------------------------------------------------------------
+
+
+def linear():
+    def body(m, x):
+        return (F.gelu(x @ m.w) @ m.v).sin().sum()
+
+    return captured(body, tensor(64, 64), w=tensor(64, 64), v=tensor(64, 32))
+
+
+def quantized(graph, encoding=INT4):
+    names = [s.node.name for s in saved_values(graph) if s.use is Use.LINEAR]
+    return QuantizePass(tuple(Code(name, encoding, n) for n, name in enumerate(names)))
+
+
+def test_a_linear_operand_leaves_a_code():
+    def body(m, x):
+        return (m.drop(x @ m.w).view(4, 16, 64) @ m.v).sin().sum()
+
+    graph = captured(body, tensor(64, 64), w=tensor(64, 64), v=tensor(64, 32), drop=nn.Dropout())
+    after, text = changed(graph, quantized(graph))
+    assert_expected_inline(
+        text,
+        """\
++ step_seed: i64[] = step_seed(primals_1)
++ getitem_quantized: u8[2304] = quantize_groups(getitem, 4, 64, step_seed, 0)
+- t: f32[64, 64] = t(view_1)
++ mm_2_dequantized: f32[64, 64] = dequantize_groups(getitem_quantized, 4, 64, [64, 64], [64, 1], torch.float32)
++ view_dequantized: f32[4, 16, 64] = view(mm_2_dequantized, [4, 16, 64])
++ view_1_dequantized: f32[64, 64] = view(view_dequantized, [64, 64])
++ t_dequantized: f32[64, 64] = t(view_1_dequantized)
+- mm_2: f32[64, 32] = mm(t, view_2)
++ mm_2: f32[64, 32] = mm(t_dequantized, view_2)""",
+    )
+    code = after.node("getitem_quantized")
+    assert code.meta["val"].nbytes == INT4.nbytes.subs(ELEMENTS, 64 * 64)
+
+
+def test_a_code_that_is_not_kept_is_none():
+    """Nor is it held for a second reader: both read what it is made of."""
+
+    def body(m, x):
+        h = F.gelu(x @ m.w)
+        return (h @ m.v).sin().sum() + (h @ m.u).cos().sum()
+
+    graph = captured(body, tensor(64, 64), w=tensor(64, 64), v=tensor(64, 32), u=tensor(64, 32))
+    coded = QuantizePass((Code("gelu", INT4, 0),)).apply(graph)
+    decodes = [n.name for n in coded.nodes if "dequantized" in n.name and "quant" in str(n.target)]
+    kept = {n.name for n in coded.nodes if n.op == "call_function"} - {"gelu_quantized"}
+    again = RecomputePass(
+        tuple(Recompute("gelu_quantized", d) for d in decodes), frozenset(kept)
+    ).apply(coded)
+    plain = UncodePass().apply(again)
+    assert not [n for n in plain.nodes if "quant" in str(n.target)]
+    assert [n.target for n in plain.nodes if "seed" not in n.name] == [
+        n.target for n in graph.nodes
+    ]
+
+
+# -- Noise -----------------------------------------------------------------------------------------------
+
+
+class Shell(nn.Module):
+    def __init__(self, body, **parts):
+        super().__init__()
+        self.body = body
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def convolutions():
+    parts = {"a": nn.Conv2d(3, 8, 3, padding=1), "b": nn.Conv2d(8, 8, 3, stride=2, groups=2)}
+    model = Shell(lambda m, x: m.b(F.gelu(m.a(x))).square().mean(), **parts)
+    return model, torch.randn(8, 3, 16, 16)
+
+
+def products():
+    parts = {"w": torch.randn(32, 48) / 6, "v": torch.randn(48, 40) / 7}
+    return Shell(lambda m, x: (F.gelu(x @ m.w) @ m.v).sin().mean(), **parts), torch.randn(256, 32)
+
+
+def batched_products():
+    """One weight for each of four parts; two of them share what they read."""
+    parts = {
+        "w": torch.randn(4, 32, 48) / 6,
+        "v": torch.randn(4, 48, 8),
+        "u": torch.randn(4, 48, 4),
+    }
+
+    def body(m, x):
+        h = F.gelu(x.view(4, -1, 32) @ m.w)
+        return (h @ m.v).sin().mean() + (h @ m.u).cos().mean()
+
+    return Shell(body, **parts), torch.randn(256, 32)
+
+
+def gains():
+    """Of a product with numbers along one dimension, whose gradient is a sum over the other."""
+    model = Shell(lambda m, x: (x.exp() * m.g).sin().mean(), g=torch.ones(64))
+    return model, torch.randn(256, 64)
+
+
+def mixed_precision():
+    parts = {"w": torch.randn(32, 48) / 6, "v": torch.randn(48, 40) / 7}
+
+    def body(m, x):
+        h = F.gelu(x @ m.w).bfloat16()
+        return (h @ m.v.bfloat16()).float().sin().mean()
+
+    return Shell(body, **parts), torch.randn(256, 32)
+
+
+def options_for(model, **changes):
+    given = {
+        "allow": ALLOW, "noise": 0.01, "reserve": 0, "on_infeasible": "raise", "compiler": "eager",
+        "cost": "auto", "plan": None, **changes,
+    }  # fmt: skip
+    return read_options(model, "min", **given)
+
+
+class Drawn:
+    """A step whose every candidate is a code of one encoding, to be run for any seed."""
+
+    def __init__(self, model, x, encoding):
+        options = options_for(model)
+        with analyzed(model, options, (x,), None, None, None, ()) as (analysis, _):
+            allotment = analysis.allotted(options.noise)
+            assert allotment.candidates
+            wanted = {c.source: encoding for c in allotment.candidates}
+            self.predicted = sum(c.sensitivity.variance(encoding) for c in allotment.candidates)
+            codes = [Code(c.source, NAMED[encoding], c.stream) for c in allotment.candidates]
+            self.graph = QuantizePass(tuple(codes)).apply(analysis.graph)
+            with fake_tensors_off():
+                one = torch.ones(())
+            known = analysis.examples
+            self.given = [known.get(n.name, one) for n in analysis.graph.placeholders()]
+            self.exact = self.run(analysis.graph)
+            assert len(wanted) == len(codes)
+
+    def run(self, graph):
+        with torch.no_grad(), fake_tensors_off():
+            results = fx.Interpreter(graph.module).run(*self.given, enable_io_processing=False)
+            return [g.double() for g in results[graph.num_forward_outputs :] if g is not None]
+
+    def errors(self, draws):
+        for seed in range(draws):
+            torch.manual_seed(seed)
+            yield [g - e for g, e in zip(self.run(self.graph), self.exact, strict=True)]
+
+
+@pytest.mark.parametrize("encoding", ["int4 g64", "int2 g64"])
+@pytest.mark.parametrize(
+    "program",
+    [products, convolutions, batched_products, gains, mixed_precision],
+    ids=lambda p: p.__name__,
+)
+def test_predicted_variance_is_measured_variance(program, encoding):
+    torch.manual_seed(0)
+    drawn = Drawn(*program(), encoding)
+    draws = 96
+    measured = sum(float(e.square().sum()) for found in drawn.errors(draws) for e in found) / draws
+    assert drawn.predicted / measured == pytest.approx(1, abs=0.05)
+
+
+def test_the_mean_of_many_draws_is_the_gradient():
+    torch.manual_seed(0)
+    drawn = Drawn(*products(), "int2 g64")
+    total = [torch.zeros_like(e) for e in drawn.exact]
+    for n, found in enumerate(drawn.errors(256), 1):
+        total = [t + e for t, e in zip(total, found, strict=True)]
+        if n in (16, 64, 256):
+            distance = sum(float((t / n).square().sum()) for t in total)
+            assert distance * n / drawn.predicted == pytest.approx(1, abs=0.4)
+
+
+def test_the_nearest_point_would_not_converge():
+    """What the test above would see if codes were biased."""
+    torch.manual_seed(0)
+    drawn = Drawn(*products(), "int2 g64")
+    with torch.no_grad():
+        for node in drawn.graph.nodes:
+            if "quantize_groups" in str(node.target) and "dequant" not in str(node.target):
+                node.args = (*node.args[:3], None, node.args[4])
+    drawn.graph.module.recompile()
+    (found,) = drawn.errors(1)
+    distance = sum(float(e.square().sum()) for e in found)
+    assert distance * 256 / drawn.predicted > 20
+
+
+def test_gradients_of_a_sum_grow_with_their_batch():
+    """A loss that is a sum has the same share of noise as the one that is its mean."""
+    found = []
+    for reduction in ("mean", "sum"):
+        torch.manual_seed(0)
+        model, x = (
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4)),
+            torch.randn(128, 32),
+        )
+        y = torch.randint(4, (128,))
+        loss = nn.CrossEntropyLoss(reduction=reduction)
+        with analyzed(model, options_for(model), (x,), None, None, loss, (y,)) as (analysis, _):
+            known = analysis.allotted(options_for(model).noise).statistics
+            found.append([known.share(s.variance("int4 g64")) for s in known.sensitivities])
+    assert found[0]
+    assert found[1] == pytest.approx(found[0], rel=0.01)
+
+
+def test_the_minibatch_is_measured_as_if_batches_were_drawn_anew():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
+    batches = [torch.randn(64, 16) for _ in range(40)]
+
+    def loss(out):
+        return out.square().mean()
+
+    seen = {}
+    for name, noise in (
+        ("parts", fxmem.Noise(0.01)),
+        ("batches", fxmem.Noise(0.01, tuple((b,) for b in batches[1:]))),
+    ):
+        options = options_for(model, noise=noise)
+        with analyzed(model, options, (batches[0],), None, None, loss, ()) as (analysis, _):
+            seen[name] = analysis.allotted(options.noise).statistics
+    assert seen["parts"].backwards == 9
+    assert seen["batches"].backwards == 17
+    assert seen["parts"].variance / seen["batches"].variance == pytest.approx(1, abs=0.5)
+
+
+# -- Sharing it out --------------------------------------------------------------------------------------
+
+
+def statistics_of(*variances):
+    levels = ("int8 g256", "int4 g64", "int2 g64")
+    found = [
+        Sensitivity(f"x{n}", Use.LINEAR, {e: {"w": v * 17**i} for i, e in enumerate(levels)})
+        for n, v in enumerate(variances)
+    ]
+    sizes = tuple(zip(levels, (1000, 560, 310), strict=True))
+    return Statistics({"w": 1.0}, tuple(found), 9), [
+        Candidate(s, n, sizes) for n, s in enumerate(found)
+    ]
+
+
+def test_noise_goes_where_it_is_cheap():
+    known, candidates = statistics_of(1e-5, 1e-4, 1e-6)
+    shared = Allotment.of(known, 0.01, candidates)
+    assert shared.encodings == ("int2 g64", "int4 g64", "int2 g64")
+    assert sum(shared.units(c.source) for c in candidates) <= NOISE_CEILING
+    assert shared.among({"x1"}).encodings == ("int4 g64",)
+    assert Allotment.of(known, 0.1, candidates).encodings == ("int2 g64",) * 3
+    tight = Allotment.of(known, 1e-5, candidates)
+    assert tight.encodings == ("int8 g256",) * 3  # the planner keeps what fits
+    assert tight.units("x1") > NOISE_CEILING
+
+
+# -- Plans -----------------------------------------------------------------------------------------------
+
+
+def perceptron(layers=4, dropout=0.0, rows=2048, width=256):
+    torch.manual_seed(0)
+    parts = []
+    for _ in range(layers):
+        parts += [nn.Linear(width, width), nn.ReLU()]
+    if dropout:
+        parts.append(nn.Dropout(dropout))
+    model = nn.Sequential(*parts, nn.Linear(width, 4))
+    x, y = torch.randn(rows, width), torch.randint(4, (rows,))
+    return model, x, y, {"loss_fn": F.cross_entropy, "loss_inputs": (y,)}
+
+
+def step_of(model, run, seed=0):
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    loss = run()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def smallest():
+    model, x, y, loss = perceptron(dropout=0.1)
+    return model, x, y, loss, fxmem.optimize(model, "min", (x,), allow=CODES, **loss)
+
+
+def test_codes_take_fewer_bytes(smallest):
+    model, x, _, loss, step = smallest
+    exact = fxmem.plan(model, "min", (x,), allow="lossless", **loss)
+    assert step.plan.predicted_peak < 0.6 * exact.predicted_peak
+    assert step.plan.noise.tier == "unbiased"
+    assert 0 < step.plan.noise.predicted <= 0.01
+    assert exact.noise is None
+
+
+def test_the_floor_is_lower_and_plans_are_no_slower():
+    model, x, _, loss = perceptron(layers=6)
+    exact, ours = (fxmem.plan(model, "min", (x,), allow=a, **loss) for a in (ALLOW[:2], ALLOW))
+    assert ours.predicted_peak < exact.predicted_peak
+    again = fxmem.plan(model, exact.predicted_peak, (x,), allow=ALLOW, **loss)
+    assert again.predicted_peak <= exact.predicted_peak
+    assert again.added_seconds < exact.added_seconds
+    assert 0 < again.noise.predicted <= 0.01
+
+
+def test_the_budget_is_kept(smallest):
+    model, x, y, _, step = smallest
+    step(x, y).backward()
+    model.zero_grad(set_to_none=True)
+    sizes, _ = cpu_allocations(lambda: step(x, y).backward())
+    model.zero_grad(set_to_none=True)
+    peak = max(accumulate(sizes)) + step.plan.resident
+    assert peak <= step.plan.predicted_peak
+    assert peak == pytest.approx(step.plan.predicted_peak, rel=0.001)
+
+
+def test_the_forward_is_eagers_and_steps_repeat(smallest):
+    model, x, y, _, step = smallest
+    loss, exact = step_of(model, lambda: F.cross_entropy(model(x), y))
+    eager = torch.get_rng_state()
+    again, first = step_of(model, lambda: step(x, y))
+    assert torch.equal(loss, again)
+    assert not torch.equal(eager, torch.get_rng_state())
+    torch.set_rng_state(eager)
+    torch.empty((), dtype=torch.int64).random_()
+    drawn = torch.get_rng_state()
+    _, second = step_of(model, lambda: step(x, y))
+    assert torch.equal(drawn, torch.get_rng_state())  # one draw more than eager's
+    noisy = {name for name in exact if not torch.equal(exact[name], first[name])}
+    assert noisy
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    stored = {re.sub("[^0-9]", "", d.module) for d in step.plan.decisions if d.error}
+    # A rectifier's result is read by the weight of the layer after it, or after the dropout.
+    assert noisy <= {f"{int(n) + k}.weight" for n in stored for k in (1, 2)}
+
+
+def test_another_step_draws_other_noise():
+    model, x, y, loss = perceptron()
+    step = fxmem.optimize(model, "min", (x,), allow=CODES, **loss)
+    torch.manual_seed(0)
+    seen = []
+    for _ in range(2):  # without dropout nothing but the step's own draw moves the generator
+        model.zero_grad(set_to_none=True)
+        step(x, y).backward()
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert not torch.equal(*seen)
+
+
+def test_noise_is_measured(smallest):
+    model, x, y, _, step = smallest
+    exact = [step_of(model, lambda: F.cross_entropy(model(x), y), seed)[1] for seed in range(8)]
+    noisy = [step_of(model, lambda: step(x, y), seed)[1] for seed in range(8)]
+    added = sum(
+        float((a[n] - b[n]).double().square().sum()) / 8
+        for a, b in zip(exact, noisy, strict=True)
+        for n in a
+    )
+    predicted = sum(group.added for group in step.plan.noise.parameters)
+    # Dropout differs from the batch that the prediction is of.
+    assert predicted / added == pytest.approx(1, abs=0.1)
+
+
+def test_where_nothing_is_gained_nothing_is_noisy():
+    model, x, _, loss = perceptron(layers=3)
+    assert fxmem.plan(model, "2x", (x,), allow=ALLOW, **loss).noise is None
+    quiet = fxmem.plan(model, "min", (x,), allow=CODES, noise=0, **loss)
+    assert quiet.noise is None or quiet.noise.tier == "exact"
+
+
+def test_a_plan_file_says_which_codes(smallest, tmp_path):
+    model, x, y, loss, step = smallest
+    path = tmp_path / "plan.json"
+    step.plan.save(path)
+    assert fxmem.Plan.validate(path) == []
+    assert fxmem.Plan.load(path) == step.plan
+    budget = step.plan.predicted_peak
+    again = fxmem.optimize(model, budget, (x,), allow=CODES, plan=path, **loss)
+    assert again.plan.predicted_peak == step.plan.predicted_peak
+    assert again.plan.noise == step.plan.noise
+    mine, theirs = (step_of(model, lambda s=s: s(x, y))[1] for s in (step, again))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    with pytest.raises(fxmem.PlanMismatchError, match="not allowed here"):
+        fxmem.plan(model, budget, (x,), allow="lossless", plan=path, **loss)
+    with pytest.raises(fxmem.PlanMismatchError, match="more noise"):
+        fxmem.plan(model, budget, (x,), allow=CODES, noise=1e-8, plan=path, **loss)
+    codes = step.plan.noise.codes
+    forged = replace(codes[0], key=replace(codes[0].key, operator="native_layer_norm"))
+    noise = replace(step.plan.noise, codes=(forged, *codes[1:]))
+    with pytest.raises(fxmem.PlanMismatchError, match="gradients wrong"):
+        fxmem.plan(model, budget, (x,), allow=CODES, plan=replace(step.plan, noise=noise), **loss)
+
+
+def test_verification_measures_the_noise():
+    model, x, _, loss = perceptron()
+    step = fxmem.optimize(model, "min", (x,), allow=CODES, verify=True, **loss)
+    text = str(step.report())
+    noise = step.plan.noise
+    assert (
+        f"NOISE  unbiased: adds {100 * noise.predicted:.3g} % to the variance of gradients" in text
+    )
+    assert "sampled, not worst case" in text
+    assert "parameters bitwise equal to the unchanged step" in text
+    row = next(line for line in text.splitlines() if line.startswith("*.weight"))
+    predicted, measured = map(float, re.findall(r"([\d.e-]+) %", row))
+    assert measured == pytest.approx(predicted, rel=0.05)
+    assert "int" in text or "fp4" in text
+
+
+# -- Refusals --------------------------------------------------------------------------------------------
+
+
+def refused(match, model, x, kind=fxmem.FxmemError, **options):
+    with pytest.raises(kind, match=match):
+        fxmem.plan(model, "min", x, allow=CODES, **options)
+
+
+def test_what_cannot_be_measured_is_refused():
+    model, x, y, loss = perceptron()
+    refused("needs the loss", model, (x,))
+    refused("of 1 row", model, (x[:1],), loss_fn=F.cross_entropy, loss_inputs=(y[:1],))
+    refused("should be a tuple of 2", model, (x,), noise=fxmem.Noise(0.01, ((x,),)), **loss)
+    refused("from 0 to below 1", model, (x,), noise=1.5, **loss)
+    refused("from 0 to below 1", model, (x,), noise=fxmem.Noise(-1), **loss)
+    meta = {"loss_fn": F.cross_entropy, "loss_inputs": (y.to("meta"),)}
+    refused("real parameters", model.to("meta"), (x.to("meta"),), **meta)
+
+
+def test_an_infeasible_budget_names_the_one_that_works(smallest):
+    model, x, _, loss, step = smallest
+    floor = step.plan.predicted_peak
+    with pytest.raises(fxmem.BudgetInfeasibleError) as found:
+        fxmem.plan(model, floor - 1, (x,), allow=CODES, **loss)
+    assert found.value.smallest_peak == floor
+    assert found.value.best_plan.noise.tier == "unbiased"
+    assert fxmem.plan(model, floor, (x,), allow=CODES, **loss).predicted_peak <= floor
