@@ -6,6 +6,7 @@ loss.backward()
 """
 
 from fxmem.api import liveness, optimize, plan
+from fxmem.backend import plans
 from fxmem.cost import CostModel
 from fxmem.errors import (
     BudgetError,
@@ -56,6 +57,7 @@ __all__ = [
     "min_budget",
     "optimize",
     "plan",
+    "plans",
     "report",
     "saved",
 ]

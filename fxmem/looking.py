@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxmem.api import ALLOWED, analyzed, liveness, read_options
 from fxmem.budget import Budget, read_reserve
 from fxmem.cost import CostModel, model_of
+from fxmem.dynamic import sizes_by_name
 from fxmem.errors import BudgetInfeasibleError, FxmemError
 from fxmem.fits import Alternative, Fit, Fits, usable
 from fxmem.gpus import GPUS, Gpu
@@ -22,8 +23,8 @@ from fxmem.inventory import Liveness
 from fxmem.pipeline import Analysis, Options, Planned, decide
 from fxmem.plan import Plan
 from fxmem.report import Report
-from fxmem.runtime import decided
 from fxmem.step_report import StepReport
+from fxmem.validity import decided
 
 
 def report(
@@ -62,7 +63,7 @@ def report(
     with analyzed(
         model, options, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
     ) as (analysis, names):
-        planned, _ = decided(analysis, options, names, memory=True)
+        planned, _ = decided(analysis, options, sizes_by_name(analysis.call, names), memory=True)
         return Report(
             planned.plan,
             memory=planned.memory,

@@ -22,7 +22,7 @@ from fxmem.decisions import explain, find_choice, infeasible, too_large
 from fxmem.device import library_memory
 from fxmem.encodings import ENCODERS
 from fxmem.errors import VerificationError
-from fxmem.graph import JointGraph, Role
+from fxmem.graph import INSTEAD_OF_LOSS, LOSS_SCALARS, JointGraph, Role
 from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
 from fxmem.operators import recomputable_nodes
@@ -86,14 +86,16 @@ class Planned:
     """A step that is ready to run.
 
     plan: what was promised.  graph: the rewritten joint graph, for every tangent.  split: its two
-    halves.  undefined: names of the tangents that nobody is expected to send.  memory: of each operator,
-    where it was asked for.
+    halves.  undefined: names of the tangents that nobody is expected to send.  line, before: when each
+    storage lives, as planned and with everything kept.  memory: of each operator, where it was asked for.
     """
 
     plan: Plan
     graph: JointGraph
     split: Split
     undefined: tuple[str, ...]
+    line: MemoryTimeline = field(repr=False)
+    before: MemoryTimeline = field(repr=False)
     memory: BeforeAfter | None = field(default=None, repr=False)
 
 
@@ -277,10 +279,6 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
     return measured
 
 
-_LOSS_SCALARS = 64
-"""Bytes for a loss outside the model: itself, its weight and its gradient, held all along."""
-
-
 def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Planned:
     """Choose, rewrite and check.  Raises ``BudgetInfeasibleError`` as ``options`` asks for.
 
@@ -294,7 +292,7 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     )
     limit = budget
     if budget is not None and analysis.flow.loss_outside:
-        limit = budget - _LOSS_SCALARS
+        limit = budget - LOSS_SCALARS
     analysis, choice, floor = _choose(analysis, options, limit)
     rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
@@ -305,7 +303,7 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise (infeasible if options.plan is None else too_large)(plan)
     watched = memory_of(analysis, before, line) if memory else None
-    return Planned(plan, rewritten, halves, analysis.undefined, watched)
+    return Planned(plan, rewritten, halves, analysis.undefined, line, before, watched)
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
@@ -473,8 +471,13 @@ def device_of(call: StepCall) -> torch.device:
 
 
 def undefined_tangents(graph: JointGraph) -> tuple[str, ...]:
-    """Tangents that nobody is expected to send: all but the loss's, if there is one scalar loss."""
+    """Tangents that nobody is expected to send: all but the loss's, if there is one scalar loss.
+
+    None where more graphs follow: those may read all that this one returns.
+    """
     tangents = list(graph.placeholders(Role.TANGENT))
+    if any(INSTEAD_OF_LOSS in n.meta for n in tangents):
+        return ()
     scalars = [n for n in tangents if _numel(n) == 1]
     if len(scalars) != 1:
         return ()
