@@ -219,7 +219,7 @@ class Graph:
             raise error
         with self.session.lock:
             use = self.session.enter(self, args)
-        outputs = use.program.run(*args)
+        outputs = use.seen.program.run(*args)
         use.returned(outputs)
         _torch.prepare_backward(outputs, refuse_autocast, use.done)
         return outputs
@@ -397,19 +397,25 @@ def _title(module: fx.GraphModule) -> str:
 # -- Sessions: what shares one budget ----------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Use:
-    """One forward, until its backward has run or can run no more."""
+@dataclass(frozen=True)
+class Seen:
+    """What is remembered of a forward.  read: storage -> bytes of its inputs.  made: its outputs'."""
 
-    graph: Graph
     key: Key
     program: Program
-    read: dict[int, int]  # storage -> bytes, of what it was given
+    read: dict[int, int]
     made: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Use:
+    """One forward, until its backward has run or can run no more: what autograd saved refers to it."""
+
+    seen: Seen
     finished: bool = False
 
     def returned(self, outputs: Any) -> None:
-        self.made = set(_storages(outputs)) - self.read.keys()
+        self.seen.made.update(_storages(outputs).keys() - self.seen.read.keys())
 
     def done(self) -> None:
         self.finished = True
@@ -444,26 +450,26 @@ class Session:
         self.lock = threading.RLock()
         self.schedules: dict[tuple[Key, ...], Schedule] = {}
         self._uses: list[weakref.ref[Use]] = []
-        self._longest: list[Use] = []
+        self._longest: list[Seen] = []
 
     def living(self) -> list[Graph]:
         return [graph for ref in self.graphs if (graph := ref()) is not None]
 
-    def outstanding(self) -> list[Use]:
+    def outstanding(self) -> list[Seen]:
         """Forwards whose backward has not run, oldest first."""
         alive = [use for ref in self._uses if (use := ref()) is not None and not use.finished]
         self._uses = [weakref.ref(use) for use in alive]
-        return alive
+        return [use.seen for use in alive]
 
     def enter(self, graph: Graph, args: Sequence[Any]) -> Use:
         """A forward begins."""
         program = self.program_for(graph, args)
         assert program is not None
-        use = Use(graph, graph.key(args), program, _storages(args))
+        use = Use(Seen(graph.key(args), program, _storages(args)))
         self._uses.append(weakref.ref(use))
-        uses = self.outstanding()
-        if len(uses) > len(self._longest):
-            self._longest = uses
+        seen = self.outstanding()
+        if len(seen) > len(self._longest):
+            self._longest = seen
         return use
 
     def program_for(self, graph: Graph, args: Sequence[Any]) -> Program | None:
@@ -530,7 +536,7 @@ class Session:
             others = (p for p in graph.programs.values() if p.provisional and p.sizes == sizes)
             first = next(others, None) or graph.build(args, None, smallest, tracing)
             if first is not None:
-                self._check_first(first, args)
+                self._check_first(graph, first, path, args)
             return first
         budget = self._budget(path)
         if budget is None:
@@ -554,12 +560,12 @@ class Session:
     def _plan_last_step(self) -> None:
         """The step before this one is over: from now on its graphs share the budget."""
         uses, self._longest = self._longest, []
-        keys = tuple(use.key for use in uses)
-        if all(not use.program.provisional for use in uses):
+        keys = tuple(seen.key for seen in uses)
+        if all(not seen.program.provisional for seen in uses):
             return  # nothing ran, or all of it as planned for this step
         resident = sum(_residents(uses).values())
-        parts = tuple(use.program.part for use in uses)
-        whole = [use.program.whole for use in uses]
+        parts = tuple(seen.program.part for seen in uses)
+        whole = [seen.program.whole for seen in uses]
         budget = self._resolved(step_peak(whole, resident), uses[0].program)
         if budget is not None and step_peak(parts, resident) > budget:
             log.info("the smallest plans of %d graphs need more than the budget", len(uses))
@@ -588,7 +594,9 @@ class Session:
         budgets = [s.budget for s in self._of(path) if s.budget is not None]
         return min(budgets) if budgets else None
 
-    def _check_first(self, program: Program, args: Sequence[Any]) -> None:
+    def _check_first(
+        self, graph: Graph, program: Program, path: tuple[Key, ...], args: Sequence[Any]
+    ) -> None:
         """In a first step, too, what is seen so far keeps a budget that is known by then."""
         if self.options.budget.kind in ("min", "baseline_share"):
             return
@@ -601,10 +609,13 @@ class Session:
         parts = [*(use.program.part for use in uses), program.part]
         peak = step_peak(parts, sum(residents.values()))
         if budget is not None and peak > budget:
+            # The graphs before may have been planned as if nothing followed: next time they know.
+            graph.programs[path] = program
+            self._longest = [*uses, Seen(path[-1], program, _storages(args))]
             raise _first_step(program, peak, budget)
 
 
-def _residents(uses: Sequence[Use]) -> dict[int, int]:
+def _residents(uses: Sequence[Seen]) -> dict[int, int]:
     """Storage -> bytes of all that the graphs of a step are given and that none of them made."""
     made = {key for use in uses for key in use.made}
     return {k: n for use in uses for k, n in use.read.items() if k not in made}
@@ -665,10 +676,10 @@ def _no_room(known: Program | None, needed: Around, budget: int) -> FxmemError:
 
 def _first_step(program: Program, peak: int, budget: int) -> BudgetInfeasibleError:
     return BudgetInfeasibleError(
-        f"the step runs in several graphs; those seen so far, with the smallest plans, need "
+        f"the step runs in several graphs; those seen so far, with the smallest plan for the last, need "
         f"{format_bytes(peak)} ({peak} bytes); the budget is {format_bytes(budget)} ({budget} bytes).\n"
-        f"  try: a budget of {peak} bytes or more, or fewer graph breaks (torch._dynamo.explain lists "
-        "them)",
+        "  try: the step once more, if an earlier graph took room that a later one needs: it now knows of "
+        f"all of them; or a budget of {peak} bytes",
         smallest_peak=peak,
         best_plan=program.plan,
         why="",

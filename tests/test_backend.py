@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import tomllib
 from itertools import accumulate
 from pathlib import Path
 
@@ -49,24 +48,29 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks under a loss; ``cut`` breaks the graph after each of them."""
+    """Blocks under a loss."""
 
-    def __init__(self, depth=3, cut=False, width=32):
+    def __init__(self, depth=2, width=32):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.cut = cut
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+class Cut(Net):
+    """Four blocks, and a graph for each of them."""
 
     def forward(self, x):
         x = self.blocks[0](x)
-        if self.cut:
-            torch._dynamo.graph_break()
+        torch._dynamo.graph_break()
         x = self.blocks[1](x)
-        if self.cut:
-            torch._dynamo.graph_break()
+        torch._dynamo.graph_break()
         x = self.blocks[2](x)
-        if self.cut:
-            torch._dynamo.graph_break()
-        return self.blocks[-1](x).square().mean()
+        torch._dynamo.graph_break()
+        return self.blocks[3](x).square().mean()
 
 
 def seeded(make, *args, **kwargs):
@@ -132,7 +136,7 @@ def peak_of(step, model, *args, **kwargs):
         ("resnet-dropout", "min"),
         ("resnet", "1TiB"),
         ("unet-dropout", "0.7x"),
-        ("encdec-dropout", "min"),
+        ("convnext-dropout", "min"),
     ],
 )
 def test_a_family_keeps_its_budget_and_eagers_bits(family, budget):
@@ -160,7 +164,7 @@ def test_a_share_is_of_what_the_graph_peaks_at_in_eager():
 
 
 def test_four_graphs_keep_one_budget():
-    model = seeded(Net, depth=4, cut=True)
+    model = seeded(Cut, depth=4)
     x = batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
     resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
@@ -172,7 +176,9 @@ def test_four_graphs_keep_one_budget():
     plans = fxmem.plans(step)
     assert len(plans) == 4
     assert all(plan.predicted_peak <= plan.budget == budget for plan in plans)
-    assert peak_of(step, model, x) + resident == pytest.approx(predicted(model), rel=0.001)
+    # What the graphs hand to each other is counted to the end, though Python may let go of it.
+    measured = peak_of(step, model, x) + resident
+    assert 0.96 * predicted(model) < measured <= predicted(model) <= budget
     assert sum(plan.predicted_overhead for plan in plans) < 4 * 0.5
 
 
@@ -191,14 +197,14 @@ def living():
 
 
 def test_graphs_that_find_no_room_say_so():
-    model = seeded(Net, depth=4, cut=True)
+    model = seeded(Cut, depth=4)
     step = compiled(model, "200KiB")
     with pytest.raises(fxmem.BudgetInfeasibleError, match=r"several graphs; those seen so far"):
         stepped(step, model, batch())
 
 
 def test_blocks_that_are_compiled_one_by_one_share_a_budget():
-    model = seeded(Net, depth=4)
+    model = seeded(Net, depth=3)
     x = batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
     resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
@@ -222,6 +228,12 @@ def test_two_forwards_before_a_backward_share_a_budget():
     resident = sum(p.nbytes for p in model.parameters()) + one.nbytes + two.nbytes
     budget = int(0.7 * (peak_of(both(eager), eager) + resident))
     step = compiled(model, budget)
+    text = ""
+    try:
+        stepped(both(step), model)  # the first forward takes all the room there is
+    except fxmem.BudgetInfeasibleError as error:  # whose traceback holds it: so not pytest.raises
+        text = str(error)
+    assert "try: the step once more" in text
     for _ in range(2):
         assert_same(want, stepped(both(step), model))
     assert peak_of(both(step), model) + resident <= budget
@@ -408,10 +420,12 @@ def test_a_loss_outside():
         return lambda x: F.cross_entropy(module(x), labels)
 
     want = stepped(run(eager := copy.deepcopy(model)), eager, batch())
-    step = compiled(model)
+    step = compiled(model, "0.9x")
     assert_same(want, stepped(run(step), model, batch()))
     (plan,) = fxmem.plans(step)
-    assert peak_of(run(step), model, batch()) + plan.resident <= plan.predicted_peak
+    measured = peak_of(run(step), model, batch()) + plan.resident
+    assert measured <= plan.budget
+    assert measured == pytest.approx(plan.predicted_peak, rel=0.001)
 
 
 def test_backward_inside_autocast_is_refused():
@@ -467,6 +481,5 @@ def test_plans_takes_modules_only():
 
 def test_the_package_names_the_backend():
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    points = tomllib.loads(text)["project"]["entry-points"]["torch_dynamo_backends"]
-    module, name = points["fxmem"].split(":")
-    assert (module, getattr(backend, name)) == (backend.__name__, backend.fxmem)
+    point = f'fxmem = "{backend.__name__}:{backend.fxmem.__name__}"'
+    assert f"[project.entry-points.torch_dynamo_backends]\n{point}\n" in text
