@@ -260,9 +260,16 @@ def aot_compile(
     as_in_capture = torch._functorch.config.patch(
         backward_pass_autocast="off", donated_buffer=False, force_non_lazy_backward_lowering=True
     )
+
+    def compile_backward(*_: Any) -> BoxedCallable:
+        metadata = TracingContext.get().fw_metadata
+        if metadata is not None:
+            metadata.bw_donated_idxs = []  # as in ``joint_compile``
+        return mark_boxed(backward())
+
     backend = aot_autograd(
         fw_compiler=lambda graph, _: compile_graph(graph),
-        bw_compiler=lambda *_: mark_boxed(backward()),
+        bw_compiler=compile_backward,
         partition_fn=partition,
     )
     with as_in_capture, _unread_draws_kept():
