@@ -428,6 +428,20 @@ def test_a_loss_outside():
     assert measured == pytest.approx(plan.predicted_peak, rel=0.001)
 
 
+def test_a_backward_that_runs_twice():
+    def twice(step):
+        def run(x):
+            loss = step(x)
+            loss.backward(retain_graph=True)
+            return loss
+
+        return run
+
+    model = seeded(Net)
+    want = stepped(twice(eager := copy.deepcopy(model)), eager, batch())
+    assert_same(want, stepped(twice(compiled(model)), model, batch()))
+
+
 def test_backward_inside_autocast_is_refused():
     model = seeded(Net)
     step = compiled(model, "1TiB")
