@@ -293,6 +293,15 @@ def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
     return tracing(None)
 
 
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text into torch's structured trace, which tlparse shows; nothing where none is written."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+    )
+
+
 def is_of_a_region(joint: fx.GraphModule) -> bool:
     """Is this the joint graph of a nested region, such as ``invoke_subgraph``'s, not of a graph?"""
     return "desc" not in joint.graph.output_node().meta

@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import inspect
 import itertools
+import json
 import logging
 import re
 import threading
@@ -37,6 +38,7 @@ from fxmem.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
 from fxmem.ledger import Around, Part, around, part_of, shares, step_peak
 from fxmem.pipeline import Options, Planned, Unchanged, analyze, device_of, unchanged_step
 from fxmem.plan import Plan
+from fxmem.report import Report
 from fxmem.sizes import hint, storages_in
 from fxmem.units import format_bytes, shown
 from fxmem.validity import Validity, decided
@@ -316,7 +318,7 @@ class _Builder:
                 resident=plan.resident + always,
             )
         if self.around is not None:
-            log.info("graph %d\n%s", self.graph.number, plan)
+            _tell(self.graph.number, plan)
         return Program(
             next(_numbers),
             run,
@@ -340,6 +342,13 @@ class _Builder:
             name = self.graph.roles[i].name
             symbol = Symbol(name, int(value.node.hint), name)
             self.places[graph.symbols.setdefault(value.node.expr, symbol).name] = place
+
+
+def _tell(number: int, plan: Plan) -> None:
+    """Log a plan that is there to stay, and put it into torch's structured trace."""
+    if log.isEnabledFor(logging.INFO):
+        log.info("the plan of graph %d\n%s", number, Report(plan))
+    _torch.trace_artifact(f"fxmem_plan_{number}", lambda: json.dumps(plan.to_dict(), indent=1))
 
 
 def _surround(graph: JointGraph, around: Around | None) -> None:
