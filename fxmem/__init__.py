@@ -6,6 +6,7 @@ loss.backward()
 """
 
 from fxmem.api import liveness, optimize, plan
+from fxmem.backend import plans
 from fxmem.cost import CostModel
 from fxmem.errors import (
     BudgetError,
@@ -64,6 +65,7 @@ __all__ = [
     "min_budget",
     "optimize",
     "plan",
+    "plans",
     "register_encoding",
     "report",
     "saved",

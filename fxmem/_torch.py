@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import fx
 from torch._dispatch.python import no_python_dispatcher
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.hooks import Hooks
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
@@ -242,6 +243,77 @@ def _on_flat_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: flat(list(args))
 
 
+# -- What a backend of torch.compile needs (run on torch 2.13.0) ------------------------------------
+
+
+def aot_compile(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
+    compile_graph: Callable[[fx.GraphModule], BoxedCallable],
+    backward: Callable[[], BoxedCallable],
+) -> Callable[..., Any]:
+    """AOTAutograd around a graph of Dynamo's, called with the graph's inputs.
+
+    partition: given the joint graph.  compile_graph: what makes a callable of the forward, or of a graph
+    in which nothing needs a gradient.  backward: gives, once the graph is cut, what runs as its backward.
+    """
+    as_in_capture = torch._functorch.config.patch(
+        backward_pass_autocast="off", donated_buffer=False, force_non_lazy_backward_lowering=True
+    )
+
+    def compile_backward(*_: Any) -> BoxedCallable:
+        metadata = TracingContext.get().fw_metadata
+        if metadata is not None:
+            metadata.bw_donated_idxs = []  # as in ``joint_compile``
+        return mark_boxed(backward())
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: compile_graph(graph),
+        bw_compiler=compile_backward,
+        partition_fn=partition,
+    )
+    with as_in_capture, _unread_draws_kept():
+        run: Callable[..., Any] = backend(module, list(example_inputs))
+    return run
+
+
+def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, so that Dynamo runs it and looks at none of its frames."""
+    found: Callable[..., Any] = torch._dynamo.disable(function, reason="fxmem runs a planned graph")
+    return found
+
+
+def traced_anew() -> contextlib.AbstractContextManager[Any]:
+    """Inside, AOTAutograd traces as if no trace of Dynamo's were going on; sizes are constants."""
+    return tracing(TracingContext(FakeTensorMode(allow_non_fake_inputs=True)))
+
+
+def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
+    """Inside, fake tensors are made as if no trace were going on."""
+    return tracing(None)
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text into torch's structured trace, which tlparse shows; nothing where none is written."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+    )
+
+
+def is_of_a_region(joint: fx.GraphModule) -> bool:
+    """Is this the joint graph of a nested region, such as ``invoke_subgraph``'s, not of a graph?"""
+    return "desc" not in joint.graph.output_node().meta
+
+
+def follows_a_break(module: fx.GraphModule) -> bool:
+    """Did Dynamo end this graph because it could not go on, so that more of the step follows?"""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return bool(reason is not None and reason.graph_break)
+
+
 def autograd_off() -> contextlib.AbstractContextManager[Any]:
     """Inside, no operator looks whether autograd records; views still share version counters."""
     return torch._C._AutoDispatchBelowAutograd()
@@ -264,12 +336,16 @@ def mark_boxed(function: BoxedCallable) -> BoxedCallable:
 
 
 BACKWARD_NODE = "CompiledFunctionBackward"
+_PREPARED = "_fxmem_prepared"
 
 
-def prepare_backward(outputs: Any, check: Callable[[], None]) -> None:
+def prepare_backward(
+    outputs: Any, check: Callable[[], None], done: Callable[[], None] | None = None
+) -> None:
     """Ask autograd to pass None, not zeros, for gradients that nobody sends into ``outputs``.
 
-    check: called before their backward runs, with the modes in force that its caller set.
+    check: called before their backward runs, with the modes in force that its caller set.  done: called
+    when it has run; whatever it refers to lives as long as what autograd saved.
     """
     seen: set[Any] = set()
     stack: list[Any] = [
@@ -283,8 +359,12 @@ def prepare_backward(outputs: Any, check: Callable[[], None]) -> None:
             continue
         seen.add(node)
         if node.name() == BACKWARD_NODE:
-            node.set_materialize_grads(False)
-            node.register_prehook(lambda _: check())
+            if not hasattr(node, _PREPARED):  # an input that is returned leads to an earlier call's
+                setattr(node, _PREPARED, True)
+                node.set_materialize_grads(False)
+                node.register_prehook(lambda _: check())
+                if done is not None:
+                    node.register_hook(lambda *_: done())
         else:  # an output that is a view of another one hangs below it
             stack += [below for below, _ in node.next_functions]
 

@@ -24,6 +24,7 @@ from fxmem.dynamic import (
     dynamic_names,
     given_bounds,
     marked,
+    sizes_by_name,
     with_likely,
 )
 from fxmem.errors import CaptureError, FxmemError
@@ -33,9 +34,10 @@ from fxmem.graph import Role
 from fxmem.inventory import Liveness
 from fxmem.pipeline import Analysis, Options, analyze, device_of, unchanged_step
 from fxmem.plan import Plan
-from fxmem.runtime import OptimizedModule, Session, decided
+from fxmem.runtime import OptimizedModule, Session
 from fxmem.standins import without_meta
 from fxmem.units import format_bytes, shown
+from fxmem.validity import decided
 from fxmem.verify import verify_step
 
 DEFAULT = ("recompute", "lossless")
@@ -151,7 +153,7 @@ def plan(
     with analyzed(
         model, options, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs
     ) as (analysis, names):
-        found = decided(analysis, options, names)[0].plan
+        found = decided(analysis, options, sizes_by_name(analysis.call, names))[0].plan
     _warn_if_over(found)
     return found
 
@@ -243,8 +245,26 @@ def read_options(
     cost: Any,
     plan: Any,
 ) -> Options:
-    """Checked options.  Raises ``FxmemError`` naming what was read and what is accepted."""
+    """Checked options, for a model that can be optimized; see ``options_of``."""
     _check_model(model)
+    return options_of(
+        budget, allow=allow, noise=noise, reserve=reserve, on_infeasible=on_infeasible,
+        compiler=compiler, cost=cost, plan=plan,
+    )  # fmt: skip
+
+
+def options_of(
+    budget: Any,
+    *,
+    allow: Any = ALLOWED,
+    noise: float = 0.01,
+    reserve: Any = 0,
+    on_infeasible: str = "raise",
+    compiler: str = "eager",
+    cost: Any = "auto",
+    plan: Any = None,
+) -> Options:
+    """Checked options.  Raises ``FxmemError`` naming what was read and what is accepted."""
     if on_infeasible not in ("raise", "best"):
         raise FxmemError(f"on_infeasible should be 'raise' or 'best', not {on_infeasible!r}")
     if compiler != "eager":

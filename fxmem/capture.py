@@ -58,9 +58,15 @@ class StepCall:
     kwargs: dict[str, Any] = field(default_factory=dict)
     loss_fn: Callable[..., Any] | None = None
     loss_inputs: tuple[Any, ...] = ()
+    name: str = ""
 
     def values(self) -> tuple[Any, ...]:
         return (self.model, self.loss_fn, self.args, self.kwargs, self.loss_inputs)
+
+    @property
+    def title(self) -> str:
+        """What the user calls the model."""
+        return self.name or type(self.model).__name__
 
     def locals(self) -> dict[str, Any]:
         names = ("model", "loss_fn", "args", "kwargs", "loss_inputs")
@@ -119,7 +125,7 @@ def capture(
             try:
                 with eager_decompositions():
                     exported = stack.enter_context(_torch.joint_export(output))
-                graph = _joint_graph(exported, roles, names or {})
+                graph = joint_graph(exported.graph_module, roles, names or {})
                 matches = (
                     _torch.dynamo_guards(output, training_step, as_called, _transformers.ASKED)
                     if guarded
@@ -169,8 +175,13 @@ _OUTPUT_KINDS = {
 }
 
 
-def _joint_graph(exported: Any, roles: list[Input], names: dict[str, dict[int, str]]) -> JointGraph:
-    module: fx.GraphModule = exported.graph_module
+def joint_graph(
+    module: fx.GraphModule, roles: list[Input], names: dict[str, dict[int, str]]
+) -> JointGraph:
+    """AOTAutograd's graph of a step with what its placeholders and outputs are; it is changed for that.
+
+    roles: one for each input of the graph that was differentiated.
+    """
     _refuse_unknown_sizes(module)
     _tag_backward(module)
     _own_tangents(module)

@@ -15,10 +15,10 @@ from torch import fx
 
 from fxmem.cost import Cost
 from fxmem.graph import (
-    LOSS_OUTSIDE,
     JointGraph,
     OutputKind,
     Role,
+    bytes_of_loss,
     is_backward,
     is_held_tangent,
     is_view,
@@ -93,21 +93,18 @@ class Dataflow:
     """Operators in graph order, forward ones first, and the values between them.
 
     waiting: seconds of the unchanged step beside what its operators take.
+    loss_outside: bytes that the caller's loss holds beside the gradients that it sends into the step.
     """
 
     operators: list[Operator] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     num_forward: int = 0
     waiting: float = 0.0
+    loss_outside: int = 0
 
     @property
     def resident(self) -> int:
         return sum(v.nbytes for v in self.values if v.resident)
-
-    @property
-    def loss_outside(self) -> int:
-        """Bytes that the caller's loss holds beside the gradients that it sends into the step."""
-        return LOSS_OUTSIDE * sum(v.nbytes for v in self.values if v.tangent and not v.held)
 
     @property
     def seconds(self) -> float:
@@ -144,6 +141,8 @@ def dataflow(
                 flow.values[v].tangent = is_backward(node)
                 flow.values[v].held = is_held_tangent(node)
                 flow.values[v].resident = not is_backward(node)
+            if is_backward(node):
+                flow.loss_outside += evaluate(bytes_of_loss(node), sizes)
         elif node.op == "call_function":
             _add_operator(flow, node, values_of, workspaces, cost, node in recomputable, sizes)
             flow.waiting += cost.waiting(node)

@@ -84,7 +84,7 @@ def explain(
         fingerprint=fingerprint(graph),
         step=fingerprint(whole.expected),
         device=str(analysis.device),
-        model=type(analysis.call.model).__name__,
+        model=analysis.call.title,
         torch_version=torch.__version__,
         cost_model=analysis.cost.name,
         certificate=_certificate(analysis, options, budget, choice, line, tight)
@@ -374,7 +374,7 @@ def find_choice(analysis: Analysis, plan: Plan) -> Choice:
     if plan.fingerprint != mine:
         raise PlanMismatchError(
             f"the plan is for another step: {plan.model}, fingerprint {plan.fingerprint}; this is "
-            f"{type(analysis.call.model).__name__}, fingerprint {mine}.\n"
+            f"{analysis.call.title}, fingerprint {mine}.\n"
             "  try: plan this model, mode and these input shapes again, or pass those of the plan"
         )
     nodes = keys(graph)

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxmem import _torch
 from fxmem.errors import VerificationError
-from fxmem.sizes import storages_in
+from fxmem.sizes import in_blocks, storages_in
 
 
 class Role(enum.Enum):
@@ -184,6 +184,24 @@ Cross-entropy's: beside the gradient it sends, it holds its logarithms and their
 """
 
 
+def bytes_of_scalars(device: torch.device) -> int:
+    """Bytes of the four numbers of a loss outside the model: itself, its weight, its gradient; all along."""
+    return 4 * int(in_blocks(16, device))
+
+
+INSTEAD_OF_LOSS = "fxmem_instead_of_loss"
+"""Metadata of a tangent: bytes that the caller holds while it makes it, if more graphs do and no loss."""
+
+
+def bytes_of_loss(tangent: fx.Node) -> Any:
+    """Bytes that the caller holds while it makes a tangent, beside those that it sends."""
+    if INSTEAD_OF_LOSS in tangent.meta:
+        return tangent.meta[INSTEAD_OF_LOSS]
+    if is_held_tangent(tangent):
+        return 0
+    return LOSS_OUTSIDE * sum(storages_in(tangent.meta.get("val")).values(), start=0)
+
+
 def is_symbolic_scalar(node: fx.Node) -> bool:
     """A node that computes a size, not a tensor: free to keep and to pass on."""
     return isinstance(node.meta.get("val"), (int, float, bool)) or hasattr(
@@ -226,6 +244,7 @@ def source_line(node: fx.Node) -> str:
     return f"{file.rsplit('/', 1)[-1]}:{line} in {function}"
 
 
+_ROOT = re.compile(r"^[LG]\['\w+'\]")  # how the traced function reaches the model
 _MODULE_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 
 
@@ -235,7 +254,7 @@ def module_name(node: fx.Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    steps = ["".join(step) for step in _MODULE_STEP.findall(path.removeprefix("L['model']"))]
+    steps = ["".join(step) for step in _MODULE_STEP.findall(_ROOT.sub("", path))]
     return ".".join(step for step in steps if step != "_modules")
 
 

@@ -17,7 +17,7 @@ import sympy
 from torch import fx
 
 from fxmem._torch import storage_key
-from fxmem.graph import LOSS_OUTSIDE, OutputKind, is_backward, is_held_tangent, output_values
+from fxmem.graph import OutputKind, bytes_of_loss, is_backward, is_held_tangent, output_values
 from fxmem.partition import Split
 from fxmem.sizes import Size, evaluate, storages_in
 
@@ -115,9 +115,7 @@ def timeline(split: Split, workspaces: HoldsBytes) -> MemoryTimeline:
 def _loss_outside(backward: fx.GraphModule) -> Size:
     """Bytes that the caller's loss holds beside the gradients that it sends into the step."""
     tangents = [n for n in backward.graph.find_nodes(op="placeholder") if is_backward(n)]
-    sent = [n for n in tangents if n.users and not is_held_tangent(n)]
-    sizes = [nbytes for n in sent for nbytes in storages_in(n.meta.get("val")).values()]
-    return LOSS_OUTSIDE * sum(sizes, start=0)
+    return sum((bytes_of_loss(n) for n in tangents if n.users), start=0)
 
 
 class _Recorder:

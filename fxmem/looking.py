@@ -16,7 +16,7 @@ from fxmem.api import DEFAULT, analyzed, liveness, read_options
 from fxmem.budget import Budget
 from fxmem.cost import CostModel, model_of
 from fxmem.device import library_memory
-from fxmem.dynamic import given_bounds
+from fxmem.dynamic import given_bounds, sizes_by_name
 from fxmem.errors import BudgetInfeasibleError, CaptureError, FxmemError
 from fxmem.fits import Alternative, Fit, Fits, usable
 from fxmem.gpus import GPUS, Gpu
@@ -24,9 +24,9 @@ from fxmem.inventory import Liveness
 from fxmem.pipeline import Analysis, Options, Planned, decide
 from fxmem.plan import Plan
 from fxmem.report import Report
-from fxmem.runtime import decided
 from fxmem.sizes import symbol
 from fxmem.step_report import StepReport
+from fxmem.validity import decided
 from fxmem.workspace import device_at_hand
 
 
@@ -66,7 +66,7 @@ def report(
     step = (model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs)
     batches = _batches(*step) if gpus else None  # no two captures at once
     with analyzed(model, options, *step[1:]) as (analysis, names):
-        planned, _ = decided(analysis, options, names, memory=True)
+        planned, _ = decided(analysis, options, sizes_by_name(analysis.call, names), memory=True)
         return Report(
             planned.plan,
             outside=options.outside.categories,

@@ -25,7 +25,7 @@ from fxmem.decisions import explain, find_choice, infeasible, kept_codes, too_la
 from fxmem.device import library_memory
 from fxmem.errors import PlanMismatchError, VerificationError
 from fxmem.gradient_noise import Noise, candidates, check_measurable, statistics
-from fxmem.graph import JointGraph, Role, is_backward
+from fxmem.graph import INSTEAD_OF_LOSS, JointGraph, Role, bytes_of_scalars, is_backward
 from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
 from fxmem.operators import recomputable_nodes
@@ -54,7 +54,6 @@ from fxmem.passes.uncode import (
 from fxmem.passes.unread import UnreadPass
 from fxmem.plan import Plan, fingerprint, keys
 from fxmem.planner import Choice, Planner
-from fxmem.sizes import in_blocks
 from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
 from fxmem.timings import measured_cost
@@ -102,14 +101,16 @@ class Planned:
     """A step that is ready to run.
 
     plan: what was promised.  graph: the rewritten joint graph, for every tangent.  split: its two
-    halves.  undefined: names of the tangents that nobody is expected to send.  memory: of each operator,
-    where it was asked for.
+    halves.  undefined: names of the tangents that nobody is expected to send.  line, before: when each
+    storage lives, as planned and with everything kept.  memory: of each operator, where it was asked for.
     """
 
     plan: Plan
     graph: JointGraph
     split: Split
     undefined: tuple[str, ...]
+    line: MemoryTimeline = field(repr=False)
+    before: MemoryTimeline = field(repr=False)
     memory: BeforeAfter | None = field(default=None, repr=False)
 
 
@@ -330,11 +331,8 @@ def calibrate(call: StepCall, device: torch.device) -> Workspaces:
 
 
 def limit_for(budget: int, loss_outside: bool, device: torch.device) -> int:
-    """Bytes that a captured step may hold of a budget, where the caller may compute the loss.
-
-    A loss outside the model has four numbers at most, held all along: itself, its weight, its gradient.
-    """
-    return budget - 4 * int(in_blocks(16, device)) if loss_outside else budget
+    """Bytes that a captured step may hold of a budget, where the caller may compute the loss."""
+    return budget - bytes_of_scalars(device) if loss_outside else budget
 
 
 def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Planned:
@@ -361,7 +359,7 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise (infeasible if options.plan is None else too_large)(plan)
     watched = memory_of(analysis, before, line) if memory else None
-    return Planned(plan, rewritten, halves, analysis.undefined, watched)
+    return Planned(plan, rewritten, halves, analysis.undefined, line, before, watched)
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
@@ -618,8 +616,13 @@ def device_of(call: StepCall) -> torch.device:
 
 
 def undefined_tangents(graph: JointGraph) -> tuple[str, ...]:
-    """Tangents that nobody is expected to send: all but the loss's, if there is one scalar loss."""
+    """Tangents that nobody is expected to send: all but the loss's, if there is one scalar loss.
+
+    None where more graphs follow: those may read all that this one returns.
+    """
     tangents = list(graph.placeholders(Role.TANGENT))
+    if any(INSTEAD_OF_LOSS in n.meta for n in tangents):
+        return ()
     scalars = [n for n in tangents if _numel(n) == 1]
     if len(scalars) != 1:
         return ()

@@ -17,29 +17,19 @@ import torch
 from torch import fx, nn
 
 from fxmem import _torch
-from fxmem._torch_eager import compiling
+from fxmem.backward import Backward, refuse_autocast
 from fxmem.capture import StepCall, capture
-from fxmem.decisions import infeasible, too_large
 from fxmem.dynamic import Bounds, Names, Sizes, corners, marked, sizes_by_name, sizes_of
-from fxmem.emit import boxed
-from fxmem.errors import BudgetInfeasibleError, FxmemError
-from fxmem.graph import JointGraph, Role
+from fxmem.errors import FxmemError
+from fxmem.graph import Role
 from fxmem.lifetimes import BeforeAfter
-from fxmem.pipeline import (
-    Analysis,
-    Options,
-    Planned,
-    analyze,
-    backward_for,
-    decide,
-    unchanged_step,
-)
+from fxmem.pipeline import Options, analyze, unchanged_step
 from fxmem.plan import Plan
 from fxmem.readable import readable
 from fxmem.report import Report
 from fxmem.seeds import next_step, step_seed
 from fxmem.standins import at_sizes
-from fxmem.validity import Validity, validity_of, with_ranges
+from fxmem.validity import Validity, decided
 
 
 @dataclass(frozen=True)
@@ -71,43 +61,6 @@ class Program:
     @property
     def overhead(self) -> float:
         return self.plan.predicted_overhead if self.plan is not None else 0.0
-
-
-class Backward:
-    """The backward of a program: one graph for each set of gradients that really come.
-
-    Called with the saved tensors and the tangents in a list; a tangent that nobody sent is None.
-    """
-
-    def __init__(self, planned: Planned, graph: JointGraph) -> None:
-        self.planned = planned
-        placeholders = planned.split.backward.graph.find_nodes(op="placeholder")
-        self.names = [n.name for n in placeholders]
-        tangents = {n.name for n in graph.placeholders(Role.TANGENT)}
-        self.tangents = [(i, name) for i, name in enumerate(self.names) if name in tangents]
-        self.variants: dict[tuple[str, ...], tuple[list[int], _torch.BoxedCallable]] = {}
-        self.module = self._prepare(planned.undefined)
-
-    def __call__(self, args: list[Any]) -> Any:
-        undefined = tuple(name for i, name in self.tangents if args[i] is None)
-        if undefined not in self.variants:
-            with compiling():
-                self._prepare(undefined)
-        places, run = self.variants[undefined]
-        wanted = [args[i] for i in places]
-        args.clear()  # what this variant does not read must not outlive this line
-        return run(wanted)
-
-    def _prepare(self, undefined: tuple[str, ...]) -> fx.GraphModule:
-        module = backward_for(self.planned, undefined)
-        taken = module.graph.find_nodes(op="placeholder")
-        for node in [n for n in taken if not n.users]:
-            module.graph.erase_node(node)
-        module.recompile()
-        places = [self.names.index(n.name) for n in module.graph.find_nodes(op="placeholder")]
-        display = copy.copy(module)
-        self.variants[undefined] = (places, boxed(module))
-        return display
 
 
 _MANY = 8
@@ -175,7 +128,8 @@ def build_program(call: StepCall, options: Options, names: Names) -> Program:
         if not any(True for _ in captured.graph.placeholders(Role.TANGENT)):
             return Program(captured.matches, _run_eagerly, None, None, None)
         analysis = analyze(captured.graph, call, unchanged, options.cost, captured.examples)
-        planned, validity = decided(analysis, options, names, memory=True)
+        here = sizes_by_name(call, names)
+        planned, validity = decided(analysis, options, here, memory=True)
         backward = Backward(planned, captured.graph)
         forward = planned.split.forward
         shown = readable(captured.graph, forward, backward.module)
@@ -187,55 +141,12 @@ def build_program(call: StepCall, options: Options, names: Names) -> Program:
         )
 
 
-def decided(
-    analysis: Analysis, options: Options, names: Names, *, memory: bool = False
-) -> tuple[Planned, Validity | None]:
-    """The plan, and where sizes may change, for which of them it holds; memory: as ``decide``'s.
-
-    Raises ``BudgetInfeasibleError``, then with the largest sizes that fit.
-    """
-    if not names:
-        return decide(analysis, options, memory=memory), None
-    here = sizes_by_name(analysis.call, names)
-    planned = decide(analysis, replace(options, on_infeasible="best"), memory=memory)
-    validity = validity_of(planned, analysis.workspaces, analysis.device, here)
-    if planned.plan.predicted_peak > planned.plan.budget and options.on_infeasible == "raise":
-        error = (infeasible if options.plan is None else too_large)(planned.plan)
-        raise _with_admissible(error, validity, here)
-    return replace(planned, plan=with_ranges(planned.plan, validity)), validity
-
-
-def _with_admissible(
-    error: BudgetInfeasibleError, validity: Validity, here: Mapping[str, int]
-) -> BudgetInfeasibleError:
-    """The error again, with the sizes that would fit."""
-    lines = []
-    for name, most in validity.admissible(here).items():
-        others = ", ".join(f"{n}={size}" for n, size in here.items() if n != name)
-        fits = f"{name} <= {most}" if most else f"no {name}"
-        lines.append(f"{fits}{f' at {others}' if others else ''}")
-    text = f"{error}\n  fits    {'; '.join(lines)}" if lines else str(error)
-    return BudgetInfeasibleError(
-        text, smallest_peak=error.smallest_peak, best_plan=error.best_plan, why=error.why
-    )
-
-
 def _run_eagerly(
     model: nn.Module, loss_fn: Any, args: Any, kwargs: dict[str, Any], loss_inputs: Any
 ) -> Any:
     """Nothing in this step needs a gradient, so nothing is saved and nothing is to be planned."""
     outputs = model(*args, **kwargs)
     return outputs if loss_fn is None else loss_fn(outputs, *loss_inputs)
-
-
-def _refuse_autocast() -> None:
-    """Eager's backward would be cast inside autocast; the captured one is as it is outside."""
-    if _torch.is_any_autocast_on():
-        raise FxmemError(
-            "backward() ran inside autocast; the step was captured for a backward outside it.\n"
-            "  try: leave the autocast context after the loss is computed, and call backward() "
-            "then, as PyTorch's manual advises"
-        )
 
 
 class OptimizedModule(fx.GraphModule):
@@ -284,7 +195,7 @@ class OptimizedModule(fx.GraphModule):
         outputs = program.run(*call.values())
         if program.seeded:
             next_step()
-        _torch.prepare_backward(outputs, _refuse_autocast)
+        _torch.prepare_backward(outputs, refuse_autocast)
         return outputs
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall:

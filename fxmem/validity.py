@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fxmem.boundary import largest
-from fxmem.pipeline import Planned, as_run, limit_for
+from fxmem.decisions import infeasible, too_large
+from fxmem.errors import BudgetInfeasibleError
+from fxmem.pipeline import Analysis, Options, Planned, as_run, decide, limit_for
 from fxmem.plan import Plan
 from fxmem.symbolic import Trace, traced
 from fxmem.workspace import Workspaces, save_workspaces
@@ -89,3 +91,36 @@ def validity_of(
 
 def with_ranges(plan: Plan, validity: Validity) -> Plan:
     return replace(plan, valid_for=validity.ranges())
+
+
+def decided(
+    analysis: Analysis, options: Options, here: Mapping[str, int], *, memory: bool = False
+) -> tuple[Planned, Validity | None]:
+    """The plan, and where sizes may change, for which of them it holds.
+
+    here: the sizes that may change, as they are in the example.  memory: as ``decide``'s.
+    Raises ``BudgetInfeasibleError``, then with the largest sizes that fit.
+    """
+    if not here:
+        return decide(analysis, options, memory=memory), None
+    planned = decide(analysis, replace(options, on_infeasible="best"), memory=memory)
+    validity = validity_of(planned, analysis.workspaces, analysis.device, here)
+    if planned.plan.predicted_peak > planned.plan.budget and options.on_infeasible == "raise":
+        error = (infeasible if options.plan is None else too_large)(planned.plan)
+        raise _with_admissible(error, validity, here)
+    return replace(planned, plan=with_ranges(planned.plan, validity)), validity
+
+
+def _with_admissible(
+    error: BudgetInfeasibleError, validity: Validity, here: Mapping[str, int]
+) -> BudgetInfeasibleError:
+    """The error again, with the sizes that would fit."""
+    lines = []
+    for name, most in validity.admissible(here).items():
+        others = ", ".join(f"{n}={size}" for n, size in here.items() if n != name)
+        fits = f"{name} <= {most}" if most else f"no {name}"
+        lines.append(f"{fits}{f' at {others}' if others else ''}")
+    text = f"{error}\n  fits    {'; '.join(lines)}" if lines else str(error)
+    return BudgetInfeasibleError(
+        text, smallest_peak=error.smallest_peak, best_plan=error.best_plan, why=error.why
+    )

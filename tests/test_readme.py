@@ -13,9 +13,18 @@ def python_blocks():
     return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
+# A checkout that is not installed has no entry point.
+REGISTERED = """\
+import torch
+import fxmem.backend
+if "fxmem" not in torch._dynamo.list_backends(()):
+    torch._dynamo.register_backend(fxmem.backend.fxmem, name="fxmem")
+"""
+
+
 def run(program, folder):
     file = folder / "readme.py"
-    file.write_text(program)
+    file.write_text(REGISTERED + program)
     return subprocess.run(
         [sys.executable, file.name],
         cwd=folder,

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxmem
 from fxmem import verify
-from fxmem.runtime import Backward
+from fxmem.backward import Backward
 from fxmem.units import format_bytes
 
 # -- Models ------------------------------------------------------------------------------------------

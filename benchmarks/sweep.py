@@ -1,0 +1,346 @@
+"""Every operator and module that torch tests itself with, and every hazard, through ``backend="fxmem"``.
+
+python benchmarks/sweep.py [--suites hazards,modules,ops] [--minutes 15] [--samples 1]
+
+One forward and backward each, at the smallest budget, beside ``backend="aot_eager"`` and eager.  What is
+not captured, or fails without fxmem, is skipped and not passed; random operators are freed of the seed that
+torch's database puts into them, which Dynamo could not trace; the generator is seeded anew before the
+backward; of each entry's samples the largest are taken.  Results are added to the JSON file after each
+entry, and a further run goes on where the last one stopped (``--again`` forgets it).
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import json
+import random
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+
+from hazards import HAZARDS, differences, fresh, snapshot, tensors  # noqa: E402
+
+from fxmem import backend  # noqa: E402
+from fxmem.errors import FxmemError  # noqa: E402
+
+SECONDS = 120
+"""No entry may take longer."""
+
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Result:
+    """status: "equal" bit for bit to eager or to aot_eager (``to`` says which), "rounds" (differs by less
+    than the tolerance), "wrong", "raises" (and aot_eager does not), "refuses" (where a hazard allows it)
+    or "skipped".  recomputed: operators that the plans run again.
+    """
+
+    status: str
+    why: str = ""
+    to: str = ""
+    recomputed: int = 0
+    seconds: float = 0.0
+
+
+Step = Callable[..., Any]
+Program = Callable[[Callable[[Step], Step]], Any]
+"""Given what a function or module becomes, run it and say all that can be seen."""
+
+
+Entry = tuple[str, Callable[[], Iterable[Program]], bool]
+"""A name, what gives its programs, and whether a refusal is as good as a right answer."""
+
+
+# -- Running one entry -------------------------------------------------------------------------------
+
+
+class Planned:
+    """fxmem as a backend that counts the graphs it is given."""
+
+    def __init__(self, budget: str) -> None:
+        self.options = {"budget": budget, "on_infeasible": "best"}
+        self.graphs = 0
+
+    def __call__(self, step: Step) -> Step:
+        return torch.compile(step, backend=self._graph)
+
+    def _graph(self, module: Any, inputs: Any) -> Callable[..., Any]:
+        self.graphs += 1
+        return backend.fxmem(module, inputs, options=self.options)
+
+    def plans(self) -> list[Any]:
+        sessions = list(backend._sessions.values())
+        graphs = [graph for session in sessions for graph in session.living()]
+        return [p.plan for graph in graphs for p in graph.programs.values()]
+
+
+def unchanged(step: Step) -> Step:
+    return step
+
+
+def by_aot(step: Step) -> Step:
+    return torch.compile(step, backend="aot_eager")
+
+
+def judged(program: Program, budget: str, refusal_ok: bool = False) -> Result:
+    """The program as it is, through aot_eager and through fxmem."""
+    torch._dynamo.reset()
+    try:
+        want = program(unchanged)
+    except Exception as error:
+        return Result("skipped", f"eager: {text_of(error)}")
+    try:
+        traced = program(by_aot)
+    except Exception as error:
+        traced = error
+    torch._dynamo.reset()
+    planned = Planned(budget)
+    try:
+        got = program(planned)
+    except FxmemError as error:
+        return Result("refuses" if refusal_ok else "raises", text_of(error))
+    except Exception as error:
+        if isinstance(traced, Exception):
+            return Result("skipped", f"aot_eager: {text_of(traced)}")
+        return Result("refuses" if refusal_ok else "raises", text_of(error))
+    plans = planned.plans()
+    if not planned.graphs or not plans:
+        return Result("skipped", "not captured" if not planned.graphs else "nothing to plan")
+    again = sum(decision.times for plan in plans for decision in plan.decisions)
+    found = [name for name, other in (("eager", want), ("aot_eager", traced)) if same(other, got)]
+    if found:
+        return Result("equal", to=" and ".join(found), recomputed=again)
+    lines = differences(want, got)
+    near = close(want, got) or (not isinstance(traced, Exception) and close(traced, got))
+    return Result("rounds" if near else "wrong", "; ".join(lines)[:300], recomputed=again)
+
+
+def same(want: Any, got: Any) -> bool:
+    return not isinstance(want, Exception) and not differences(want, got)
+
+
+def close(want: Any, got: Any) -> bool:
+    pairs = list(zip(tensors(want), tensors(got), strict=False))
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, TOLERANCE, TOLERANCE, equal_nan=True)
+        for a, b in pairs
+        if a.dtype == b.dtype
+    )
+
+
+def text_of(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)}"[:300]
+
+
+def trained(step: Step, args: Any, kwargs: Any, parameters: Any = ()) -> Any:
+    """What a step returns and the gradients that it sends; the generator is seeded for both halves."""
+    torch.manual_seed(1)
+    outputs = step(*args, **kwargs)
+    seen = {"outputs": snapshot(outputs), "generator": torch.get_rng_state()}
+    torch.manual_seed(2)
+    results = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    leaves = [t for t in tensors((list(args), kwargs)) if t.requires_grad] + list(parameters)
+    if not results or not leaves:
+        raise ValueError("no gradient")
+    weights = [torch.randn(t.shape, dtype=t.dtype) for t in results]
+    gradients = torch.autograd.grad(results, leaves, weights, allow_unused=True)
+    return {**seen, "gradients": [snapshot(g) for g in gradients]}
+
+
+# -- The databases -----------------------------------------------------------------------------------
+
+
+def ops(samples: int) -> Iterator[Entry]:
+    """Operators in a shuffled order, so that a part of them is a sample; random ones come first."""
+    from torch.testing._internal import common_methods_invocations as database
+
+    database.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
+    entries = [op for op in database.op_db if takes_gradients(op)]
+    random.Random(0).shuffle(entries)
+    entries.sort(key=lambda op: not is_random(op))
+    for op in entries:
+        variant = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+        yield f"ops/{variant}", functools.partial(op_programs, op, samples), False
+
+
+def takes_gradients(op: Any) -> bool:
+    return op.supports_autograd and torch.float32 in op.supported_backward_dtypes("cpu")
+
+
+def is_random(op: Any) -> bool:
+    words = ("dropout", "rrelu", "fractional", "bernoulli", "normal", "attention", "lowrank")
+    return any(word in op.name for word in words)
+
+
+def op_programs(op: Any, samples: int) -> Iterator[Program]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return op.op(*args, **kwargs)
+
+    torch.manual_seed(0)
+    found = list(op.sample_inputs("cpu", torch.float32, requires_grad=True))
+    found.sort(key=lambda s: -sum(t.numel() for t in pytree.tree_leaves(s.input) if is_tensor(t)))
+    for sample in found[:samples]:
+
+        def program(how: Callable[[Step], Step], sample: Any = sample) -> Any:
+            args, kwargs = fresh(((sample.input, *sample.args), sample.kwargs))
+            return trained(how(call), args, kwargs)
+
+        yield program
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def modules(samples: int) -> Iterator[Entry]:
+    from torch.testing._internal.common_modules import module_db
+
+    for info in module_db:
+        if torch.float32 in info.dtypes:
+            yield f"modules/{info.name}", functools.partial(module_programs, info, samples), False
+
+
+def module_programs(info: Any, samples: int) -> Iterator[Program]:
+    torch.manual_seed(0)
+    arguments = (info, "cpu", torch.float32, True)
+    found = [s for s in info.module_inputs_func(*arguments, training=True) if s.forward_input]
+    for sample in found[-samples:]:
+
+        def program(how: Callable[[Step], Step], sample: Any = sample) -> Any:
+            torch.manual_seed(0)
+            built = sample.constructor_input
+            module = info.module_cls(*built.args, **built.kwargs).train()
+            given = sample.forward_input
+            args, kwargs = fresh((tuple(given.args), given.kwargs))
+            seen = trained(how(module), args, kwargs, module.parameters())
+            return {**seen, "buffers": [snapshot(b) for b in module.buffers()]}
+
+        yield program
+
+
+def hazards(_: int) -> Iterator[Entry]:
+    for name, hazard in HAZARDS.items():
+
+        def program(how: Callable[[Step], Step], hazard: Any = hazard) -> Any:
+            case = hazard.make()
+            with case.context():
+                step = how(case.model)
+            return case.run(step)
+
+        yield f"hazards/{name}", functools.partial(iter, [program]), hazard.refusal_ok
+
+
+SUITES = {"hazards": hazards, "modules": modules, "ops": ops}
+
+
+# -- All of it ---------------------------------------------------------------------------------------
+
+
+def worst(results: list[Result]) -> Result:
+    """One result for an entry of several samples."""
+    order = ("wrong", "raises", "refuses", "rounds", "equal", "skipped")
+    best = min(results, key=lambda r: order.index(r.status))
+    best.recomputed = sum(r.recomputed for r in results)
+    best.seconds = round(sum(r.seconds for r in results), 2)
+    return best
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"longer than {SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def entry(programs: Callable[[], Iterable[Program]], budget: str, refusal_ok: bool) -> Result:
+    results = []
+    for program in programs():
+        began = time.perf_counter()
+        try:
+            with limited(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = judged(program, budget, refusal_ok)
+        except TimeoutError as error:
+            result = Result("skipped", str(error))
+        result.seconds = time.perf_counter() - began
+        results.append(result)
+    return worst(results) if results else Result("skipped", "no sample")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suites", default="hazards,modules,ops", help="names, by commas")
+    parser.add_argument("--budget", default="min")
+    parser.add_argument("--samples", type=int, default=1, help="of each entry, the largest")
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--only", default="", help="entries whose name has this in it")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "sweep-cpu.json")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    known: dict[str, dict[str, Any]] = {}
+    if asked.out.exists() and not asked.again:
+        known = json.loads(asked.out.read_text())["entries"]
+    end = time.monotonic() + 60 * asked.minutes
+    total = 0
+    for suite in asked.suites.split(","):
+        for name, programs, refusal_ok in SUITES[suite](asked.samples):
+            total += 1
+            if name in known or asked.only not in name or time.monotonic() > end:
+                continue
+            result = entry(programs, asked.budget, refusal_ok)
+            known[name] = asdict(result)
+            if result.status in ("wrong", "raises", "rounds"):
+                print(f"{name}: {result.status}: {result.why}", flush=True)
+            save(asked, known, total)
+    save(asked, known, total)
+    print(json.dumps(summary(known), indent=1))
+    bad = [r for r in known.values() if r["status"] in ("wrong", "raises")]
+    return 1 if bad else 0
+
+
+def summary(known: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    found: dict[str, collections.Counter[str]] = {}
+    for name, result in known.items():
+        suite = name.split("/", 1)[0]
+        found.setdefault(suite, collections.Counter())[result["status"]] += 1
+        found[suite]["with recomputation"] += result["recomputed"] > 0
+    return {suite: dict(counts) for suite, counts in found.items()}
+
+
+def save(asked: argparse.Namespace, known: dict[str, dict[str, Any]], total: int) -> None:
+    asked.out.parent.mkdir(exist_ok=True)
+    text = {
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "budget": asked.budget,
+        "samples": asked.samples,
+        "summary": summary(known),
+        "entries": dict(sorted(known.items())),
+    }
+    asked.out.write_text(json.dumps(text, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The backward that runs: one graph for each set of gradients that really come."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx
+
+from fxmem import _torch
+from fxmem._torch_eager import compiling
+from fxmem.emit import boxed
+from fxmem.errors import FxmemError
+from fxmem.graph import JointGraph, Role
+from fxmem.pipeline import Planned, backward_for
+
+
+class Backward:
+    """The backward of a program.
+
+    Called with the saved tensors and the tangents in a list; a tangent that nobody sent is None.
+    """
+
+    def __init__(self, planned: Planned, graph: JointGraph) -> None:
+        self.planned = planned
+        placeholders = planned.split.backward.graph.find_nodes(op="placeholder")
+        self.names = [n.name for n in placeholders]
+        tangents = {n.name for n in graph.placeholders(Role.TANGENT)}
+        self.tangents = [(i, name) for i, name in enumerate(self.names) if name in tangents]
+        self.variants: dict[tuple[str, ...], tuple[list[int], _torch.BoxedCallable]] = {}
+        self.module = self._prepare(planned.undefined)
+
+    def __call__(self, args: list[Any]) -> Any:
+        undefined = tuple(name for i, name in self.tangents if args[i] is None)
+        if undefined not in self.variants:
+            with compiling():
+                self._prepare(undefined)
+        places, run = self.variants[undefined]
+        wanted = [args[i] for i in places]
+        args.clear()  # what this variant does not read must not outlive this line
+        return run(wanted)
+
+    def _prepare(self, undefined: tuple[str, ...]) -> fx.GraphModule:
+        module = backward_for(self.planned, undefined)
+        taken = module.graph.find_nodes(op="placeholder")
+        for node in [n for n in taken if not n.users]:
+            module.graph.erase_node(node)
+        module.recompile()
+        places = [self.names.index(n.name) for n in module.graph.find_nodes(op="placeholder")]
+        display = copy.copy(module)
+        self.variants[undefined] = (places, boxed(module))
+        return display
+
+
+def refuse_autocast() -> None:
+    """Eager's backward would be cast inside autocast; the captured one is as it is outside."""
+    if _torch.is_any_autocast_on():
+        raise FxmemError(
+            "backward() ran inside autocast; the step was captured for a backward outside it.\n"
+            "  try: leave the autocast context after the loss is computed, and call backward() "
+            "then, as PyTorch's manual advises"
+        )
