@@ -256,8 +256,8 @@ def read_options(
 def options_of(
     budget: Any,
     *,
-    allow: Any = ALLOWED,
-    noise: float = 0.01,
+    allow: Any = DEFAULT,
+    noise: float | Noise = 0.01,
     reserve: Any = 0,
     on_infeasible: str = "raise",
     compiler: str = "eager",

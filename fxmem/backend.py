@@ -134,7 +134,13 @@ def read(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
             '  try: torch.compile(model, backend="fxmem", options={"budget": "8GiB"}), or "0.5x" for '
             "half of what the step peaks at today"
         )
-    return options_of(**given)
+    found = options_of(**given)
+    if "quantize" in found.allow:
+        raise FxmemError(
+            'allow="quantize" is not for the backend: it measures the noise of your gradients on a batch '
+            "before it compiles\n  try: fxmem.optimize(model, budget, batch, allow=...)"
+        )
+    return found
 
 
 # -- Graphs and the programs made of them ------------------------------------------------------------

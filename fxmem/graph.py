@@ -185,7 +185,7 @@ Cross-entropy's: beside the gradient it sends, it holds its logarithms and their
 
 
 def bytes_of_scalars(device: torch.device) -> int:
-    """Bytes of the four numbers of a loss outside the model: itself, its weight, its gradient; all along."""
+    """Bytes of a loss outside the model, which are there all along: itself, its weight, its gradient."""
     return 4 * int(in_blocks(16, device))
 
 
