@@ -59,7 +59,8 @@ class Point:
     flops, time: of eager's.  exact: loss, gradients and buffers bitwise eager's.
     predicted_time, gap: the plan's.  answers: the peer's point whose measured peak was the budget.
     few: a plan of few FLOPs, of which no time is predicted.
-    beside: median of fxmem's seconds over the peer's in the same round.
+    beside: median of fxmem's seconds over the peer's in the same round; against: over those of the
+    captured step with everything kept, which is what a predicted time is relative to.
     """
 
     family: str
@@ -76,6 +77,7 @@ class Point:
     answers: str | None = None
     few: bool = False
     beside: float | None = None
+    against: float | None = None
     error: str | None = None
 
     @property
@@ -221,6 +223,11 @@ def replayed(step: Step, plan: fxmem.Plan) -> Module:
     )
 
 
+def kept_whole(step: Step) -> Module:
+    """The captured step with nothing done to it."""
+    return fxmem.optimize(step.model, "1TiB", step.args, example_kwargs=step.kwargs)
+
+
 # -- One family --------------------------------------------------------------------------------------
 
 
@@ -238,11 +245,14 @@ def family_points(family: str, options: argparse.Namespace) -> list[Point]:
         if point.error is None:
             with way(theirs) as module:
                 timed(point, theirs, module, eager, mine, *answers.get(point.name, ()))
+    kept = kept_whole(mine)
     for point, module in ours:
-        if not point.answers and point.error is None:
-            clocks = [eager.seconds, functools.partial(mine.seconds, module)]
-            rounds = side_by_side(clocks, RUNS, SECONDS)
-            point.time = statistics.median(seconds / base for base, seconds in rounds)
+        if point.error is None:
+            clocks = [functools.partial(mine.seconds, m) for m in (kept, module)]
+            rounds = side_by_side([eager.seconds, *clocks], RUNS, SECONDS)
+            point.against = statistics.median(r[2] / r[1] for r in rounds)
+            if not point.answers:
+                point.time = statistics.median(r[2] / r[0] for r in rounds)
     unchanged = Point(family, "eager", "", eager.peak, 1.0, 1.0, 1.0, True)
     return [unchanged, *(p for p, _ in peers), *(p for p, _ in ours)]
 
@@ -297,9 +307,9 @@ def behind(points: list[Point]) -> list[str]:
 def prediction(points: list[Point]) -> dict[str, Any]:
     """How far predicted times are off the measured ones: error relative to the measured time."""
     errors = {
-        f"{p.family}, {p.setting}": p.predicted_time / p.time - 1
+        f"{p.family}, {p.setting}": p.predicted_time / p.against - 1
         for p in points
-        if p.predicted_time and p.time
+        if p.predicted_time and p.against
     }
     if not errors:
         return {}
@@ -338,6 +348,7 @@ def table(points: list[Point]) -> str:
             _number(p.flops),
             _number(p.time),
             _number(p.predicted_time),
+            _number(p.against),
             _number(p.beside),
             {True: "yes", False: "no", None: ""}[p.exact],
             p.error or "",
@@ -345,7 +356,7 @@ def table(points: list[Point]) -> str:
         for p in points
     ]
     headers = ["family", "way", "setting", "share", "FLOPs", "time"]
-    headers += ["predicted", "beside", "exact", "error"]
+    headers += ["predicted", "against", "beside", "exact", "error"]
     return tabulate(lines, headers, disable_numparse=True)
 
 
