@@ -383,7 +383,7 @@ def smallest():
 def test_codes_take_fewer_bytes(smallest):
     model, x, _, loss, step = smallest
     exact = fxmem.plan(model, "min", (x,), allow="lossless", **loss)
-    assert step.plan.predicted_peak < 0.6 * exact.predicted_peak
+    assert step.plan.predicted_peak < 0.75 * exact.predicted_peak
     assert step.plan.noise.tier == "unbiased"
     assert 0 < step.plan.noise.predicted <= 0.01
     assert exact.noise is None
