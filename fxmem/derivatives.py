@@ -32,6 +32,7 @@ from fxmem.packing import (
     flat,
     group_count,
     join,
+    over,
     put,
     rows,
     split,
@@ -133,7 +134,8 @@ def _values(code: torch.Tensor, how: Activation, bits: int, at: int, end: int) -
     """The derivatives of those groups: float32[end - at, GROUP]."""
     words = code[_HEADER:].view(-1, GROUP * bits // 8)[at:end]
     first, inside = how.grid(bits)
-    return split(words, bits).add_(first).div_(inside).add_(code[:_HEADER].view(torch.float32))
+    found = over(split(words, bits).add_(first), inside)
+    return found.add_(code[:_HEADER].view(torch.float32))
 
 
 def _decode(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fxmem._torch import without_bytes
+from fxmem.packing import on_triton
 
 aten = torch.ops.aten
 
@@ -70,6 +71,17 @@ def _bits_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pack(mask: torch.Tensor) -> torch.Tensor:
+    if not on_triton(mask):
+        return pack_by_torch(mask)
+    from fxmem import triton_kernels
+
+    bits = _bits_like(mask)
+    triton_kernels.pack(_flat(mask), bits)
+    return bits
+
+
+def pack_by_torch(mask: torch.Tensor) -> torch.Tensor:
+    """As the operator, on any device."""
     bits, flat = _bits_like(mask), _flat(mask)
     for at in _stretches(mask):
         bits[at.start // 8 : -(-at.stop // 8)] = _packed(flat[at])
@@ -102,6 +114,11 @@ def _pack_positive(x: torch.Tensor) -> torch.Tensor:
 def _unpack(bits: torch.Tensor, size: list[int], strides: list[int]) -> torch.Tensor:
     mask = bits.new_empty_strided(size, strides, dtype=torch.bool)
     flat = _flat(mask)
+    if on_triton(mask):
+        from fxmem import triton_kernels
+
+        triton_kernels.unpack(bits, flat)
+        return mask
     for at in _stretches(mask):
         torch.ne(_spread(bits, at), 0, out=flat[at])
     return mask

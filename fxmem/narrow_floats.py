@@ -38,6 +38,7 @@ from fxmem.packing import (
     flat,
     group_count,
     join,
+    over,
     put,
     rows,
     split,
@@ -108,7 +109,7 @@ def _check_cast(dtype: torch.dtype, narrow: torch.dtype, block: int | None) -> N
 
 
 def _cast_scale(largest: torch.Tensor, narrow: torch.dtype) -> torch.Tensor:
-    ratio = largest / CASTS[narrow].largest
+    ratio = over(largest, CASTS[narrow].largest)
     if narrow.itemsize == 1:
         return torch.where(largest > 0, ratio.clamp_min_(_TINY), 1.0)
     return torch.where(ratio > 1, _power_of_two_up(ratio), 1.0)
@@ -210,7 +211,7 @@ class BlockFormat:
 
     def scale(self, largest: torch.Tensor) -> torch.Tensor:
         """Of blocks whose largest element is so large in units of the tensor's scale."""
-        ratio = largest / self.numbers.largest
+        ratio = over(largest, self.numbers.largest)
         if not self.two_scales:
             return _power_of_two_up(ratio)
         step = E4M3.spacing(ratio)
@@ -234,17 +235,17 @@ class BlockFormat:
         if self.numbers is E4M3:
             return values.to(_E4M3).view(torch.uint8)
         size = values.abs()
-        small, middle = size * 2, size + 2
-        index = torch.where(size < 2, small, torch.where(size < 4, middle, size / 2 + 4))
+        index = torch.minimum(torch.minimum(size * 2, size + 2), size * 0.5 + 4)
         return join(index.add_(values.signbit(), alpha=8).contiguous(), 4)
 
     def elements_of(self, words: torch.Tensor) -> torch.Tensor:
         if self.numbers is E4M3:
             return words.view(_E4M3).to(torch.float32)
         index = split(words, 4)
-        size = index.remainder(8)
-        large = torch.where(size < 6, size - 2, size * 2 - 8)
-        return torch.where(size < 4, size / 2, large).mul_(torch.where(index < 8, 1.0, -1.0))
+        negative = torch.ge(index, 8, out=torch.empty_like(index))
+        size = index.sub_(negative, alpha=8)
+        found = torch.maximum(torch.maximum(size * 0.5, size - 2), size * 2 - 8)
+        return found.mul_(negative.mul_(-2).add_(1))
 
 
 FORMATS = {
@@ -284,9 +285,8 @@ def _whole_scale(x: torch.Tensor, how: BlockFormat) -> torch.Tensor:
     """The tensor's: float32[1, 1]."""
     if not how.two_scales:
         return x.new_ones((1, 1), dtype=torch.float32)
-    return _power_of_two_up(_largest_of_all(x) / (E4M3.largest * E2M1.largest)).clamp_min_(
-        2.0**-100
-    )
+    largest = over(_largest_of_all(x), E4M3.largest * E2M1.largest)
+    return _power_of_two_up(largest).clamp_min_(2.0**-100)
 
 
 def _block_scale(
@@ -311,9 +311,9 @@ def _quantize(x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: i
         scale = _block_scale(part, whole, how, x.dtype)
         size = part.abs()
         low, high, a, b = _sides(size, scale * whole, how.numbers, x.dtype)
-        share = size.sub_(a).div_(b.sub_(a))
-        above = share.view(-1) > noise.at(at * how.block, share.numel())
-        values = torch.where(above.view_as(share), high, low).copysign_(part).nan_to_num_(0.0)
+        drawn = b.sub_(a).view(-1).mul_(noise.at(at * how.block, b.numel()))
+        above = size.sub_(a).view(-1) > drawn
+        values = torch.where(above.view_as(low), high, low).copysign_(part).nan_to_num_(0.0)
         scales[at:end] = how.scale_bytes(scale)[:, 0]
         words[at:end] = how.element_bytes(values)
     return code

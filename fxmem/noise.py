@@ -52,6 +52,13 @@ class Noise:
         self._keys: dict[int, torch.Tensor] = {}
         self._places: torch.Tensor | None = None
 
+    def keys(self, count: int) -> torch.Tensor | None:
+        """int32[., 2]: of every 2^32 places of so many; None without a seed."""
+        if self.seed is None:
+            return None
+        starts = range(0, max(count, 1), 1 << 32)
+        return torch.stack([keys(self.seed, self.stream, start) for start in starts])
+
     def at(self, start: int, count: int) -> torch.Tensor | float:
         """float32[count], of places that do not cross a multiple of 2^32."""
         if self.seed is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STRETCH = {"cpu": 1 << 16}
 _LARGE_STRETCH = 1 << 25
 """Elements that are worked on at a time: what caches hold, or what keeps an accelerator busy."""
+
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def on_triton(x: torch.Tensor) -> bool:
+    """Is the tensor where Triton's kernels run?"""
+    return x.is_cuda and _HAS_TRITON
 
 
 def define(signature: str, real: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -100,6 +109,11 @@ def by_rows(
     for at, end in stretches(group_count(x, group), group, x.device):
         put(function(rows(source, at, end, group)), result, at, group)
     return found
+
+
+def over(x: torch.Tensor, y: float) -> torch.Tensor:
+    """x / y, rounded once.  On a GPU torch multiplies by the reciprocal of a number that is no tensor."""
+    return x / x.new_full((), y)
 
 
 # -- Small numbers in bytes ------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from fxmem.packing import (
     flat,
     group_count,
     join,
+    on_triton,
     put,
     rows,
     split,
@@ -79,14 +80,15 @@ def _fit(x: torch.Tensor, bits: int, dtype: torch.dtype) -> Grid:
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)  # on a CPU faster than aminmax
     levels = 2.0**bits - 1
     # A little more than the width, for float32 rounds, and for the first point, which is rounded down.
-    step = (high / levels - low / levels).mul_(1 + 2.0**-20).add_(low.abs() * (2.0**-10 / levels))
-    step = _round_up(torch.maximum(step, low.abs() / _LARGEST_FIRST).clamp_min_(_TINY))
+    step = (high * (1 / levels) - low * (1 / levels)).mul_(1 + 2.0**-20)
+    step.add_(low.abs() * (2.0**-10 / levels))
+    step = _round_up(torch.maximum(step, low.abs() * (1 / _LARGEST_FIRST)).clamp_min_(_TINY))
     first = _round_down(low / step)
     ends = torch.cat([first, first + levels], 1).mul_(step).to(dtype)
     spans = ends.isfinite().all(1, keepdim=True) & low.isfinite() & high.isfinite()
     flat = low == high
     step = torch.where(spans, step, torch.nan).masked_fill_(flat, 0.0)
-    return Grid(step, first.masked_fill_(flat | ~spans, 0.0), torch.where(flat, low, 0.0))
+    return Grid(step, first.masked_fill_(flat | ~spans, 0.0), torch.where(flat, low, 0.0) + 0.0)
 
 
 def _round_up(step: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,7 @@ def _check(dtype: torch.dtype, bits: int, group: int) -> None:
         raise EncodingError(f"a group is a power of two from 16 to 65536 elements, not {group}")
 
 
-def _parts(
+def parts_of(
     code: torch.Tensor, groups: int, bits: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of a code: steps as int16, first points as float16, and bytes of codes by group."""
@@ -134,16 +136,33 @@ def _parts(
 def _quantize(
     x: torch.Tensor, bits: int, group: int, seed: torch.Tensor | None, stream: int
 ) -> torch.Tensor:
+    if not on_triton(x):
+        return quantize_by_torch(x, bits, group, seed, stream)
+    from fxmem import triton_kernels
+
+    code = _fake_quantize(x, bits, group, seed, stream)
+    check_dense(x)
+    parts = parts_of(code, group_count(x, group), bits, group)
+    triton_kernels.quantize(
+        flat(x), parts, bits, group, Noise(seed, stream, x.device).keys(x.numel())
+    )
+    return code
+
+
+def quantize_by_torch(
+    x: torch.Tensor, bits: int, group: int, seed: torch.Tensor | None, stream: int
+) -> torch.Tensor:
+    """As the operator, on any device."""
     code = _fake_quantize(x, bits, group, seed, stream)
     check_dense(x)
     noise, source, groups = Noise(seed, stream, x.device), flat(x), group_count(x, group)
-    steps, firsts, words = _parts(code, groups, bits, group)
+    steps, firsts, words = parts_of(code, groups, bits, group)
     for at, end in stretches(groups, group, x.device):
         part = rows(source, at, end, group)
         grid = _fit(part, bits, x.dtype)
         below, a, b = _sides(part, grid, bits, x.dtype)
-        share = (part - a).div_(b.sub_(a)).view(-1)  # NaN where both are one: the lower will do
-        above = torch.gt(share, noise.at(at * group, len(share)), out=a.view(-1))
+        drawn = b.sub_(a).view(-1).mul_(noise.at(at * group, b.numel()))
+        above = torch.gt((part - a).view(-1), drawn, out=drawn)
         codes = join(below.add_(above.view_as(below)), bits)
         constant = grid.constant.view(torch.uint8)
         codes[:, :4] = torch.where(grid.step == 0, constant, codes[:, :4])
@@ -166,12 +185,44 @@ def _dequantize(
     stride: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    if not on_triton(code):
+        return dequantize_by_torch(code, bits, group, size, stride, dtype)
+    from fxmem import triton_kernels
+
+    found = _room(code, bits, group, size, stride, dtype)
+    parts = parts_of(code, group_count(found, group), bits, group)
+    triton_kernels.dequantize(flat(found), parts, bits, group)
+    return found
+
+
+def _room(
+    code: torch.Tensor,
+    bits: int,
+    group: int,
+    size: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Memory for what the code is of."""
     _check(dtype, bits, group)
     found = code.new_empty_strided(size, stride, dtype=dtype)
     check_dense(found)
+    check_code(code, group_count(found, group) * (4 + group * bits // 8), found)
+    return found
+
+
+def dequantize_by_torch(
+    code: torch.Tensor,
+    bits: int,
+    group: int,
+    size: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """As the operator, on any device."""
+    found = _room(code, bits, group, size, stride, dtype)
     groups = group_count(found, group)
-    check_code(code, groups * (4 + group * bits // 8), found)
-    target, (steps, firsts, words) = flat(found), _parts(code, groups, bits, group)
+    target, (steps, firsts, words) = flat(found), parts_of(code, groups, bits, group)
     for at, end in stretches(groups, group, code.device):
         grid = _stored(steps[at:end], firsts[at:end], words[at:end])
         values = split(words[at:end], bits).add_(grid.first)

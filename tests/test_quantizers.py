@@ -316,7 +316,7 @@ def test_grids_span_their_groups(bits, dtype):
     assert (grid.step <= allowed.clamp_min(2.0**-125)).all()
     # What is stored is what was meant.
     code = quantizers.quantize_groups(x.to(dtype), bits, 64, seed(), 0)
-    stored = quantizers._stored(*quantizers._parts(code, len(x), bits, 64))
+    stored = quantizers._stored(*quantizers.parts_of(code, len(x), bits, 64))
     for kept, meant in zip(stored, grid, strict=True):
         assert torch.equal(kept, meant)
 
