@@ -97,6 +97,17 @@ class Allotment:
         names = tuple(wanted[c.source] for c in candidates)
         return replace(self, candidates=candidates, encodings=names)
 
+    def finer(self, source: str) -> tuple[tuple[str, int], ...]:
+        """The encodings finer than the one chosen, and their bytes, the finest first."""
+        candidate, name = self.chosen[source]
+        names = [choice for choice, _ in candidate.choices]
+        return candidate.choices[: names.index(name)]
+
+    def with_code(self, source: str, name: str) -> Allotment:
+        """The same with another encoding of one source."""
+        pairs = zip(self.candidates, self.encodings, strict=True)
+        return replace(self, encodings=tuple(name if c.source == source else n for c, n in pairs))
+
     def _share(self, candidate: Candidate, level: int) -> float:
         variance = candidate.sensitivity.variance(candidate.choices[level][0])
         return self.statistics.share(variance)

@@ -25,14 +25,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxmem._torch import fake_tensors_off, is_fake
+from fxmem._torch import autocast_off, fake_tensors_off, is_fake
 from fxmem.capture import StepCall, training_step
 from fxmem.consumers import CASTS, Product, Saved, Use, saved_values
 from fxmem.errors import FxmemError
 from fxmem.graph import JointGraph, Role, is_backward
 from fxmem.lossy import LossyEncoding, encodings
 from fxmem.sizes import is_dense, tensors_in
-from fxmem.standins import backward
 from fxmem.untouched import copies, untouched
 from fxmem.workspace import LAYOUT
 
@@ -139,10 +138,11 @@ def statistics(
 
 
 def check_measurable(
-    graph: JointGraph, examples: Mapping[str, torch.Tensor], call: StepCall, noise: Noise
+    graph: JointGraph, examples: Mapping[str, Any], call: StepCall, noise: Noise
 ) -> None:
     """Raise ``FxmemError`` where there is nothing to compute gradients, or their variance, with."""
-    if any(is_fake(t) or t.device.type == "meta" for t in examples.values()):
+    tensors = [t for t in examples.values() if isinstance(t, torch.Tensor)]
+    if any(is_fake(t) or t.device.type == "meta" for t in tensors):
         raise FxmemError(
             'allow="quantize" measures gradients on your batch, so it needs real parameters and '
             "example inputs, not ones on the meta device or fake ones\n"
@@ -325,11 +325,14 @@ class _Spread:
 
 
 def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
-    for parameter in call.model.parameters():
-        parameter.grad = None
+    """Without ``backward``, which would run hooks that wait for the gradients of a step."""
+    named = {n: p for n, p in call.model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        backward(training_step(*call.values()))
-    return {n: p.grad for n, p in call.model.named_parameters() if p.grad is not None}
+        outputs = training_step(*call.values())
+        (loss,) = (t for t in tensors_in(outputs) if t.requires_grad and t.numel() == 1)
+        with autocast_off():
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
 def _gradients_of_part(call: StepCall) -> dict[str, torch.Tensor]:

@@ -19,12 +19,13 @@ from fxmem.baseline import eager_peak
 from fxmem.budget import NO_RESERVE, Budget, Reserve
 from fxmem.capture import StepCall, capture
 from fxmem.consumers import Saved
+from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow, with_codes
 from fxmem.decisions import explain, find_choice, infeasible, kept_codes, too_large
 from fxmem.device import library_memory
 from fxmem.errors import PlanMismatchError, VerificationError
-from fxmem.gradient_noise import Noise, candidates, check_measurable, statistics
+from fxmem.gradient_noise import Noise, Statistics, candidates, check_measurable, statistics
 from fxmem.graph import INSTEAD_OF_LOSS, JointGraph, Role, bytes_of_scalars, is_backward
 from fxmem.lifetimes import BeforeAfter
 from fxmem.liveness import MemoryTimeline, timeline
@@ -54,6 +55,8 @@ from fxmem.passes.uncode import (
 from fxmem.passes.unread import UnreadPass
 from fxmem.plan import Plan, fingerprint, keys
 from fxmem.planner import Choice, Planner
+from fxmem.rebatch import resized
+from fxmem.simulate import Simulator
 from fxmem.standins import without_meta
 from fxmem.tags import tagged_values
 from fxmem.timings import measured_cost
@@ -119,7 +122,8 @@ class Analysis:
     """A captured step before any decision: the graph, its numbers, and the search over them.
 
     whole: the step before its convolutions were split, where this is the one after.  examples: what
-    it was captured with.  allotment: of the noise of its codes, where it may have lossy ones.
+    it was captured with.  allotment: of the noise of its codes, where it may have lossy ones, and base:
+    the step without these.
     """
 
     graph: JointGraph
@@ -136,6 +140,7 @@ class Analysis:
     whole: Analysis | None = field(default=None, repr=False)
     examples: Mapping[str, Any] = field(default_factory=dict, repr=False)
     allotment: Allotment | None = None
+    base: Analysis | None = field(default=None, repr=False)
     _allotted: tuple[Noise, Allotment] | None = field(default=None, repr=False)
 
     @cached_property
@@ -156,6 +161,8 @@ class Analysis:
         """Encodings for what may be a lossy code, all of which may be kept; found out once."""
         if self._allotted is None or self._allotted[0] is not noise:
             runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
+            if not self._saved:
+                return Allotment(Statistics({}, (), 0), noise.ceiling, (), ())
             known = statistics(runs, self.examples, self.call, noise, self._saved)
             self._allotted = noise, Allotment.of(known, noise.ceiling, candidates_of(known, runs))
         return self._allotted[1]
@@ -171,7 +178,13 @@ class Analysis:
                 )
             )
         )
-        return replace(form, allotment=allotment)
+        return replace(form, allotment=allotment, base=self)
+
+    def quantized_alike(self, allotment: Allotment) -> Analysis:
+        """A form like this one with other codes of the same values, which all keep their numbers."""
+        assert self.base is not None
+        form = self.base.quantized(allotment)
+        return form.split if self.is_split else form
 
     def forms(self, options: Options) -> Iterator[Analysis]:
         """The step, and what else could run in its place; each is made when its turn comes."""
@@ -187,6 +200,10 @@ class Analysis:
         if "lossless" in options.allow:
             yield self.coded.split
 
+    @property
+    def is_split(self) -> bool:
+        return any(n.target is convolution_input_backward for n in self.graph.nodes)
+
     def _rewritten(self, *passes: Pass) -> Analysis:
         graph = self.graph
         for a_pass in passes:
@@ -196,7 +213,11 @@ class Analysis:
         unchanged = Unchanged(self.device, self.baseline_peak, self.workspaces)
         form = _numbers(graph, self.call, unchanged, self.cost_asked, (self.whole or self).flow)
         return replace(
-            form, whole=self.whole or self, examples=self.examples, allotment=self.allotment
+            form,
+            whole=self.whole or self,
+            examples=self.examples,
+            allotment=self.allotment,
+            base=self.base,
         )
 
 
@@ -396,12 +417,37 @@ def _fitting(analysis: Analysis, options: Options, budget: int) -> Chosen | None
 
     Forms with lossy codes come last: without noise is better than with.
     """
-    best = _fastest(analysis.forms(options), options, budget)
-    if "quantize" in options.allow and (best is None or _added(*best) > 0):
+    exact = _fastest(analysis.forms(options), options, budget)
+    limit = math.inf if exact is None else _added(*exact)
+    best = exact
+    if "quantize" in options.allow and limit > 0:
         for found in _lossy(analysis, options, budget):
             if found[1].outcome.peak <= budget and (best is None or _added(*found) < _added(*best)):
                 best = found
-    return best
+    if best is None or best is exact:
+        return exact
+    finer = _finer(*best, budget)
+    return finer if _added(*finer) < limit else best
+
+
+def _finer(form: Analysis, choice: Choice, budget: int) -> Chosen:
+    """The same with finer codes, the noisiest first, where there is room for them."""
+    assert form.allotment is not None
+    allotment, simulator = form.allotment, form.planner.simulator
+    values = {simulator.operand(v): v for v in simulator.lossy & choice.kept}
+    names = {form.flow.values[x].node.name: v for x, v in values.items()}
+    sizes = [v.nbytes for v in form.flow.values]
+    for source in sorted(names, key=lambda name: (-allotment.share(name), name)):
+        for name, nbytes in allotment.finer(source):
+            tried = [nbytes if v == names[source] else n for v, n in enumerate(sizes)]
+            flow = resized(form.flow, tried)
+            if Simulator(flow).run(choice.kept, choice.drops).peak <= budget:
+                sizes, allotment = tried, allotment.with_code(source, name)
+                break
+    again = form.quantized_alike(allotment)
+    same = again.planner.choice(choice.kept, choice.drops)
+    fits = same.outcome.peak <= budget
+    return (again, replace(same, bound=choice.bound)) if fits else (form, choice)
 
 
 def _fastest(forms: Iterable[Analysis], options: Options, budget: int) -> Chosen | None:

@@ -34,7 +34,7 @@ WRONG = {
     "wrong shape": ({"example_inputs": (torch.zeros(2, 5),)}, "try"),
     "allow is None": ({"allow": None}, "recompute"),
     "allow names nothing known": ({"allow": ("magic",)}, "magic"),
-    "allow names what is to come": ({"allow": "quantize"}, "not available"),
+    "allow names what is to come": ({"allow": "offload"}, "not available"),
     "verify is a string": ({"verify": "no"}, "True or False"),
     "plan is empty": ({"plan": ""}, "empty string"),
     "reserve is a share": ({"reserve": "10%"}, "torch.optim.Optimizer"),

@@ -305,7 +305,7 @@ def test_gradients_of_a_sum_grow_with_their_batch():
 
 def test_the_minibatch_is_measured_as_if_batches_were_drawn_anew():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))
     batches = [torch.randn(64, 16) for _ in range(40)]
 
     def loss(out):
@@ -383,7 +383,7 @@ def smallest():
 def test_codes_take_fewer_bytes(smallest):
     model, x, _, loss, step = smallest
     exact = fxmem.plan(model, "min", (x,), allow="lossless", **loss)
-    assert step.plan.predicted_peak < 0.6 * exact.predicted_peak
+    assert step.plan.predicted_peak < 0.75 * exact.predicted_peak
     assert step.plan.noise.tier == "unbiased"
     assert 0 < step.plan.noise.predicted <= 0.01
     assert exact.noise is None
@@ -529,3 +529,31 @@ def test_an_infeasible_budget_names_the_one_that_works(smallest):
     assert found.value.smallest_peak == floor
     assert found.value.best_plan.noise.tier == "unbiased"
     assert fxmem.plan(model, floor, (x,), allow=CODES, **loss).predicted_peak <= floor
+
+
+def test_sizes_that_change_get_no_codes():
+    """Their bytes would not be known."""
+    model, x, _, _ = perceptron(layers=2)
+    model = nn.Sequential(model, nn.Flatten(0))
+    names = {"dynamic_shapes": {0: {0: "B"}}, "loss_fn": lambda out: out.square().mean()}
+    plan = fxmem.plan(model, "min", (x,), allow=CODES, **names)
+    assert plan.noise is None
+
+
+def test_hooks_of_gradients_do_not_run_while_noise_is_measured():
+    model, x, _, loss = perceptron(layers=2)
+    seen = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(seen.append)
+    fxmem.plan(model, "min", (x,), allow=CODES, **loss)
+    assert not seen
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_room_that_is_left_makes_codes_finer(smallest):
+    model, x, _, loss, step = smallest
+    floor = step.plan
+    wide = fxmem.plan(model, int(1.08 * floor.predicted_peak), (x,), allow=CODES, **loss)
+    assert wide.predicted_peak <= wide.budget
+    assert floor.predicted_peak < wide.predicted_peak
+    assert 0 < wide.noise.predicted < floor.noise.predicted
