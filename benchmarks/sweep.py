@@ -5,8 +5,8 @@ python benchmarks/sweep.py [--suites hazards,modules,ops] [--minutes 15] [--samp
 One forward and backward each, at the smallest budget, beside ``backend="aot_eager"`` and eager.  What is
 not captured, or fails without fxmem, is skipped and not passed; random operators are freed of the seed that
 torch's database puts into them, which Dynamo could not trace; the generator is seeded anew before the
-backward; of each entry's samples those that draw are taken first, then the largest.  Results are added to the JSON file after each
-entry, and a further run goes on where the last one stopped (``--again`` forgets it).
+backward; of each entry's samples those that draw are taken first, then the largest.  Results go to
+a JSON file after each entry, and a further run goes on where the last one stopped (``--again``: anew).
 """
 
 import argparse
