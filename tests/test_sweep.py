@@ -28,6 +28,7 @@ OPS = (
     "nn.functional.gelu",
     "nn.functional.group_norm",
     "nn.functional.layer_norm",
+    "nn.functional.linear_cross_entropy.chunked",
     "nn.functional.max_pool2d",
     "nn.functional.rrelu",
     "prod",
@@ -53,6 +54,8 @@ def _own_generator():
 
 @pytest.mark.parametrize("name", OPS)
 def test_an_operator_is_planned_and_gives_the_same_bits(name):
+    if f"ops/{name}" not in entries():
+        pytest.skip("not in this torch")
     result = sweep.entry(entries()[f"ops/{name}"], "min", refusal_ok=False)
     assert (result.status, result.why) == ("equal", "")
 
