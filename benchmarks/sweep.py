@@ -5,8 +5,8 @@ python benchmarks/sweep.py [--suites hazards,modules,ops] [--minutes 15] [--samp
 One forward and backward each, at the smallest budget, beside ``backend="aot_eager"`` and eager.  What is
 not captured, or fails without fxmem, is skipped and not passed; random operators are freed of the seed that
 torch's database puts into them, which Dynamo could not trace; the generator is seeded anew before the
-backward; of each entry's samples the largest are taken.  Results are added to the JSON file after each
-entry, and a further run goes on where the last one stopped (``--again`` forgets it).
+backward; of each entry's samples those that draw are taken first, then the largest.  Results go to
+a JSON file after each entry, and a further run goes on where the last one stopped (``--again``: anew).
 """
 
 import argparse
@@ -158,8 +158,8 @@ def trained(step: Step, args: Any, kwargs: Any, parameters: Any = ()) -> Any:
     if not results or not leaves:
         raise ValueError("no gradient")
     weights = [torch.randn(t.shape, dtype=t.dtype) for t in results]
-    gradients = torch.autograd.grad(results, leaves, weights, allow_unused=True)
-    return {**seen, "gradients": [snapshot(g) for g in gradients]}
+    torch.autograd.backward(results, weights)
+    return {**seen, "gradients": [snapshot(t.grad) for t in leaves]}
 
 
 # -- The databases -----------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def op_programs(op: Any, samples: int) -> Iterator[Program]:
 
     torch.manual_seed(0)
     found = list(op.sample_inputs("cpu", torch.float32, requires_grad=True))
-    found.sort(key=lambda s: -sum(t.numel() for t in pytree.tree_leaves(s.input) if is_tensor(t)))
+    found.sort(key=lambda s: (not draws(op, s), -numel(s)))
     for sample in found[:samples]:
 
         def program(how: Callable[[Step], Step], sample: Any = sample) -> Any:
@@ -203,8 +203,19 @@ def op_programs(op: Any, samples: int) -> Iterator[Program]:
         yield program
 
 
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def numel(sample: Any) -> int:
+    return sum(t.numel() for t in pytree.tree_leaves(sample.input) if isinstance(t, Tensor))
+
+
+def draws(op: Any, sample: Any) -> bool:
+    """Does the operator draw random numbers for this sample?  With p=0 or in eval mode many do not."""
+    if not is_random(op):
+        return False
+    before = torch.get_rng_state()
+    args, kwargs = fresh(((sample.input, *sample.args), sample.kwargs))
+    with contextlib.suppress(Exception):
+        op.op(*args, **kwargs)
+    return not torch.equal(before, torch.get_rng_state())
 
 
 def modules(samples: int) -> Iterator[Entry]:

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -214,10 +215,12 @@ class Graph:
         self.error: FxmemError | None = None
         session.graphs.append(weakref.ref(self))
         # Now, because what tracing assumes of sizes becomes guards of Dynamo's.
+        self.tracing = True
         try:
             session.program_for(self, example_inputs)
         except FxmemError as error:
             self.error = error
+        self.tracing = False
 
     def run(self, *args: Any) -> Any:
         if self.plain is not None:
@@ -244,18 +247,16 @@ class Graph:
 
     # -- Building ------------------------------------------------------------------------------------
 
-    def build(
-        self, args: Sequence[Any], around: Around | None, options: Options, tracing: bool
-    ) -> Program | None:
+    def build(self, args: Sequence[Any], around: Around | None, options: Options) -> Program | None:
         """Trace, plan and compile; None where nothing needs a gradient.
 
-        tracing: are these the inputs that Dynamo traces with?  Otherwise their sizes are constants.
+        Once Dynamo has finished with the graph, the sizes of further inputs are constants.
         """
         call = StepCall(_bare(self.module), _concrete(args), name=self.name)
         with _torch.outside_of_tracing():
             unchanged = unchanged_step(call)
         builder = _Builder(self, args, around, options, call, unchanged)
-        context = contextlib.nullcontext() if tracing else _torch.traced_anew()
+        context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
         with compiling(), eager_decompositions(), context:
             run = _torch.aot_compile(
                 self.module, args, builder.partition, boxed, builder.the_backward
@@ -409,6 +410,13 @@ def _title(module: fx.GraphModule) -> str:
     return "graph"
 
 
+_MANY = 256
+_MANY_WAITING = (
+    f"fxmem: {_MANY} forwards wait for their backward, and what they saved is held until then. "
+    "Where no backward follows, as in an evaluation, call the model under torch.no_grad()."
+)
+
+
 # -- Sessions: what shares one budget ----------------------------------------------------------------
 
 
@@ -485,6 +493,8 @@ class Session:
         seen = self.outstanding()
         if len(seen) > len(self._longest):
             self._longest = seen
+        if len(seen) == _MANY:
+            warnings.warn(_MANY_WAITING, stacklevel=4)
         return use
 
     def program_for(self, graph: Graph, args: Sequence[Any]) -> Program | None:
@@ -492,7 +502,6 @@ class Session:
 
         Raises ``BudgetInfeasibleError`` where the graph finds no room.
         """
-        tracing = not graph.programs
         outstanding = self.outstanding()
         if not outstanding:
             self._plan_last_step()
@@ -500,18 +509,16 @@ class Session:
         path = (*(use.key for use in outstanding), key)
         needed = self._around(path, [use.program.part for use in outstanding])
         if needed is None and not outstanding and not graph.more_follows:
-            return self._alone(graph, args, path, tracing)
+            return self._alone(graph, args, path)
         known = graph.programs.get(path)
         if known is not None and (needed is None or known.leaves_room(needed)):
             return known
-        made = self._made(graph, args, path, needed, known, tracing)
+        made = self._made(graph, args, path, needed, known)
         if made is not None:
             graph.programs[path] = made
         return made
 
-    def _alone(
-        self, graph: Graph, args: Sequence[Any], path: tuple[Key, ...], tracing: bool
-    ) -> Program | None:
+    def _alone(self, graph: Graph, args: Sequence[Any], path: tuple[Key, ...]) -> Program | None:
         """A graph that is the whole step, as far as is known: planned as by ``optimize``."""
         sizes = graph.sizes(args)
         serving = [
@@ -525,7 +532,7 @@ class Session:
         first = not any(other.programs for other in self.living())
         options = self.options if first else replace(self.options, plan=None)
         try:
-            made = graph.build(args, Around(), options, tracing)
+            made = graph.build(args, Around(), options)
         except BudgetInfeasibleError as error:
             if options.budget.kind != "baseline_share":
                 raise
@@ -541,7 +548,6 @@ class Session:
         path: tuple[Key, ...],
         needed: Around | None,
         known: Program | None,
-        tracing: bool,
     ) -> Program | None:
         smallest = replace(
             self.options, budget=Budget.parse("min"), on_infeasible="best", plan=None
@@ -549,20 +555,20 @@ class Session:
         if needed is None:
             sizes = graph.sizes(args)
             others = (p for p in graph.programs.values() if p.provisional and p.sizes == sizes)
-            first = next(others, None) or graph.build(args, None, smallest, tracing)
+            first = next(others, None) or graph.build(args, None, smallest)
             if first is not None:
                 self._check_first(graph, first, path, args)
             return first
         budget = self._budget(path)
         if budget is None:
-            return graph.build(args, needed, smallest, tracing)
+            return graph.build(args, needed, smallest)
         room = budget - needed.always
         outside = self.options.reserve + library_memory(_device(args))
         if room > 0:
             asked = Budget("bytes", Fraction(room + outside), self.options.budget.asked)
             options = replace(self.options, budget=asked, plan=None)
             try:
-                return graph.build(args, needed, options, tracing)
+                return graph.build(args, needed, options)
             except BudgetInfeasibleError as error:
                 if known is None or _peak(known, needed) > budget:
                     raise _in_a_step(error, needed, budget) from error

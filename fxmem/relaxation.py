@@ -301,7 +301,8 @@ class Program:
         """What must be there or made: for the backward, for what is made, for what comes after."""
         problem, before, made = self.problem, stretch.before, stretch.made
         maker = problem.maker
-        remade = np.where(maker == NOWHERE, NOWHERE, made[maker])
+        remade = np.full(len(maker), NOWHERE)
+        remade[maker != NOWHERE] = made[maker[maker != NOWHERE]]  # a step may have nothing to make
         infinite = highspy.kHighsInf
         read = problem.read_between(stretch.first, stretch.last)
         self._add_rows([before[read], remade[read]], [1, 1], 1.0, infinite)
@@ -489,7 +490,8 @@ class Program:
         size = segment.last - segment.first + 1
         used = last >= 0
         maker = self.problem.maker
-        made = np.where(maker == NOWHERE, 0.0, solution[segment.made[maker]])
+        made = np.zeros(len(maker))
+        made[maker != NOWHERE] = solution[segment.made[maker[maker != NOWHERE]]]
         made = np.where(used, np.minimum(made, 1.0 - np.minimum(before, 1.0)), 0.0)
         through = np.minimum(before, after)
         live = np.zeros(size + 1)

@@ -1,0 +1,100 @@
+"""A part of ``benchmarks/sweep.py``: operators that torch tests itself with, through the backend."""
+
+import copy
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import sweep
+
+OPS = (
+    "cumsum",
+    "einsum",
+    "gather",
+    "index_select",
+    "logsumexp",
+    "matmul",
+    "nn.functional.batch_norm",
+    "nn.functional.conv2d",
+    "nn.functional.cross_entropy",
+    "nn.functional.dropout",
+    "nn.functional.embedding",
+    "nn.functional.gelu",
+    "nn.functional.group_norm",
+    "nn.functional.layer_norm",
+    "nn.functional.linear_cross_entropy.chunked",
+    "nn.functional.max_pool2d",
+    "nn.functional.rrelu",
+    "prod",
+    "scatter_add",
+    "softmax",
+    "sort",
+    "topk",
+    "where",
+)
+
+
+@functools.cache
+def entries():
+    return {name: programs for name, programs, _ in sweep.ops(samples=1)}
+
+
+@pytest.fixture(autouse=True)
+def _own_generator():
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_operator_is_planned_and_gives_the_same_bits(name):
+    if f"ops/{name}" not in entries():
+        pytest.skip("not in this torch")
+    result = sweep.entry(entries()[f"ops/{name}"], "min", refusal_ok=False)
+    assert (result.status, result.why) == ("equal", "")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.two(self.one(x).tanh()).sum()
+
+
+def judged(model):
+    def program(how):
+        mine = copy.deepcopy(model)  # whose gradients are not yet there
+        return sweep.trained(how(mine), (torch.ones(4, 8),), {}, mine.parameters())
+
+    return sweep.judged(program, "min")
+
+
+def test_the_sweep_tells_right_from_wrong_and_from_what_is_not_captured():
+    torch.manual_seed(0)
+    assert judged(Net()).status == "equal"
+    hidden = Net()
+    hidden.forward = torch.compiler.disable(hidden.forward)
+    assert judged(hidden).status == "skipped"
+
+
+def test_the_sweep_sees_a_wrong_gradient(monkeypatch):
+    prepare = sweep.backend._torch.aot_compile
+
+    def wrong(module, inputs, partition, compile_graph, backward):
+        def doubled():
+            run = backward()
+            return lambda args: [None if g is None else 2 * g for g in run(args)]
+
+        return prepare(module, inputs, partition, compile_graph, doubled)
+
+    monkeypatch.setattr(sweep.backend._torch, "aot_compile", wrong)
+    torch.manual_seed(0)
+    assert judged(Net()).status == "wrong"
