@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Collection
 
 from torch import fx
 
@@ -15,7 +17,9 @@ def readable(
     graph: JointGraph, forward: fx.GraphModule, backward: fx.GraphModule
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Copies of a forward and a backward whose placeholders carry names that a person recognises."""
-    names = {name: _name(info.role, info.name) for name, info in graph.inputs.items()}
+    names: dict[str, str] = {}
+    for name, info in graph.inputs.items():
+        names[name] = _unlike(names.values(), _name(info.role, info.name))
     return _renamed(forward, names), _renamed(backward, names)
 
 
@@ -32,6 +36,12 @@ def _renamed(module: fx.GraphModule, names: dict[str, str]) -> fx.GraphModule:
         if node in copies:
             copies[node].meta = dict(node.meta)
     return fx.GraphModule(module, graph)
+
+
+def _unlike(taken: Collection[str], name: str) -> str:
+    """The name, with a number where another one is spelt alike: ``a_`` beside ``a``."""
+    numbered = (f"{name}_{n}" for n in itertools.count(1))
+    return name if name not in taken else next(n for n in numbered if n not in taken)
 
 
 def _name(role: Role, name: str) -> str:

@@ -802,3 +802,19 @@ def test_the_first_call_may_be_inside_a_checkpoint():
     step = fxmem.optimize(net, "1TiB")
     torch.utils.checkpoint.checkpoint(step, x, use_reentrant=False).sum().backward()
     assert all(torch.equal(p.grad, w) for p, w in zip(net.parameters(), want, strict=True))
+
+
+def test_names_that_are_spelt_alike():
+    """Python's arguments are letters, digits and underscores, so that names may meet."""
+
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.a_ = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+
+        def forward(self, x):
+            return ((x @ self.a).relu() @ self.a_).sum()
+
+    opt = fxmem.optimize(Twins(), "4.0x", (torch.randn(8, 8),))
+    names = [n.target for n in opt.forward_graph.graph.find_nodes(op="placeholder")]
+    assert names == ["a", "a_1", "x"]
