@@ -107,14 +107,6 @@ def _pack_above(x: torch.Tensor, threshold: Any) -> torch.Tensor:
     return bits
 
 
-def _pack_between(x: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
-    bits, flat = _bits_like(x), _flat(x)
-    for at in _stretches(x):
-        outside = flat[at].le(low).logical_or_(flat[at].ge(high))
-        bits[at.start // 8 : -(-at.stop // 8)] = _packed(outside.logical_not_())
-    return bits
-
-
 def _pack_positive(x: torch.Tensor) -> torch.Tensor:
     bits, flat = _bits_like(x), _flat(x)
     for at in _stretches(x):
@@ -372,11 +364,6 @@ for _signature, _real, _fake in (
         _pack_above,
         lambda x, threshold: _bits_like(x),
     ),
-    (
-        "pack_between(Tensor x, Scalar low, Scalar high) -> Tensor",
-        _pack_between,
-        lambda x, low, high: _bits_like(x),
-    ),
     ("pack_positive(Tensor x) -> Tensor", _pack_positive, _bits_like),
     ("shorten(Tensor x, ScalarType dtype) -> Tensor", _shorten, _shorten),
     ("lengthen(Tensor code, ScalarType dtype) -> Tensor", _lengthen, _lengthen),
@@ -443,8 +430,6 @@ pack = torch.ops.fxmem.pack.default
 """bool -> bits.  The mask has no gaps."""
 pack_above = torch.ops.fxmem.pack_above.default
 """Which elements are not at or below a threshold, as bits.  The operand has no gaps."""
-pack_between = torch.ops.fxmem.pack_between.default
-"""Which elements are neither at or below the first bound nor at or above the second."""
 pack_positive = torch.ops.fxmem.pack_positive.default
 """Which elements are above zero: what is not a number is not."""
 shorten = torch.ops.fxmem.shorten.default
@@ -466,7 +451,7 @@ avg_pool2d_backward = torch.ops.fxmem.avg_pool2d_backward.default
 max_pool2d_backward = torch.ops.fxmem.max_pool2d_backward.default
 """aten's, with the size and the strides of the input in its place.  A batch of -1 is the gradient's."""
 
-ENCODERS = frozenset({pack, pack_above, pack_between, pack_positive, pool_offsets, shorten})
+ENCODERS = frozenset({pack, pack_above, pack_positive, pool_offsets, shorten})
 """Operators whose result is a code of their first operand."""
 
 MOST_IN_A_WINDOW = 256

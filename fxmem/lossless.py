@@ -103,19 +103,16 @@ def _is_plain(x: Any) -> bool:
     return isinstance(x, fx.Node) and LAYOUT not in x.meta and is_plain(x.meta["val"])
 
 
+def _holds(dtype: torch.dtype, bound: Any) -> bool:
+    """Is the bound a number of this type?  Kernels compare numbers of 16 bits with the bound as it is."""
+    return dtype.itemsize > 2 or torch.tensor(bound, dtype=dtype).item() == float(bound)
+
+
 def _of_threshold(node: fx.Node) -> Iterator[Reading]:
     grad, x, threshold = _arguments(node)
-    if _meet(grad, x):
+    if _meet(grad, x) and _holds(x.meta["val"].dtype, threshold):
         given = (grad, None, _order(x))
         yield Reading(x, (threshold,), encodings.threshold_backward, given)
-
-
-def _of_hardtanh(node: fx.Node) -> Iterator[Reading]:
-    """What is not a number lets the gradient through, as in aten's kernels but for vectors of the CPU's."""
-    grad, x, low, high = _arguments(node)
-    if _meet(grad, x):
-        given = (grad, None, _order(x))
-        yield Reading(x, (low, high), encodings.threshold_backward, given)
 
 
 def _of_leaky_relu(node: fx.Node) -> Iterator[Reading]:
@@ -222,9 +219,6 @@ _BITS = sympy.ceiling(ELEMENTS / 8)
 LOSSLESS: tuple[Encoding, ...] = (
     Encoding(
         "above", _BITS, encodings.pack_above, {aten.threshold_backward.default: _of_threshold}
-    ),
-    Encoding(
-        "between", _BITS, encodings.pack_between, {aten.hardtanh_backward.default: _of_hardtanh}
     ),
     Encoding(
         "positive",

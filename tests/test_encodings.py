@@ -141,13 +141,6 @@ def test_a_clipped_or_leaky_element_is_a_bit(shape):
         assert same(
             encodings.leaky_relu_backward_out(over, bits, order(x), slope, grad_input=over), want
         )
-    if x.numel():
-        # Where an element is not a number aten's own kernel goes by its place.
-        x = x.nan_to_num(0.25).reshape(shape)
-        x.view(-1)[-1] = 6.0
-    bits = encodings.pack_between(x, 0.0, 6.0)
-    want = aten.hardtanh_backward(grad, x, 0.0, 6.0)
-    assert same(encodings.threshold_backward(grad, bits, order(x)), want)
 
 
 def layouts():
@@ -206,7 +199,6 @@ def test_a_code_takes_the_bytes_that_are_stated():
     x = torch.randn(1001)
     makers = {
         "above": lambda: encodings.pack_above(x, 0),
-        "between": lambda: encodings.pack_between(x, 0, 6),
         "positive": lambda: encodings.pack_positive(x),
         "mask": lambda: encodings.pack(x > 0),
         "offset": lambda: encodings.pool_offsets(
@@ -355,9 +347,7 @@ def test_indices_into_a_dimension_are_short():
 @pytest.mark.parametrize(
     ("act", "coded"),
     [
-        (F.relu6, "pack_between"),
         (F.leaky_relu, "pack_positive"),
-        (F.hardtanh, "pack_between"),
         (lambda x: F.threshold(x, 0.1, 0.0), "pack_above"),
     ],
 )
@@ -366,6 +356,33 @@ def test_other_activations_leave_bits(act, coded):
     after, text = changed(graph, EncodePass())
     assert coded in text
     assert_same_outputs(graph, after)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: F.threshold(
+            x.bfloat16(), 0.3, 0.0
+        ),  # compared in float32 with what bfloat16 rounds
+        F.hardtanh,  # what is not a number gets a gradient or none by where it stands
+    ],
+)
+def test_no_bits_where_a_kernel_asks_more_than_one_question(act):
+    graph = captured(lambda m, x: act(x @ m.w).sin().sum(), tensor(64, 64), w=tensor(64, 64))
+    _, text = changed(graph, EncodePass())
+    assert text == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bounds_that_a_type_holds(dtype):
+    """Next to zero and to a half, on either side."""
+    steps = torch.arange(-2, 3, dtype=dtype) * torch.finfo(dtype).tiny
+    for bound in (0.0, 0.5):
+        x = torch.cat([steps, steps * 2**10 + 0.5]).to(dtype).repeat(500)
+        grad = torch.ones_like(x)
+        bits = encodings.pack_above(x, bound)
+        want = aten.threshold_backward(grad, x, bound)
+        assert torch.equal(encodings.threshold_backward(grad, bits, [0]), want)
 
 
 def test_a_gradient_that_is_laid_out_otherwise_meets_its_bits():
