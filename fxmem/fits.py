@@ -129,7 +129,7 @@ def _largest_note(found: Fits) -> str:
         return f" No largest batch: {found.why_none}." if found.why_none else ""
     rough = ROUGH if found.rough else ""
     return (
-        f" largest {found.symbol}: that fits as it is, by the closed form; fxmem.max_batch settles "
+        f" largest {found.symbol}: that fits without a plan, by the closed form; fxmem.max_batch settles "
         f"the boundary, and with a plan more may fit.{rough}"
     )
 

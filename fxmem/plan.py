@@ -24,6 +24,7 @@ from fxmem.graph import (
     type_text,
 )
 from fxmem.schema import plan_schema, problems
+from fxmem.units import shown
 
 SCHEMA_VERSION = 4
 ACTIONS = ("keep", "recompute", "encode")
@@ -403,7 +404,7 @@ def _plan_from(data: Any) -> Plan:
     data = dict(data)
     version = data.pop("schema", None)
     if version != SCHEMA_VERSION:
-        raise ValueError(f"schema {version!r}")
+        raise ValueError(f"schema {shown(version)}")
     data["decisions"] = _decisions(data["decisions"])
     data["peak"], data["before"] = (
         _record(PeakPoint, data["peak"]),
@@ -457,7 +458,7 @@ def _decision(data: Any) -> Decision:
     data["dropped"] = _positions(data["dropped"])
     decision = _record(Decision, data)
     if decision.action not in ACTIONS:
-        raise ValueError(f"unknown action {decision.action!r}, known are {ACTIONS}")
+        raise ValueError(f"unknown action {shown(decision.action)}, known are {ACTIONS}")
     return decision
 
 

@@ -1,11 +1,13 @@
 """Random dataflows: the planner's problem without a model."""
 
 import random
+from dataclasses import replace
 from typing import cast
 
 from torch import fx
 
 from fxmem.dataflow import NOISE_CEILING, Dataflow, Operator, Value
+from fxmem.graph import LOSS_OUTSIDE
 
 NODE = cast(fx.Node, None)  # no graph stands behind these
 
@@ -43,7 +45,8 @@ def random_flow(seed: int, forward: int | None = None) -> Dataflow:
         )
     if rng.random() < 0.1:
         values[rng.choice(forward_values)].gradient = True
-    return Dataflow(operators, values, forward)
+    sent = sum(v.nbytes for v in values if v.tangent and not v.held)
+    return Dataflow(operators, values, forward, loss_outside=LOSS_OUTSIDE * sent)
 
 
 def coded_flow(seed: int, forward: int | None = None) -> Dataflow:
@@ -71,7 +74,7 @@ def coded_flow(seed: int, forward: int | None = None) -> Dataflow:
     for i, op in enumerate(operators):
         for v in op.makes:
             flow.values[v].producer = i
-    return Dataflow(operators, flow.values, flow.num_forward + len(codes))
+    return replace(flow, operators=operators, num_forward=flow.num_forward + len(codes))
 
 
 def noisy_flow(seed: int, forward: int | None = None) -> Dataflow:
@@ -107,7 +110,8 @@ def noisy_flow(seed: int, forward: int | None = None) -> Dataflow:
     for i, op in enumerate(operators):
         for v in op.makes:
             values[v].producer = i
-    return Dataflow(operators, values, flow.num_forward + len(codes) + 1)
+    forward = flow.num_forward + len(codes) + 1
+    return replace(flow, operators=operators, values=values, num_forward=forward)
 
 
 def _operator(rng: random.Random, i: int, ready: list[int], values: list[Value]) -> Operator:

@@ -298,7 +298,15 @@ ELSEWHERE: dict[str, list[dict[str, int]]] = {
 """Sizes to evaluate at, of forms that were traced at the example's; some move the peak."""
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+QUICK = {"llama", "resnet", "unet", "gpt2-dropout", "llama-dropout"}
+
+
+def but_slow(names):
+    """Families, of which a few are enough for a quick look."""
+    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", but_slow(ELSEWHERE))
 def test_closed_forms_are_what_the_allocator_holds(name):
     """One trace and one program for all sizes at which the same kernels run."""
     call, names, found = traced(name)
@@ -355,20 +363,10 @@ def test_the_peak_moves():
 # -- What fits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gpt2",
-        "vit",
-        "resnet",
-        "convnext",
-        "encdec",
-        "unet",
-        "llama-dropout",
-        "densenet-dropout",
-        "resnet-dropout",
-    ],
-)
+BATCHES = "gpt2 vit resnet convnext encdec unet llama-dropout densenet-dropout resnet-dropout"
+
+
+@pytest.mark.parametrize("name", but_slow(BATCHES.split()))
 def test_the_largest_batch_fits_and_one_more_does_not(name):
     """Of the others and of larger budgets, benchmarks/max_batch.py says so."""
     model, args, kwargs = FAMILIES[name].build("tiny")

@@ -817,4 +817,4 @@ def test_names_that_are_spelt_alike():
 
     opt = fxmem.optimize(Twins(), "4.0x", (torch.randn(8, 8),))
     names = [n.target for n in opt.forward_graph.graph.find_nodes(op="placeholder")]
-    assert sorted(names) == ["a", "a_1", "x"]
+    assert sorted(names) == ["a", "a_1", "args_0"]

@@ -91,7 +91,11 @@ def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) 
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def family(name):
+    return pytest.param(name, marks=pytest.mark.slow) if name.endswith("-dropout") else name
+
+
+@pytest.mark.parametrize("name", [*map(family, FAMILIES)])
 def test_family(name):
     check(*FAMILIES[name].build("tiny"), seed=0)
 
