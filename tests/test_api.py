@@ -238,7 +238,8 @@ class WithLoss(nn.Module):
         return nn.functional.cross_entropy(self.net(x), y)
 
 
-def test_a_model_on_the_meta_device_is_planned_like_a_real_one():
+def test_a_model_on_the_meta_device_is_planned_like_a_real_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXMEM_CACHE_DIR", str(tmp_path))  # nobody else writes that table meanwhile
     x, y = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
     want = fxmem.plan(WithLoss(), "min", (x, y))
     with torch.device("meta"):

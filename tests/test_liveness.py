@@ -298,7 +298,7 @@ ELSEWHERE: dict[str, list[dict[str, int]]] = {
 """Sizes to evaluate at, of forms that were traced at the example's; some move the peak."""
 
 
-QUICK = {"llama", "resnet", "unet", "gpt2-dropout", "llama-dropout"}
+QUICK = {"llama", "resnet", "gpt2-dropout", "llama-dropout"}
 
 
 def but_slow(names):

@@ -91,8 +91,11 @@ def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) 
     assert not wrong, "\n".join(wrong)
 
 
+QUICK = {"llama", "gpt2-dropout", "resnet", "unet", "encdec-dropout"}
+
+
 def family(name):
-    return pytest.param(name, marks=pytest.mark.slow) if name.endswith("-dropout") else name
+    return name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [*map(family, FAMILIES)])

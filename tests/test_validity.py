@@ -67,6 +67,7 @@ def test_one_plan_serves_its_range_within_the_budget_and_to_the_bit():
     assert len(step._session.programs) == 1
 
 
+@pytest.mark.slow
 def test_a_range_is_planned_at_once():
     """Batch 1 to 64, length 32 to 512: every size in budget, to the bit, and no further capture."""
     model, x = build(batch=8, length=64)
