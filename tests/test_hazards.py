@@ -47,7 +47,9 @@ def observe(case: Case, apply) -> Seen:
     return case.run(step)
 
 
-@pytest.mark.parametrize("how", APPLY)
+@pytest.mark.parametrize(
+    "how", [h if h != "unbounded" else pytest.param(h, marks=pytest.mark.slow) for h in APPLY]
+)
 @pytest.mark.parametrize("name", HAZARDS)
 def test_hazard(name, how):
     hazard = HAZARDS[name]
