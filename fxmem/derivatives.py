@@ -25,13 +25,16 @@ from fxmem.errors import EncodingError
 from fxmem.noise import Noise
 from fxmem.packing import (
     by_rows,
+    check_bits,
     check_code,
     check_dense,
     check_float,
     define,
+    fake_decoder,
     flat,
     group_count,
     join,
+    laid_out,
     over,
     put,
     rows,
@@ -102,8 +105,7 @@ def _activation(name: str) -> Activation:
 
 def _check(dtype: torch.dtype, name: str, bits: int) -> Activation:
     check_float(dtype)
-    if bits not in (2, 4, 8):
-        raise EncodingError(f"codes have 2, 4 or 8 bits, not {bits}")
+    check_bits(bits)
     return _activation(name)
 
 
@@ -160,7 +162,7 @@ def _backward(
     how, found = _check(grad.dtype, activation, bits), torch.empty_like(grad)
     check_code(code, _code_nbytes(grad, bits), grad)
     if not grad.permute(order).is_contiguous():
-        like = _laid_out(grad, order)
+        like = laid_out(grad, order)
         size, stride = list(like.shape), list(like.stride())
         derivative = _decode(code, activation, bits, size, stride, torch.float32)
         return torch.mul(grad, derivative).to(grad.dtype)
@@ -169,12 +171,6 @@ def _backward(
         values = _values(code, how, bits, at, end).view(-1)[: len(part)]
         flat(found)[at * GROUP : end * GROUP] = values.mul_(part)
     return found
-
-
-def _laid_out(grad: torch.Tensor, order: list[int]) -> torch.Tensor:
-    """Memory for what was saved, laid out as it was."""
-    within = grad.new_empty([grad.shape[d] for d in order])
-    return within.permute([order.index(d) for d in range(len(order))])
 
 
 # -- Errors ------------------------------------------------------------------------------------------
@@ -213,7 +209,7 @@ def _fake_encode(
 def _fake_backward(
     grad: torch.Tensor, code: torch.Tensor, order: list[int], activation: str, bits: int
 ) -> torch.Tensor:
-    return torch.mul(grad, _laid_out(grad, order))
+    return torch.mul(grad, laid_out(grad, order))
 
 
 encode_derivative = define(
@@ -227,9 +223,7 @@ decode_derivative = define(
     "decode_derivative(Tensor code, str activation, int bits, SymInt[] size, SymInt[] stride, "
     "ScalarType dtype) -> Tensor",
     _decode,
-    lambda code, activation, bits, size, stride, dtype: code.new_empty_strided(
-        size, stride, dtype=dtype
-    ),
+    fake_decoder,
 )
 """The derivative, laid out as what was saved."""
 

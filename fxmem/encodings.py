@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fxmem._torch import with_batch, without_bytes
-from fxmem.packing import on_triton
+from fxmem.packing import flat, laid_out, on_triton, stretch
 
 aten = torch.ops.aten
 
@@ -25,10 +25,6 @@ _LIBRARY = torch.library.Library("fxmem", "FRAGMENT")
 
 
 # -- Eight bits to a byte ----------------------------------------------------------------------------
-
-_STRETCH = {"cpu": 1 << 16}
-_LARGE_STRETCH = 1 << 25
-"""Elements that are worked on at a time: what caches hold, or what keeps an accelerator busy."""
 
 _GATHER = 0x0102040810204080
 _SPREAD = 0x0101010101010101
@@ -39,13 +35,8 @@ times the second, and the third, has each of its bits in a byte of its own."""
 
 def _stretches(tensor: torch.Tensor) -> Iterator[slice]:
     """Slices of the flat tensor, each but the last a multiple of eight elements long."""
-    length, step = tensor.numel(), _STRETCH.get(tensor.device.type, _LARGE_STRETCH)
+    length, step = tensor.numel(), stretch(tensor.device)
     return (slice(at, min(at + step, length)) for at in range(0, length, step))
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements in the order of memory, in which there are no gaps."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _packed(mask: torch.Tensor) -> torch.Tensor:
@@ -76,15 +67,15 @@ def _pack(mask: torch.Tensor) -> torch.Tensor:
     from fxmem import triton_kernels
 
     bits = _bits_like(mask)
-    triton_kernels.pack(_flat(mask), bits)
+    triton_kernels.pack(flat(mask), bits)
     return bits
 
 
 def pack_by_torch(mask: torch.Tensor) -> torch.Tensor:
     """As the operator, on any device."""
-    bits, flat = _bits_like(mask), _flat(mask)
+    bits, masks = _bits_like(mask), flat(mask)
     for at in _stretches(mask):
-        bits[at.start // 8 : -(-at.stop // 8)] = _packed(flat[at])
+        bits[at.start // 8 : -(-at.stop // 8)] = _packed(masks[at])
     return bits
 
 
@@ -100,30 +91,30 @@ def _triton_agrees(device: torch.device) -> bool:
 
 
 def _pack_above(x: torch.Tensor, threshold: Any) -> torch.Tensor:
-    bits, flat = _bits_like(x), _flat(x)
+    bits, xs = _bits_like(x), flat(x)
     for at in _stretches(x):
         # Not "above": what is not a number lets the gradient through.
-        bits[at.start // 8 : -(-at.stop // 8)] = _packed(flat[at].le(threshold).logical_not_())
+        bits[at.start // 8 : -(-at.stop // 8)] = _packed(xs[at].le(threshold).logical_not_())
     return bits
 
 
 def _pack_positive(x: torch.Tensor) -> torch.Tensor:
-    bits, flat = _bits_like(x), _flat(x)
+    bits, xs = _bits_like(x), flat(x)
     for at in _stretches(x):
-        bits[at.start // 8 : -(-at.stop // 8)] = _packed(flat[at].gt(0))
+        bits[at.start // 8 : -(-at.stop // 8)] = _packed(xs[at].gt(0))
     return bits
 
 
 def _unpack(bits: torch.Tensor, size: list[int], strides: list[int]) -> torch.Tensor:
     mask = bits.new_empty_strided(size, strides, dtype=torch.bool)
-    flat = _flat(mask)
+    masks = flat(mask)
     if on_triton(mask, _triton_agrees):
         from fxmem import triton_kernels
 
-        triton_kernels.unpack(bits, flat)
+        triton_kernels.unpack(bits, masks)
         return mask
     for at in _stretches(mask):
-        torch.ne(_spread(bits, at), 0, out=flat[at])
+        torch.ne(_spread(bits, at), 0, out=masks[at])
     return mask
 
 
@@ -137,19 +128,11 @@ def _is_laid_out(grad: torch.Tensor, order: list[int]) -> bool:
 
 def _ones_where(bits: torch.Tensor, grad: torch.Tensor, order: list[int]) -> torch.Tensor:
     """The tensor that was encoded, laid out as it was, as zeros and ones of the gradient's type."""
-    within = grad.new_empty([grad.shape[d] for d in order])
-    flat = _flat(within)
-    for at in _stretches(within):
-        flat[at] = _spread(bits, at).ne(0)
-    return _permuted_back(within, order)
-
-
-def _fake_ones_where(bits: torch.Tensor, grad: torch.Tensor, order: list[int]) -> torch.Tensor:
-    return _permuted_back(grad.new_empty([grad.shape[d] for d in order]), order)
-
-
-def _permuted_back(tensor: torch.Tensor, order: list[int]) -> torch.Tensor:
-    return tensor.permute([order.index(d) for d in range(len(order))])
+    found = laid_out(grad, order)
+    ones = flat(found)
+    for at in _stretches(found):
+        ones[at] = _spread(bits, at).ne(0)
+    return found
 
 
 def _threshold_backward(grad: torch.Tensor, bits: torch.Tensor, order: list[int]) -> torch.Tensor:
@@ -161,7 +144,7 @@ def _threshold_backward(grad: torch.Tensor, bits: torch.Tensor, order: list[int]
 def _fake_threshold_backward(
     grad: torch.Tensor, bits: torch.Tensor, order: list[int]
 ) -> torch.Tensor:
-    return aten.threshold_backward.default(grad, _fake_ones_where(bits, grad, order), 0)
+    return aten.threshold_backward.default(grad, laid_out(grad, order), 0)
 
 
 def _threshold_backward_out(
@@ -170,10 +153,10 @@ def _threshold_backward_out(
     if not _is_laid_out(grad, order):
         x = _ones_where(bits, grad, order)
         return aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad_input)
-    flat, result = _flat(grad), _flat(grad_input)
+    grads, result = flat(grad), flat(grad_input)
     for at in _stretches(grad):
         x = _spread(bits, at).to(grad.dtype)
-        aten.threshold_backward.grad_input(flat[at], x, 0, grad_input=result[at])
+        aten.threshold_backward.grad_input(grads[at], x, 0, grad_input=result[at])
     return grad_input
 
 
@@ -189,7 +172,7 @@ def _leaky_relu_backward(
 def _fake_leaky_relu_backward(
     grad: torch.Tensor, bits: torch.Tensor, order: list[int], slope: Any
 ) -> torch.Tensor:
-    x = _fake_ones_where(bits, grad, order)
+    x = laid_out(grad, order)
     return aten.leaky_relu_backward.default(grad, x, slope, False)
 
 
@@ -204,10 +187,10 @@ def _leaky_relu_backward_out(
     if not _is_laid_out(grad, order):
         x = _ones_where(bits, grad, order)
         return aten.leaky_relu_backward.grad_input(grad, x, slope, False, grad_input=grad_input)
-    flat, result = _flat(grad), _flat(grad_input)
+    grads, result = flat(grad), flat(grad_input)
     for at in _stretches(grad):
         x = _spread(bits, at).to(grad.dtype)
-        aten.leaky_relu_backward.grad_input(flat[at], x, slope, False, grad_input=result[at])
+        aten.leaky_relu_backward.grad_input(grads[at], x, slope, False, grad_input=result[at])
     return grad_input
 
 
@@ -218,17 +201,17 @@ def _dropout_backward(
         mask = _ones_where(bits, grad, order).ne(0)
         return aten.native_dropout_backward.default(grad, mask, scale)
     found = torch.empty_like(grad)
-    flat, result = _flat(grad), _flat(found)
+    grads, result = flat(grad), flat(found)
     for at in _stretches(grad):
         mask = _spread(bits, at).ne(0)
-        aten.native_dropout_backward.out(flat[at], mask, scale, out=result[at])
+        aten.native_dropout_backward.out(grads[at], mask, scale, out=result[at])
     return found
 
 
 def _fake_dropout_backward(
     grad: torch.Tensor, bits: torch.Tensor, order: list[int], scale: float
 ) -> torch.Tensor:
-    mask = _fake_ones_where(bits, grad, order).ne(0)
+    mask = laid_out(grad, order).ne(0)
     return aten.native_dropout_backward.default(grad, mask, scale)
 
 
@@ -238,7 +221,7 @@ def _fake_dropout_backward(
 def _images(tensor: torch.Tensor) -> Iterator[slice]:
     """Stretches of whole images."""
     count = len(tensor)
-    step = _STRETCH.get(tensor.device.type, _LARGE_STRETCH)
+    step = stretch(tensor.device)
     step = max(1, step * count // max(1, tensor.numel()))
     return (slice(at, min(at + step, count)) for at in range(0, count, step))
 

@@ -35,6 +35,7 @@ from fxmem.packing import (
     check_dense,
     check_float,
     define,
+    fake_decoder,
     flat,
     group_count,
     join,
@@ -395,9 +396,7 @@ uncast_blocks = define(
     "uncast_blocks(Tensor code, ScalarType narrow, int? block, SymInt[] size, SymInt[] stride, "
     "ScalarType dtype) -> Tensor",
     _uncast,
-    lambda code, narrow, block, size, stride, dtype: code.new_empty_strided(
-        size, stride, dtype=dtype
-    ),
+    fake_decoder,
 )
 
 quantize_blocks = define(
@@ -411,5 +410,5 @@ dequantize_blocks = define(
     "dequantize_blocks(Tensor code, str format, SymInt[] size, SymInt[] stride, ScalarType dtype) "
     "-> Tensor",
     _dequantize,
-    lambda code, format, size, stride, dtype: code.new_empty_strided(size, stride, dtype=dtype),
+    fake_decoder,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _STRETCH = {"cpu": 1 << 16}
 _LARGE_STRETCH = 1 << 25
-"""Elements that are worked on at a time: what caches hold, or what keeps an accelerator busy."""
+"""Elements: what caches hold, or what keeps an accelerator busy."""
 
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -82,6 +82,36 @@ def check_code(code: torch.Tensor, nbytes: int, of: torch.Tensor) -> None:
         )
 
 
+def check_bits(bits: int) -> None:
+    if bits not in (2, 4, 8):
+        raise EncodingError(f"codes have 2, 4 or 8 bits, not {bits}")
+
+
+def fake_decoder(code: torch.Tensor, *given: Any) -> torch.Tensor:
+    """Of any decoder: its last arguments are the size, the strides and the type of what it gives."""
+    *_, size, stride, dtype = given
+    return code.new_empty_strided(size, stride, dtype=dtype)
+
+
+# -- Memory ----------------------------------------------------------------------------------------------
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements in the order of memory, in which there are no gaps."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def laid_out(grad: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """Memory for a tensor like the gradient whose dimensions lie in this order, the outermost first."""
+    within = grad.new_empty([grad.shape[d] for d in order])
+    return within.permute([order.index(d) for d in range(len(order))])
+
+
+def stretch(device: torch.device) -> int:
+    """Elements that are worked on at a time."""
+    return _STRETCH.get(device.type, _LARGE_STRETCH)
+
+
 # -- Groups ----------------------------------------------------------------------------------------------
 
 
@@ -91,13 +121,8 @@ def group_count(x: torch.Tensor, group: int) -> Any:
 
 def stretches(groups: int, group: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """The first group of each stretch, and the one after its last."""
-    step = max(1, _STRETCH.get(device.type, _LARGE_STRETCH) // group)
+    step = max(1, stretch(device) // group)
     return ((at, min(at + step, groups)) for at in range(0, groups, step))
-
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements in the order of memory, in which there are no gaps."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def rows(flat: torch.Tensor, at: int, end: int, group: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ Source of the idea: Chen et al. 2021, arXiv:2104.14129 (ActNN).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -37,10 +37,12 @@ from fxmem.noise import Noise
 from fxmem.packing import (
     FLOATS,
     by_rows,
+    check_bits,
     check_code,
     check_dense,
     check_float,
     define,
+    fake_decoder,
     flat,
     group_count,
     join,
@@ -119,8 +121,7 @@ def _sides(x: torch.Tensor, grid: Grid, bits: int, dtype: torch.dtype) -> tuple[
 
 def _check(dtype: torch.dtype, bits: int, group: int) -> None:
     check_float(dtype)
-    if bits not in (2, 4, 8):
-        raise EncodingError(f"codes have 2, 4 or 8 bits, not {bits}")
+    check_bits(bits)
     if not _LEAST_GROUP <= group <= _LARGEST_GROUP or group & (group - 1):
         raise EncodingError(f"a group is a power of two from 16 to 65536 elements, not {group}")
 
@@ -307,12 +308,6 @@ def _fake_quantize(
     return x.new_empty((nbytes,), dtype=torch.uint8)
 
 
-def _fake_dequantize(
-    code: torch.Tensor, bits: int, group: int, size: Any, stride: Any, dtype: torch.dtype
-) -> torch.Tensor:
-    return code.new_empty_strided(size, stride, dtype=dtype)
-
-
 quantize_groups = define(
     "quantize_groups(Tensor x, int bits, int group, Tensor? seed, int stream) -> Tensor",
     _quantize,
@@ -324,6 +319,6 @@ dequantize_groups = define(
     "dequantize_groups(Tensor code, int bits, int group, SymInt[] size, SymInt[] stride, "
     "ScalarType dtype) -> Tensor",
     _dequantize,
-    _fake_dequantize,
+    fake_decoder,
 )
 """code, bits, group, size, strides, type -> the tensor, laid out as it was."""

@@ -56,7 +56,7 @@ class UncodePass:
 
 def reader_of(code: fx.Node) -> fx.Node | None:
     """The node that alone reads a code, right after it is made in the backward."""
-    if code.target not in coders() or not is_backward(code) or len(code.users) != 1:
+    if not is_backward(code) or len(code.users) != 1 or code.target not in coders():
         return None
     (reader,) = code.users
     after = code.next
