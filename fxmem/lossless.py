@@ -17,8 +17,8 @@ from torch import fx
 
 from fxmem import encodings
 from fxmem.graph import is_backward
-from fxmem.sizes import by_stride, hint, is_dense, is_plain
-from fxmem.workspace import LAYOUT
+from fxmem.sizes import by_stride, hint, is_dense
+from fxmem.workspace import LAYOUT, lies_plainly
 
 aten = torch.ops.aten
 
@@ -96,11 +96,7 @@ def _meet(grad: Any, x: Any) -> bool:
     mine, theirs = grad.meta["val"], x.meta["val"]
     if mine.shape != theirs.shape:
         return False
-    return 1 not in map(hint, theirs.shape) or (_is_plain(grad) and _is_plain(x))
-
-
-def _is_plain(x: Any) -> bool:
-    return isinstance(x, fx.Node) and LAYOUT not in x.meta and is_plain(x.meta["val"])
+    return 1 not in map(hint, theirs.shape) or (lies_plainly(grad) and lies_plainly(x))
 
 
 def _holds(dtype: torch.dtype, bound: Any) -> bool:
@@ -136,7 +132,8 @@ def _arguments(node: fx.Node) -> Any:
 def _of_max_pool(node: fx.Node) -> Iterator[Reading]:
     grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode = _arguments(node)
     how = encodings.pool_shape(kernel, stride, padding, dilation)
-    if how is not None and _is_saved(indices) and _is_plain(grad) and _is_plain(indices):
+    plain = isinstance(grad, fx.Node) and _is_saved(indices) and lies_plainly(indices)
+    if how is not None and plain and lies_plainly(grad):
         given = (grad, None, size, strides, *how, ceil_mode)
         yield Reading(indices, (size[-1], *how), encodings.pool_backward, given)
 

@@ -35,12 +35,17 @@ from fxmem._torch_profiler import SESSION, is_recording, sizes_apart
 from fxmem.device import free_memory
 from fxmem.graph import is_view, operator_name
 from fxmem.measure import cpu_allocations
-from fxmem.sizes import CUDA_BLOCK, hint, tensors_in
+from fxmem.sizes import CUDA_BLOCK, hint, is_plain, tensors_in
 
 T = TypeVar("T")
 
 LAYOUT = "fxmem_strides"
 """Node metadata: the strides really returned, one tuple a tensor, where fake ones differ."""
+
+
+def lies_plainly(node: fx.Node) -> bool:
+    """Is the tensor laid out as operators lay their results out, as far as anybody knows?"""
+    return LAYOUT not in node.meta and is_plain(node.meta["val"])
 
 
 # -- Signatures -------------------------------------------------------------------------------------

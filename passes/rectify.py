@@ -21,8 +21,7 @@ from fxmem.convolution import convolution_relu
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward
 from fxmem.passes.base import insert_like
-from fxmem.sizes import is_plain
-from fxmem.workspace import LAYOUT
+from fxmem.workspace import lies_plainly
 
 aten = torch.ops.aten
 
@@ -45,8 +44,7 @@ def _is_only_for(convolution: fx.Node, relu: fx.Node) -> bool:
     """And do both lay their results out alike?"""
     if convolution.target is not aten.convolution.default or convolution.kwargs:
         return False
-    results = (convolution, relu)
-    plain = all(LAYOUT not in n.meta and is_plain(n.meta["val"]) for n in results)
+    plain = lies_plainly(convolution) and lies_plainly(relu)
     alike = convolution.meta["val"].stride() == relu.meta["val"].stride()
     return plain and alike and list(convolution.users) == [relu]
 

@@ -20,8 +20,8 @@ from fxmem.encodings import avg_pool2d_backward, max_pool2d_backward
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph
 from fxmem.passes.base import insert_like
-from fxmem.sizes import as_numbers, is_plain
-from fxmem.workspace import LAYOUT
+from fxmem.sizes import as_numbers
+from fxmem.workspace import lies_plainly
 
 aten = torch.ops.aten
 
@@ -46,10 +46,11 @@ Shape = tuple[list[int], list[int]]
 def _known(node: fx.Node) -> Shape | None:
     """The input's shape, if it is fixed but for the batch, and what the tensor and its gradient have."""
     grad, x, *_ = node.args
-    if not isinstance(grad, fx.Node) or not isinstance(x, fx.Node) or LAYOUT in x.meta:
+    if not isinstance(grad, fx.Node) or not isinstance(x, fx.Node):
         return None
     value: Any = x.meta["val"]
-    return as_numbers(value, grad.meta["val"]) if value.ndim == 4 and is_plain(value) else None
+    known = value.ndim == 4 and lies_plainly(x)
+    return as_numbers(value, grad.meta["val"]) if known else None
 
 
 def _max_pool(node: fx.Node, shape: Shape) -> tuple[Any, tuple[Any, ...]]:
