@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence, Set
@@ -102,7 +101,7 @@ def _noise(analysis: Analysis, choice: Choice) -> GradientNoise | None:
     names = {node.name: key for key, node in keys(analysis.expected).items()}
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for parameter, added, own in allotment.by_parameter(kept):
-        groups[re.sub(r"\d+", "*", parameter)].append((added, own))
+        groups[NoiseOf.group_of(parameter)].append((added, own))
     return GradientNoise(
         ceiling=allotment.ceiling,
         predicted=sum(map(allotment.share, sorted(kept))),

@@ -15,7 +15,7 @@ from fxmem.boundary import FARTHEST, largest
 from fxmem.errors import FxmemError
 from fxmem.forms import Reign
 from fxmem.sizes import symbol, symbols
-from fxmem.tables import WIDTH, clean, cut, table
+from fxmem.tables import WIDTH, clean, cut, starred, table, unnumbered
 from fxmem.units import format_bytes
 
 
@@ -441,10 +441,16 @@ def folded_rows(rows: Iterable[Row]) -> list[Row]:
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        place = tuple("*" if step.isdecimal() else step for step in row.module.split("."))
-        name = ".".join("*" if s.isdecimal() else s for s in row.node.split("."))
-        what = name if row.born < 0 else (row.operator, row.ordinal, row.source)
-        key = (place, what, row.shape, row.dtype, row.bytes, row.category, row.at_peak)
+        what = unnumbered(row.node) if row.born < 0 else (row.operator, row.ordinal, row.source)
+        key = (
+            unnumbered(row.module),
+            what,
+            row.shape,
+            row.dtype,
+            row.bytes,
+            row.category,
+            row.at_peak,
+        )
         groups.setdefault(key, []).append(row)
     return [_folded(group) for group in groups.values()]
 
@@ -456,11 +462,6 @@ def _folded(group: Sequence[Row]) -> Row:
     return replace(
         first,
         n=len(group),
-        node=_common([r.node for r in group]) if first.born < 0 else first.node,
-        module=_common([r.module for r in group]),
+        node=starred([r.node for r in group]) if first.born < 0 else first.node,
+        module=starred([r.module for r in group]),
     )
-
-
-def _common(names: Sequence[str]) -> str:
-    parts = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -158,6 +159,11 @@ class NoiseOf:
     n: int
     added: float
     own: float
+
+    @staticmethod
+    def group_of(parameter: str) -> str:
+        """Of one parameter: ``*`` for each number in its name."""
+        return re.sub(r"\d+", "*", parameter)
 
 
 @dataclass(frozen=True)

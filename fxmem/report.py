@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import math
 import os
-import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from fxmem.errors import FxmemError
 from fxmem.fits import Alternative, Fits, fit_lines
 from fxmem.lifetimes import BeforeAfter
 from fxmem.page import page, write_page
-from fxmem.plan import Certificate, Decision, LiveTensor, PeakPoint, Plan
+from fxmem.plan import Certificate, Decision, LiveTensor, NoiseOf, PeakPoint, Plan
 from fxmem.plots import draw
 from fxmem.tables import (
     BYTES,
@@ -34,6 +33,7 @@ from fxmem.tables import (
     scale,
     starred,
     table,
+    unnumbered,
     wrapped,
 )
 from fxmem.units import format_bytes
@@ -230,7 +230,7 @@ def _noise(report: Report) -> list[str]:
         return []
     measured: dict[str, float] = defaultdict(float)
     for name, variance in (report.noise or {}).items():
-        measured[re.sub(r"\d+", "*", name)] += variance
+        measured[NoiseOf.group_of(name)] += variance
     cells = []
     for group in sorted(noise.parameters, key=lambda g: -g.added):
         if group.added:
@@ -343,9 +343,8 @@ def folded(plan: Plan) -> list[DecisionRow]:
 
 def _likeness(d: Decision) -> tuple[object, ...]:
     """What two decisions share that differ in nothing but the number of their block."""
-    place = tuple("*" if step.isdecimal() else step for step in d.key.module.split("."))
     what = (d.key.operator, d.key.ordinal, d.key.output, d.type, d.source)
-    return (place, *what, d.action, d.times, d.nbytes, d.nbytes_stored)
+    return (unnumbered(d.key.module), *what, d.action, d.times, d.nbytes, d.nbytes_stored)
 
 
 def _row(group: Sequence[Decision]) -> DecisionRow:

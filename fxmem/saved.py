@@ -26,7 +26,7 @@ from fxmem.errors import CaptureError, FxmemError
 from fxmem.graph import type_text
 from fxmem.sizes import hint, tensors_in
 from fxmem.standins import fake_call, without_meta
-from fxmem.tables import BYTES, ROUNDED, clean, scale, starred, table, wrapped
+from fxmem.tables import BYTES, ROUNDED, clean, scale, starred, table, unnumbered, wrapped
 from fxmem.units import format_bytes
 
 _OWN = str(Path(__file__).parent)
@@ -106,7 +106,7 @@ class Saved:
         """The rows in their order, those that differ in nothing but the number of their block together."""
         groups: dict[object, list[SavedTensor]] = {}
         for number, row in enumerate(self.rows):
-            place = tuple("*" if part.isdecimal() else part for part in row.module.split("."))
+            place = unnumbered(row.module)
             like = (row.type, row.nbytes, row.operator, row.also, place, row.source)
             groups.setdefault(like if fold else number, []).append(row)
         return list(groups.values())

@@ -120,6 +120,11 @@ def wrapped(text: str) -> list[str]:
     return textwrap.wrap(clean(text), WIDTH, subsequent_indent="  ")
 
 
+def unnumbered(name: str) -> str:
+    """A dotted name with ``*`` for each number: what equal blocks share.  ``h.0.mlp`` -> ``h.*.mlp``."""
+    return ".".join("*" if step.isdecimal() else step for step in name.split("."))
+
+
 def starred(names: Sequence[str]) -> str:
     """Dotted names as one, ``*`` where they differ: ``h.*.mlp``."""
     steps = zip(*(name.split(".") for name in names), strict=True)
