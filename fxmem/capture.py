@@ -110,7 +110,8 @@ def capture(
     with compiling():
         as_called = _torch.dispatch_state()
         try:
-            output = _captured(call)
+            with _torch.quick_tracing():
+                output = _captured(call)
         except FxmemError:
             raise
         except Exception as error:
@@ -123,7 +124,7 @@ def capture(
         roles = _roles(output, call.model)
         with contextlib.ExitStack() as stack:
             try:
-                with eager_decompositions():
+                with eager_decompositions(), _torch.quick_tracing():
                     exported = stack.enter_context(_torch.joint_export(output))
                 graph = joint_graph(exported.graph_module, roles, names or {})
                 matches = (
@@ -308,6 +309,7 @@ def _symbols(graph: JointGraph, names: dict[str, dict[int, str]]) -> dict[Any, S
 _USER_FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s+(?P<code>.+)'
 )
+_GOT = re.compile(r"""got \w+\((?P<quote>["'])(?P<said>.+?)(?P=quote)\)""")
 _OWN_FILES = ("/fxmem/", "/torch/", "<frozen", "<string>", "<eval_with_key>")
 
 
@@ -318,11 +320,16 @@ def _capture_error(error: Exception, model: nn.Module) -> CaptureError:
         f"the training step could not be captured as one graph.\n"
         f"  reason  {type(error).__name__}: {reason}\n"
         f"  at      {where or 'unknown line'}\n"
-        f"  try     {_way_out(error)}"
+        f"  try     {_way_out(error)}",
+        reason=f"{type(error).__name__}: {reason}",
+        place=where,
     )
 
 
 def _first_lines(text: str) -> str:
+    inner = _GOT.search(text)
+    if inner:  # what the operator said, in Dynamo's long sentence about it
+        return inner["said"]
     lines = [line.strip() for line in text.split("from user code", 1)[0].splitlines()]
     return " ".join(line for line in lines if line)[:400]
 
@@ -330,7 +337,9 @@ def _first_lines(text: str) -> str:
 def _user_line(error: Exception) -> str:
     """The innermost line of the user's code: from Dynamo's message, else from the traceback."""
     text = str(error)
-    if "from user code" in text:
+    if stack := getattr(error, "real_stack", None):  # Dynamo's, of the user's code
+        text = "".join(traceback.format_list(stack))
+    elif "from user code" in text:
         text = text.split("from user code", 1)[1]
     else:
         text = "".join(traceback.format_exception(error))

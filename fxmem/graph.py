@@ -14,7 +14,7 @@ from torch import fx
 
 from fxmem import _torch
 from fxmem.errors import VerificationError
-from fxmem.sizes import in_blocks, storages_in
+from fxmem.sizes import in_blocks, storage_keys, storages_in
 
 
 class Role(enum.Enum):
@@ -213,22 +213,14 @@ def is_view(node: fx.Node) -> bool:
     """Does the node only give another look at storages that its inputs already hold?"""
     if node.op != "call_function" or is_in_place(node):
         return False
-    mine = storages_in(node.meta.get("val"))
-    if not mine:
-        return False
-    return all(key in input_storages(node) for key in mine)
+    mine = storage_keys(node.meta.get("val"))
+    inputs = (storage_keys(source.meta.get("val")) for source in node.all_input_nodes)
+    return bool(mine) and mine.keys() <= {key for keys in inputs for key in keys}
 
 
 def is_in_place(node: fx.Node) -> bool:
     """Does the node write over one of its operands?  Only nodes of ``InPlacePass`` do."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def input_storages(node: fx.Node) -> dict[int, Any]:
-    storages: dict[int, Any] = {}
-    for source in node.all_input_nodes:
-        storages.update(storages_in(source.meta.get("val")))
-    return storages
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')

@@ -148,10 +148,14 @@ _COPIES_STORAGES = {torch.ops.aten.copy.default}
 
 
 def _specs(target: Any, arguments: Any) -> Any:
-    specs = pytree.tree_map(_spec, arguments)
-    if target in _COPIES_STORAGES:
-        return specs
-    return pytree.tree_map_only(TensorSpec, lambda s: replace(s, room=0), specs)
+    return pytree.tree_map(_spec if target in _COPIES_STORAGES else _spec_without_room, arguments)
+
+
+def _spec_without_room(value: Any) -> Any:
+    if isinstance(value, TensorSpec):
+        return replace(value, room=0) if value.room else value
+    spec = _spec(value)
+    return replace(spec, room=0) if isinstance(spec, TensorSpec) else spec
 
 
 def _spec(value: Any) -> Any:
@@ -205,7 +209,7 @@ class Workspaces:
         self.table = dict(table or {})
         self.on_disk = on_disk  # how many of the entries came from the file
         self._refused: set[str] = set()  # signatures that throwaway values cannot run
-        self._kin: dict[str, list[Entry]] = {}
+        self._kin: dict[str, dict[int, float]] = {}  # operator -> bytes held -> largest share
         self._guesses: dict[str, int] = {}  # by signature
 
     def nbytes(self, node: fx.Node) -> int:
@@ -229,20 +233,19 @@ class Workspaces:
     def _estimated(self, call: Call, node: fx.Node) -> int:
         if not self._kin:
             for signature, entry in self.table.items():
-                self._kin.setdefault(signature.partition("(")[0], []).append(entry)
+                kin = self._kin.setdefault(signature.partition("(")[0], {})
+                share = entry.nbytes / max(entry.held, 1)
+                kin[entry.held] = max(share, kin.get(entry.held, 0.0))
         made = {
             storage_key(t): hint(t.untyped_storage().nbytes())
             for t in tensors_in(node.meta.get("val"))
         }
         held = call.operand_bytes() + sum(made.values())
-        known = self._kin.get(str(call.target), [])
-
-        def distance(entry: Entry) -> float:
-            return abs(math.log2((entry.held + 1) / (held + 1)))
-
-        nearest = min(map(distance, known), default=0.0)
-        near = [e for e in known if distance(e) <= nearest + 1]
-        return int(held * max((e.nbytes / max(e.held, 1) for e in near), default=0.0))
+        known = self._kin.get(str(call.target), {})
+        distances = [abs(math.log2((other + 1) / (held + 1))) for other in known]
+        nearest = min(distances, default=0.0)
+        near = (s for s, d in zip(known.values(), distances, strict=True) if d <= nearest + 1)
+        return int(held * max(near, default=0.0))
 
     def calibrated(self, graph: fx.Graph, device: torch.device) -> Workspaces:
         """This table and what it lacks for ``graph``, measured now; real strides go on the nodes."""
