@@ -170,6 +170,8 @@ def _roles(output: Any, model: nn.Module) -> list[Input]:
 
 _OUTPUT_KINDS = {
     "InputMutationAOTOutput": OutputKind.MUTATION,
+    "ForwardTokenAOTOutput": OutputKind.MUTATION,  # and dropped likewise when the forward ends
+    "BackwardTokenAOTOutput": OutputKind.TOKEN,
     "GradAOTOutput": OutputKind.GRADIENT,
     "NoneType": OutputKind.GRADIENT,  # the empty place of an input that gets no gradient
 }
@@ -188,7 +190,8 @@ def joint_graph(
     descriptions = module.graph.output_node().meta["desc"]
     kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
     kinds = _without_regenerated(module, kinds)
-    num_forward = sum(1 for kind in kinds if kind is not OutputKind.GRADIENT)
+    late = (OutputKind.GRADIENT, OutputKind.TOKEN)
+    num_forward = sum(1 for kind in kinds if kind not in late)
     inputs = {n.name: _input(n, roles) for n in module.graph.find_nodes(op="placeholder")}
     module.meta["fxmem_mutated"] = _mutated(module, descriptions)
     graph = JointGraph(module, num_forward, inputs, kinds)
@@ -258,6 +261,8 @@ def _input(node: fx.Node, roles: list[Input]) -> Input:
     index = getattr(description, "idx", None)
     if type(description).__name__ == "PlainAOTInput" and index is not None:
         return roles[index]
+    if type(description).__name__ in ("ForwardTokenAOTInput", "BackwardTokenAOTInput"):
+        return Input(Role.TOKEN, "token")
     if is_backward(node):
         return Input(Role.TANGENT, node.name)
     return Input(Role.INPUT, node.name)

@@ -23,6 +23,7 @@ class Role(enum.Enum):
     PARAMETER = "parameter"
     BUFFER = "buffer"
     INPUT = "input"
+    TOKEN = "token"  # of no bytes: what keeps calls that have an effect in their order
     TANGENT = "tangent"
 
 
@@ -32,6 +33,7 @@ class OutputKind(enum.Enum):
     RESULT = "result"  # the user holds it until the end of the step
     MUTATION = "mutation"  # copied into an input when the forward ends, then freed
     GRADIENT = "gradient"  # accumulated into ``.grad``, held until the end of the step
+    TOKEN = "token"  # of no bytes: says that what has an effect in the backward ran
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,14 @@ class JointGraph:
 
     def backward_outputs(self) -> list[Any]:
         return self.outputs()[self.num_forward_outputs :]
+
+    def leaves(self) -> list[fx.Node]:
+        """The placeholders that ``gradients`` are of."""
+        return list(self.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT))
+
+    def gradients(self) -> list[Any]:
+        """One for each of the leaves; None where it gets none."""
+        return self.backward_outputs()[: len(self.leaves())]
 
     def mutated_inputs(self) -> set[fx.Node]:
         """Placeholders whose value changes when the forward ends: not to be read in the backward."""

@@ -629,6 +629,25 @@ def user_writes_saved_output() -> Case:
     return Case(model, (x,), run, right=lambda step: run(step, factor=1.0))
 
 
+# Effects.
+
+
+@hazard()
+def checks_in_both_halves() -> Case:
+    """An inverse raises if there is none, and so does the backward of eigenvalues: once, in order."""
+
+    def body(m, x):
+        return torch.linalg.eigvals(torch.linalg.inv(x @ m.w)).abs() @ m.v
+
+    model, x = Model(body, w=matrix(5, 5), v=matrix(5, 3)), torch.randn(2, 5, 5)
+
+    def run(step):
+        total(step(fresh(x))).backward()
+        return {**gradients(step), "singular": error_of(lambda: step(torch.zeros(2, 5, 5)))}
+
+    return Case(model, (x,), run)
+
+
 # Aliases.
 
 
