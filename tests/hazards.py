@@ -197,6 +197,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def differences(want: Any, got: Any, where: str = "") -> list[str]:
     """Where ``got`` is not what was wanted, one line each; empty when they agree bit for bit."""
     if isinstance(want, Tensor) and isinstance(got, Tensor):
+        if want.layout != got.layout:
+            return [f"{where}: {want.layout} wanted, {got.layout} found"]
+        if want.layout is not torch.strided:  # values, not how they are stored
+            want, got = want.to_dense(), got.to_dense()
         if same_bits(want, got):
             return []
         if layout(want) != layout(got):
