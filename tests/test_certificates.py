@@ -308,7 +308,9 @@ def test_a_gradient_that_the_forward_makes_can_be_let_go():
     flow = judge._changed(lambda v: dataclasses.replace(v, gradient=False))
     fewer = len(Simulator(flow).run(judge.kept).live)
     assert fewer < len(judge.outcome.live)
-    late = dataclasses.replace(judge.outcome, live=np.sort(judge.outcome.live))  # fullest at the end
+    late = dataclasses.replace(
+        judge.outcome, live=np.sort(judge.outcome.live)
+    )  # fullest at the end
     assert dataclasses.replace(judge, outcome=late).freed_by(flow) >= 0
 
 
