@@ -1,12 +1,13 @@
 """Every operator and module that torch tests itself with, and every hazard, through ``backend="fxmem"``.
 
-python benchmarks/sweep.py [--suites hazards,modules,ops] [--minutes 15] [--samples 1]
+python benchmarks/sweep.py [--suites hazards,modules,ops,...] [--minutes 15] [--samples 1]
 
 One forward and backward each, at the smallest budget, beside ``backend="aot_eager"`` and eager.  What is
 not captured, or fails without fxmem, is skipped and not passed; random operators are freed of the seed that
 torch's database puts into them, which Dynamo could not trace; the generator is seeded anew before the
 backward; of each entry's samples those that draw are taken first, then the largest.  Results go to
-a JSON file after each entry, and a further run goes on where the last one stopped (``--again``: anew).
+a JSON file after each entry, and a further run goes on where the last one stopped and tries
+again what was wrong (``--again``: all).  An entry that ends the process stays in the file as "died".
 """
 
 import argparse
@@ -45,8 +46,8 @@ TOLERANCE = 1e-4
 @dataclass
 class Result:
     """status: "equal" bit for bit to eager or to aot_eager (``to`` says which), "rounds" (differs by less
-    than the tolerance), "wrong", "raises" (and aot_eager does not), "refuses" (where a hazard allows it)
-    or "skipped".  recomputed: operators that the plans run again.
+    than the tolerance), "wrong", "raises" (and aot_eager does not), "refuses" (where a hazard allows it),
+    "died" or "skipped".  recomputed: operators that the plans run again.
     """
 
     status: str
@@ -83,8 +84,8 @@ class Planned:
         return backend.fxmem(module, inputs, options=self.options)
 
     def plans(self) -> list[Any]:
-        sessions = list(backend._sessions.values())
-        graphs = [graph for session in sessions for graph in session.living()]
+        mine = [s for s in list(backend._sessions.values()) if s.given is self.options]
+        graphs = [graph for session in mine for graph in session.living()]
         return [p.plan for graph in graphs for p in graph.programs.values()]
 
 
@@ -118,10 +119,10 @@ def judged(program: Program, budget: str, refusal_ok: bool = False) -> Result:
             return Result("skipped", f"aot_eager: {text_of(traced)}")
         return Result("refuses" if refusal_ok else "raises", text_of(error))
     plans = planned.plans()
-    if not planned.graphs or not plans:
-        return Result("skipped", "not captured" if not planned.graphs else "nothing to plan")
     again = sum(decision.times for plan in plans for decision in plan.decisions)
     found = [name for name, other in (("eager", want), ("aot_eager", traced)) if same(other, got)]
+    if found and not plans:
+        return Result("skipped", "nothing to plan" if planned.graphs else "not captured")
     if found:
         return Result("equal", to=" and ".join(found), recomputed=again)
     lines = differences(want, got)
@@ -165,21 +166,50 @@ def trained(step: Step, args: Any, kwargs: Any, parameters: Any = ()) -> Any:
 # -- The databases -----------------------------------------------------------------------------------
 
 
-def ops(samples: int) -> Iterator[Entry]:
+def ops(samples: int, dtype: torch.dtype = torch.float32, suite: str = "ops") -> Iterator[Entry]:
     """Operators in a shuffled order, so that a part of them is a sample; random ones come first."""
     from torch.testing._internal import common_methods_invocations as database
 
     database.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
-    entries = [op for op in database.op_db if takes_gradients(op)]
+    entries = list(database.op_db)
     random.Random(0).shuffle(entries)
     entries.sort(key=lambda op: not is_random(op))
+    yield from infos(suite, entries, samples, dtype)
+
+
+def in_bfloat16(samples: int) -> Iterator[Entry]:
+    yield from ops(samples, torch.bfloat16, "ops-bfloat16")
+
+
+def functions(samples: int) -> Iterator[Entry]:
+    """Users' own, without their rules for forward mode, at which Dynamo ends a graph."""
+    from torch.testing._internal import autograd_function_db as database
+
+    for kind in vars(database).values():
+        if isinstance(kind, type) and "jvp" in vars(kind):
+            del kind.jvp
+    yield from infos("functions", database.autograd_function_db, samples)
+
+
+def custom_ops(samples: int) -> Iterator[Entry]:
+    from torch.testing._internal.custom_op_db import custom_op_db
+
+    yield from infos("custom-ops", custom_op_db, samples)
+
+
+def higher_order(samples: int) -> Iterator[Entry]:
+    from torch.testing._internal.hop_db import hop_db
+
+    yield from infos("higher-order", hop_db, samples)
+
+
+def infos(
+    suite: str, entries: Iterable[Any], samples: int, dtype: torch.dtype = torch.float32
+) -> Iterator[Entry]:
     for op in entries:
-        variant = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
-        yield f"ops/{variant}", functools.partial(op_programs, op, samples), False
-
-
-def takes_gradients(op: Any) -> bool:
-    return op.supports_autograd and torch.float32 in op.supported_backward_dtypes("cpu")
+        if op.supports_autograd and dtype in op.supported_backward_dtypes("cpu"):
+            variant = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+            yield f"{suite}/{variant}", functools.partial(op_programs, op, samples, dtype), False
 
 
 def is_random(op: Any) -> bool:
@@ -187,12 +217,12 @@ def is_random(op: Any) -> bool:
     return any(word in op.name for word in words)
 
 
-def op_programs(op: Any, samples: int) -> Iterator[Program]:
+def op_programs(op: Any, samples: int, dtype: torch.dtype) -> Iterator[Program]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return op.op(*args, **kwargs)
 
     torch.manual_seed(0)
-    found = list(op.sample_inputs("cpu", torch.float32, requires_grad=True))
+    found = list(op.sample_inputs("cpu", dtype, requires_grad=True))
     found.sort(key=lambda s: (not draws(op, s), -numel(s)))
     for sample in found[:samples]:
 
@@ -256,7 +286,15 @@ def hazards(_: int) -> Iterator[Entry]:
         yield f"hazards/{name}", functools.partial(iter, [program]), hazard.refusal_ok
 
 
-SUITES = {"hazards": hazards, "modules": modules, "ops": ops}
+SUITES = {
+    "hazards": hazards,
+    "modules": modules,
+    "functions": functions,
+    "custom-ops": custom_ops,
+    "higher-order": higher_order,
+    "ops": ops,
+    "ops-bfloat16": in_bfloat16,
+}
 
 
 # -- All of it ---------------------------------------------------------------------------------------
@@ -301,7 +339,7 @@ def entry(programs: Callable[[], Iterable[Program]], budget: str, refusal_ok: bo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suites", default="hazards,modules,ops", help="names, by commas")
+    parser.add_argument("--suites", default=",".join(SUITES), help="names, by commas")
     parser.add_argument("--budget", default="min")
     parser.add_argument("--samples", type=int, default=1, help="of each entry, the largest")
     parser.add_argument("--minutes", type=float, default=15)
@@ -318,8 +356,11 @@ def main() -> int:
     for suite in asked.suites.split(","):
         for name, programs, refusal_ok in SUITES[suite](asked.samples):
             total += 1
-            if name in known or asked.only not in name or time.monotonic() > end:
+            done = known.get(name, {}).get("status") not in (None, "wrong", "raises")
+            if done or asked.only not in name or time.monotonic() > end:
                 continue
+            known[name] = asdict(Result("died"))
+            save(asked, known, total)
             result = entry(programs, asked.budget, refusal_ok)
             known[name] = asdict(result)
             if result.status in ("wrong", "raises", "rounds"):
@@ -327,7 +368,7 @@ def main() -> int:
             save(asked, known, total)
     save(asked, known, total)
     print(json.dumps(summary(known), indent=1))
-    bad = [r for r in known.values() if r["status"] in ("wrong", "raises")]
+    bad = [r for r in known.values() if r["status"] in ("wrong", "raises", "died")]
     return 1 if bad else 0
 
 

@@ -27,7 +27,7 @@ from fxmem.dynamic import (
     sizes_by_name,
     with_likely,
 )
-from fxmem.errors import CaptureError, FxmemError
+from fxmem.errors import CaptureError, FixedSizeError, FxmemError
 from fxmem.footprint import liveness_of
 from fxmem.gradient_noise import Noise
 from fxmem.graph import Role
@@ -218,16 +218,20 @@ def liveness(
     with torch.enable_grad():
         try:
             found = liveness_of(call, names, device_of(call), bounds)
-        except CaptureError:
+        except CaptureError as error:
             if dynamic_shapes or not names:
                 raise
             # Nobody asked for symbols, and the step works with these sizes alone.
             found = liveness_of(call, {}, device_of(call))
-            found = replace(found, notes=(_NO_SYMBOLS, *found.notes))
+            fixed = {error.fixed: error} if isinstance(error, FixedSizeError) else {}
+            found = replace(found, notes=(_why_no_symbols(error), *found.notes), fixed=fixed)
     return replace(found, outside=outside)
 
 
-_NO_SYMBOLS = "the step cannot be traced with sizes that change, so all are constants here"
+def _why_no_symbols(error: CaptureError) -> str:
+    if isinstance(error, FixedSizeError):
+        return f"all sizes are constants here: {error.short}"
+    return "the step cannot be traced with sizes that change, so all are constants here"
 
 
 # -- Reading what the user wrote ---------------------------------------------------------------------

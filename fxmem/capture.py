@@ -110,7 +110,8 @@ def capture(
     with compiling():
         as_called = _torch.dispatch_state()
         try:
-            output = _captured(call)
+            with _torch.quick_tracing():
+                output = _captured(call)
         except FxmemError:
             raise
         except Exception as error:
@@ -123,7 +124,7 @@ def capture(
         roles = _roles(output, call.model)
         with contextlib.ExitStack() as stack:
             try:
-                with eager_decompositions():
+                with eager_decompositions(), _torch.quick_tracing():
                     exported = stack.enter_context(_torch.joint_export(output))
                 graph = joint_graph(exported.graph_module, roles, names or {})
                 matches = (
@@ -170,6 +171,8 @@ def _roles(output: Any, model: nn.Module) -> list[Input]:
 
 _OUTPUT_KINDS = {
     "InputMutationAOTOutput": OutputKind.MUTATION,
+    "ForwardTokenAOTOutput": OutputKind.MUTATION,  # and dropped likewise when the forward ends
+    "BackwardTokenAOTOutput": OutputKind.TOKEN,
     "GradAOTOutput": OutputKind.GRADIENT,
     "NoneType": OutputKind.GRADIENT,  # the empty place of an input that gets no gradient
 }
@@ -188,7 +191,8 @@ def joint_graph(
     descriptions = module.graph.output_node().meta["desc"]
     kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
     kinds = _without_regenerated(module, kinds)
-    num_forward = sum(1 for kind in kinds if kind is not OutputKind.GRADIENT)
+    late = (OutputKind.GRADIENT, OutputKind.TOKEN)
+    num_forward = sum(1 for kind in kinds if kind not in late)
     inputs = {n.name: _input(n, roles) for n in module.graph.find_nodes(op="placeholder")}
     module.meta["fxmem_mutated"] = _mutated(module, descriptions)
     graph = JointGraph(module, num_forward, inputs, kinds)
@@ -258,6 +262,8 @@ def _input(node: fx.Node, roles: list[Input]) -> Input:
     index = getattr(description, "idx", None)
     if type(description).__name__ == "PlainAOTInput" and index is not None:
         return roles[index]
+    if type(description).__name__ in ("ForwardTokenAOTInput", "BackwardTokenAOTInput"):
+        return Input(Role.TOKEN, "token")
     if is_backward(node):
         return Input(Role.TANGENT, node.name)
     return Input(Role.INPUT, node.name)
@@ -308,6 +314,7 @@ def _symbols(graph: JointGraph, names: dict[str, dict[int, str]]) -> dict[Any, S
 _USER_FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s+(?P<code>.+)'
 )
+_GOT = re.compile(r"""got \w+\((?P<quote>["'])(?P<said>.+?)(?P=quote)\)""")
 _OWN_FILES = ("/fxmem/", "/torch/", "<frozen", "<string>", "<eval_with_key>")
 
 
@@ -318,11 +325,16 @@ def _capture_error(error: Exception, model: nn.Module) -> CaptureError:
         f"the training step could not be captured as one graph.\n"
         f"  reason  {type(error).__name__}: {reason}\n"
         f"  at      {where or 'unknown line'}\n"
-        f"  try     {_way_out(error)}"
+        f"  try     {_way_out(error)}",
+        reason=f"{type(error).__name__}: {reason}",
+        place=where,
     )
 
 
 def _first_lines(text: str) -> str:
+    inner = _GOT.search(text)
+    if inner:  # what the operator said, in Dynamo's long sentence about it
+        return inner["said"]
     lines = [line.strip() for line in text.split("from user code", 1)[0].splitlines()]
     return " ".join(line for line in lines if line)[:400]
 
@@ -330,7 +342,9 @@ def _first_lines(text: str) -> str:
 def _user_line(error: Exception) -> str:
     """The innermost line of the user's code: from Dynamo's message, else from the traceback."""
     text = str(error)
-    if "from user code" in text:
+    if stack := getattr(error, "real_stack", None):  # Dynamo's, of the user's code
+        text = "".join(traceback.format_list(stack))
+    elif "from user code" in text:
         text = text.split("from user code", 1)[1]
     else:
         text = "".join(traceback.format_exception(error))

@@ -105,8 +105,10 @@ class Judge:
     def freed_by(self, flow: Dataflow) -> int:
         """Bytes gone from the fullest step, as far as what every plan needs allows it."""
         other = Simulator(flow)
-        step = int(self.outcome.live.argmax())
-        there = int(other.run(self.kept, self.drops).live[step])
+        found, step = other.run(self.kept, self.drops), int(self.outcome.live.argmax())
+        # Where nobody holds its result, an operator may not run at all, and steps have other numbers.
+        is_alike = len(found.live) == len(self.outcome.live)
+        there = int(found.live[step]) if is_alike else found.peak
         return self.outcome.peak - max(there, min(other.least.nbytes, self.outcome.peak))
 
     # -- One method a remedy -----------------------------------------------------------------------

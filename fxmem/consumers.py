@@ -119,8 +119,7 @@ class _Consumers:
             for node in (*graph.placeholders(), *forward)
             for key in storages_in(node.meta.get("val"))
         }
-        primals = [n for n in graph.placeholders() if graph.inputs[n.name].role is not Role.TANGENT]
-        self.gradients = [graph.inputs[n.name] for n in primals]
+        self.gradients = [graph.inputs[n.name] for n in graph.leaves()]
 
     def saved(self) -> Iterator[Saved]:
         for node in self.graph.nodes:

@@ -31,7 +31,32 @@ class BudgetInfeasibleError(BudgetError):
 
 
 class CaptureError(FxmemError):
-    """The step could not be captured as one graph; the message quotes the user's line."""
+    """The step could not be captured as one graph; the message quotes the user's line.
+
+    reason, place: what went wrong and the user's line by themselves, where they are known.
+    """
+
+    def __init__(self, message: str, *, reason: str = "", place: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.place = place
+
+
+class FixedSizeError(CaptureError):
+    """A size that was to vary is a constant in the user's code.
+
+    fixed: ``B=8``, or several such.
+    """
+
+    def __init__(self, message: str, *, fixed: str, reason: str = "", place: str = "") -> None:
+        super().__init__(message, reason=reason, place=place)
+        self.fixed = fixed
+
+    @property
+    def short(self) -> str:
+        """``the step works with B=8 alone (model.py:12 in forward)``"""
+        line = self.place.split(": ")[0].rsplit("/", 1)[-1]
+        return f"the step works with {self.fixed} alone" + (f" ({line})" if line else "")
 
 
 class PlanMismatchError(FxmemError):

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxmem._torch import storage_key
-from fxmem.sizes import as_expr, can_view, storages_in, tensors_in
+from fxmem.sizes import as_expr, can_view, storage_keys, tensors_in
 
 
 def fake_value(
@@ -60,12 +60,12 @@ def fake_like(value: torch.Tensor) -> torch.Tensor:
 
 def views_below(node: fx.Node) -> list[fx.Node]:
     """The nodes that look at the node's storages through views, in graph order."""
-    mine = set(storages_in(node.meta.get("val")))
+    mine = storage_keys(node.meta.get("val")).keys()
     found: set[fx.Node] = set()
     stack = list(node.users)
     while stack:
         user = stack.pop()
-        if user not in found and user.op == "call_function" and mine & set(_storages(user)):
+        if user not in found and user.op == "call_function" and mine & _storages(user):
             found.add(user)
             stack += list(user.users)
     return [n for n in node.graph.nodes if n in found]
@@ -104,8 +104,8 @@ def look(node: fx.Node) -> tuple[Any, ...] | None:
     return (storage_key(tensor), type(tensor), *flags, *sizes)
 
 
-def _storages(node: fx.Node) -> dict[int, Any]:
-    return storages_in(node.meta.get("val"))
+def _storages(node: fx.Node) -> dict[int, None]:
+    return storage_keys(node.meta.get("val"))
 
 
 def _fake_mode(*values: Any) -> Any:

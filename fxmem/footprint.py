@@ -14,7 +14,7 @@ from fxmem._torch_eager import compiling
 from fxmem.baseline import eager_peak
 from fxmem.capture import StepCall
 from fxmem.dynamic import Bounds, Names, sizes_by_name
-from fxmem.errors import FxmemError
+from fxmem.errors import CaptureError, FixedSizeError, FxmemError
 from fxmem.graph import (
     Role,
     dtype_text,
@@ -26,7 +26,7 @@ from fxmem.graph import (
 from fxmem.inventory import Liveness, Peak, Point, Row, SymbolInfo
 from fxmem.liveness import Step, Storage
 from fxmem.partition import Split
-from fxmem.sizes import evaluate, storages_in, symbols, tensors_in
+from fxmem.sizes import evaluate, storage_keys, symbols, tensors_in
 from fxmem.standins import at_sizes
 from fxmem.symbolic import SMALLEST, Trace, kind_of, scores_in
 from fxmem.tracing import trace
@@ -82,7 +82,14 @@ def liveness_of(
     notes = _notes_of(traced)
     # A size that is special (0 or 1, or one that a kernel looks for) hides the formula of the others.
     for sizes in _more_general(here, traced):
-        other = footprint.trace_for(sizes)
+        try:
+            other = footprint.trace_for(sizes)
+        except CaptureError as error:
+            fixed = _fixed(footprint, traced, sizes, error)
+            if len(traced.fixed) == len(here):
+                raise fixed from error
+            notes = [fixed.short, *notes[len(traced.fixed) :]]  # no other size is traced by itself
+            return _liveness(footprint, traced, notes, fixed)
         if len(other.fixed) < len(traced.fixed):
             notes = [*_special(traced, other), *_notes_of(other)]
             traced = other
@@ -97,6 +104,29 @@ def _more_general(here: Mapping[str, int], traced: Trace) -> list[dict[str, int]
         {**here, **{n: max(size + more, SMALLEST) for n, size in traced.fixed.items()}}
         for more in (2, 5)
     ]
+
+
+def _fixed(
+    footprint: Footprint, traced: Trace, tried: Mapping[str, int], error: CaptureError
+) -> FixedSizeError:
+    """What to say of sizes that are constants in the user's code, as a trace at others shows."""
+    infos = _symbol_infos(footprint, traced)
+    sizes = ", ".join(f"{n}={size}" for n, size in traced.fixed.items())
+    places = ", ".join(place for n in traced.fixed for place in infos[n].where)
+    others = ", ".join(f"{n}={tried[n]}" for n in traced.fixed)
+    numbers = " or ".join(str(size) for size in dict.fromkeys(traced.fixed.values()))
+    return FixedSizeError(
+        f"{' and '.join(traced.fixed)} cannot vary: the step works with {sizes} alone.\n"
+        f"  read    {places}\n"
+        f"  found   with {others}: {error.reason or error}\n"
+        f"  at      {error.place or 'unknown line'}\n"
+        f"  wanted  code and buffers whose sizes follow from the inputs, as x.new_zeros(...) does\n"
+        f"  try     -1 or x.shape[...] in place of {numbers} there, or dynamic_shapes={{...}} with "
+        "other dimensions",
+        fixed=sizes,
+        reason=error.reason,
+        place=error.place,
+    )
 
 
 def _special(traced: Trace, other: Trace) -> list[str]:
@@ -141,7 +171,9 @@ def _notes_of(traced: Trace) -> list[str]:
     return found
 
 
-def _liveness(footprint: Footprint, traced: Trace, notes: list[str]) -> Liveness:
+def _liveness(
+    footprint: Footprint, traced: Trace, notes: list[str], fixed: FixedSizeError | None = None
+) -> Liveness:
     forms, line = traced.forms, traced.line
     here = symbols(traced.here)
     live = forms.live(here)
@@ -161,6 +193,7 @@ def _liveness(footprint: Footprint, traced: Trace, notes: list[str]) -> Liveness
         assumptions=tuple(map(str, traced.assumed)),
         notes=tuple(notes),
         rough=bool(traced.how.get("measured")),
+        fixed={} if fixed is None else dict.fromkeys(traced.fixed, fixed),
         monomials=tuple(forms.monomials.index),
         live=forms.coefficients,
         peak_of=footprint.peak_at,
@@ -241,7 +274,7 @@ def _is_state(role: Role) -> bool:
 def _tensor_of(storage: Storage) -> torch.Tensor | None:
     """The tensor in the storage; of several results, the one that has it."""
     leaves = list(tensors_in(storage.node.meta.get("val")))
-    mine = [t for t in leaves if storage.key in storages_in(t)]
+    mine = [t for t in leaves if storage.key in storage_keys(t)]
     return max(mine, key=lambda t: t.ndim, default=None)
 
 
@@ -253,6 +286,6 @@ def _readers(run: Split) -> dict[int, list[str]]:
             if node.op != "call_function" or is_view(node):
                 continue
             for source in node.all_input_nodes:
-                for key in storages_in(source.meta.get("val")):
+                for key in storage_keys(source.meta.get("val")):
                     found[key][node.name] = None
     return {key: list(names) for key, names in found.items()}

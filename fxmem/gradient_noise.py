@@ -199,8 +199,8 @@ class _Recorder(fx.Interpreter):
         ]
         with torch.no_grad():
             results = self.run(*given, enable_io_processing=False)
-        leaves = [n for n in self.joint.placeholders() if not is_backward(n)]
-        late = results[self.joint.num_forward_outputs :]
+        leaves, first = self.joint.leaves(), self.joint.num_forward_outputs
+        late = results[first : first + len(leaves)]
         return {
             self.joint.inputs[n.name].name: gradient
             for n, gradient in zip(leaves, late, strict=True)

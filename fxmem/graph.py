@@ -14,7 +14,7 @@ from torch import fx
 
 from fxmem import _torch
 from fxmem.errors import VerificationError
-from fxmem.sizes import in_blocks, storages_in
+from fxmem.sizes import in_blocks, storage_keys, storages_in
 
 
 class Role(enum.Enum):
@@ -23,6 +23,7 @@ class Role(enum.Enum):
     PARAMETER = "parameter"
     BUFFER = "buffer"
     INPUT = "input"
+    TOKEN = "token"  # of no bytes: what keeps calls that have an effect in their order
     TANGENT = "tangent"
 
 
@@ -32,6 +33,7 @@ class OutputKind(enum.Enum):
     RESULT = "result"  # the user holds it until the end of the step
     MUTATION = "mutation"  # copied into an input when the forward ends, then freed
     GRADIENT = "gradient"  # accumulated into ``.grad``, held until the end of the step
+    TOKEN = "token"  # of no bytes: says that what has an effect in the backward ran
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,14 @@ class JointGraph:
 
     def backward_outputs(self) -> list[Any]:
         return self.outputs()[self.num_forward_outputs :]
+
+    def leaves(self) -> list[fx.Node]:
+        """The placeholders that ``gradients`` are of."""
+        return list(self.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT))
+
+    def gradients(self) -> list[Any]:
+        """One for each of the leaves; None where it gets none."""
+        return self.backward_outputs()[: len(self.leaves())]
 
     def mutated_inputs(self) -> set[fx.Node]:
         """Placeholders whose value changes when the forward ends: not to be read in the backward."""
@@ -213,22 +223,14 @@ def is_view(node: fx.Node) -> bool:
     """Does the node only give another look at storages that its inputs already hold?"""
     if node.op != "call_function" or is_in_place(node):
         return False
-    mine = storages_in(node.meta.get("val"))
-    if not mine:
-        return False
-    return all(key in input_storages(node) for key in mine)
+    mine = storage_keys(node.meta.get("val"))
+    inputs = (storage_keys(source.meta.get("val")) for source in node.all_input_nodes)
+    return bool(mine) and mine.keys() <= {key for keys in inputs for key in keys}
 
 
 def is_in_place(node: fx.Node) -> bool:
     """Does the node write over one of its operands?  Only nodes of ``InPlacePass`` do."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def input_storages(node: fx.Node) -> dict[int, Any]:
-    storages: dict[int, Any] = {}
-    for source in node.all_input_nodes:
-        storages.update(storages_in(source.meta.get("val")))
-    return storages
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')

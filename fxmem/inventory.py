@@ -12,7 +12,7 @@ import sympy
 from tabulate import tabulate, tabulate_formats
 
 from fxmem.boundary import FARTHEST, largest
-from fxmem.errors import FxmemError
+from fxmem.errors import FixedSizeError, FxmemError
 from fxmem.forms import Reign
 from fxmem.sizes import symbol, symbols
 from fxmem.tables import WIDTH, clean, cut, starred, table, unnumbered
@@ -147,7 +147,8 @@ class Liveness:
     program order.  outside: bytes beside the step, such as the optimizer's state, by category; they are in
     no peak.  rough: what some operators hold follows no polynomial, so that far from the hint ``peak`` may
     be off, and ``peak_at`` is not.  assumptions: relations between sizes for which alone the forms hold.
-    notes: what a reader should know, such as sizes that are constants.
+    notes: what a reader should know, such as sizes that are constants.  fixed: symbols whose size is a
+    constant in the user's code, and what to say of it.
     """
 
     model: str
@@ -161,6 +162,7 @@ class Liveness:
     notes: tuple[str, ...] = ()
     outside: Mapping[str, int] = field(default_factory=dict)
     rough: bool = False
+    fixed: Mapping[str, FixedSizeError] = field(default_factory=dict)
     monomials: tuple[sympy.Expr, ...] = ()
     live: Iterable[Sequence[int]] = field(default=(), repr=False)
     peak_of: Callable[[Mapping[str, int]], int] = field(default=lambda _: 0, repr=False)

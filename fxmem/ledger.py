@@ -15,8 +15,6 @@ from typing import Any
 from fxmem.graph import (
     LOSS_OUTSIDE,
     JointGraph,
-    OutputKind,
-    Role,
     bytes_of_scalars,
     is_held_tangent,
 )
@@ -74,12 +72,9 @@ def part_of(line: MemoryTimeline, graph: JointGraph, sizes: Mapping[Any, int]) -
 
 def _gradients_that_stay(graph: JointGraph) -> set[int]:
     """Keys of the storages that autograd keeps in ``.grad``."""
-    kinds = zip(graph.outputs(), graph.output_kinds, strict=True)
-    gradients = [node for node, kind in kinds if kind is OutputKind.GRADIENT]
-    inputs = graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)
     return {
         key
-        for node, source in zip(gradients, inputs, strict=True)
+        for node, source in zip(graph.gradients(), graph.leaves(), strict=True)
         if node is not None and graph.inputs[source.name].keeps_gradient
         for key in storages_in(node.meta.get("val"))
     }

@@ -19,7 +19,7 @@ from torch import fx
 from fxmem._torch import storage_key
 from fxmem.graph import OutputKind, bytes_of_loss, is_backward, is_held_tangent, output_values
 from fxmem.partition import Split
-from fxmem.sizes import Size, evaluate, storages_in
+from fxmem.sizes import Size, evaluate, storage_keys, storages_in
 
 
 @dataclass
@@ -171,7 +171,7 @@ class _Recorder:
         for index, node in enumerate(outputs):
             if not isinstance(node, fx.Node):
                 continue
-            for key in storages_in(node.meta.get("val")):
+            for key in storage_keys(node.meta.get("val")):
                 storage = self.table[key]
                 storage.dies = max(storage.dies, self.now)
                 if index < split.num_forward_outputs:
@@ -187,7 +187,7 @@ class _Recorder:
     def _gradients(self, backward: fx.GraphModule) -> None:
         for node in output_values(backward):
             if isinstance(node, fx.Node):
-                for key in storages_in(node.meta.get("val")):
+                for key in storage_keys(node.meta.get("val")):
                     self.table[key].held = True
         for storage in self.table.values():
             if storage.held:

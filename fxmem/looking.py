@@ -17,7 +17,7 @@ from fxmem.budget import Budget
 from fxmem.cost import CostModel, model_of
 from fxmem.device import library_memory
 from fxmem.dynamic import given_bounds, sizes_by_name
-from fxmem.errors import BudgetInfeasibleError, CaptureError, FxmemError
+from fxmem.errors import BudgetInfeasibleError, CaptureError, FixedSizeError, FxmemError
 from fxmem.fits import Alternative, Fit, Fits, usable
 from fxmem.gpus import GPUS, Gpu
 from fxmem.inventory import Liveness
@@ -189,13 +189,17 @@ def _batches(
             model, inputs, example_kwargs=kwargs, dynamic_shapes=dynamic_shapes,
             loss_fn=loss_fn, loss_inputs=loss_inputs,
         )  # fmt: skip
-    except CaptureError:  # with symbols: the step itself may well be captured
-        return _Batches(why_none=_NO_SIZE)
+    except CaptureError as error:  # with symbols: the step itself may well be captured
+        return _Batches(why_none=error.short if isinstance(error, FixedSizeError) else _NO_SIZE)
     places = {name: info.where for name, info in found.symbols.items()}
     name = next((n for n, where in places.items() if any(map(_is_first, where))), None)
+    if not places and found.fixed:
+        return _Batches(why_none=next(iter(found.fixed.values())).short)
     if name is None:
         return _Batches(why_none="no input has a named first dimension" if places else _NO_SIZE)
     info = found.symbols[name]
+    if name in found.fixed:
+        return _Batches(why_none=found.fixed[name].short)
     if info.low == info.high:
         return _Batches(why_none=f"the step works with {name}={info.hint} alone")
     if symbol(name) not in found.peak.free_symbols:

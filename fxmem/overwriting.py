@@ -15,7 +15,7 @@ from fxmem import encodings
 from fxmem._torch import run_and_save_rng_state
 from fxmem.fakes import look
 from fxmem.graph import JointGraph, is_backward, is_view
-from fxmem.sizes import storages_in
+from fxmem.sizes import storage_keys, storages_in
 from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
@@ -69,7 +69,7 @@ def overwritable(graph: JointGraph, backward: bool) -> dict[fx.Node, tuple[fx.No
         fitting = tuple(
             a
             for a in operands
-            if ours.issuperset(storages_in(a.meta.get("val"))) and _fits(node, a)
+            if ours.issuperset(storage_keys(a.meta.get("val"))) and _fits(node, a)
         )
         if fitting:
             found[node] = fitting
@@ -87,7 +87,7 @@ def _made_in_phase(graph: JointGraph, backward: bool) -> set[int]:
             continue
         again = backward and "fxmem_origin" in node.meta
         if not again and getattr(_operator(node), "namespace", "") in ("aten", "fxmem"):
-            made.update(storages_in(node.meta.get("val")))
+            made.update(storage_keys(node.meta.get("val")))
     return made
 
 
@@ -104,5 +104,5 @@ def _fits(node: fx.Node, operand: fx.Node) -> bool:
     if LAYOUT in node.meta or LAYOUT in operand.meta:
         return False  # the real strides are others
     made, taken = storages_in(node.meta["val"]), storages_in(operand.meta["val"])
-    shared = (set(taken) & set(storages_in(i.meta.get("val"))) for i in node.all_input_nodes)
+    shared = (taken.keys() & storage_keys(i.meta.get("val")) for i in node.all_input_nodes)
     return list(made.values()) == list(taken.values()) and sum(map(bool, shared)) == 1

@@ -213,8 +213,7 @@ class _Resizing:
 
     def _check_gradients(self) -> None:
         """Whatever the batch is, a gradient has the shape of what it is of."""
-        sources = self.graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)
-        for source, gradient in zip(sources, self.graph.backward_outputs(), strict=True):
+        for source, gradient in zip(self.graph.leaves(), self.graph.gradients(), strict=True):
             if isinstance(gradient, fx.Node):
                 mine, theirs = self.env[gradient].shape, self.env[source].shape
                 if mine != theirs:

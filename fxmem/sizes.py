@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -39,13 +40,16 @@ Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize; checked with ``memory_
 def as_expr(value: int | torch.SymInt) -> Size:
     """An ``int`` as it is; a symbolic one as its expanded sympy expression."""
     if isinstance(value, torch.SymInt):
-        return sympy.expand(value.node.expr)
+        return _expanded(value.node.expr)
     return int(value)
+
+
+_expanded = lru_cache(maxsize=100_000)(sympy.expand)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The strided tensors in a node's value, which may be a tensor, a tuple or anything nested."""
-    for leaf in pytree.tree_leaves(value):
+    for leaf in (value,) if isinstance(value, torch.Tensor) else pytree.tree_leaves(value):
         # Sparse tensors have no storage of their own; their parts are not visible to the graph.
         if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
             yield leaf
@@ -54,6 +58,11 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 def storages_in(value: Any) -> dict[int, Size]:
     """Storage key -> bytes, one entry for each distinct storage in a node's value."""
     return {storage_key(t): storage_nbytes(t) for t in tensors_in(value)}
+
+
+def storage_keys(value: Any) -> dict[int, None]:
+    """The keys of ``storages_in`` alone, in the same order: bytes take longer to tell."""
+    return {storage_key(t): None for t in tensors_in(value)}
 
 
 def storage_nbytes(tensor: torch.Tensor) -> Size:
@@ -75,9 +84,12 @@ def in_blocks(nbytes: Size, device: torch.device) -> Size:
 
 def evaluate(size: Size, bindings: dict[Any, int]) -> int:
     """Bytes at given values of the symbols.  Raises ``KeyError`` for a symbol without a value."""
-    if isinstance(size, int):
-        return size
-    missing = [s for s in size.free_symbols if s not in bindings]
+    return size if isinstance(size, int) else _evaluated(size, tuple(bindings.items()))
+
+
+@lru_cache(maxsize=100_000)
+def _evaluated(size: sympy.Expr, bindings: tuple[tuple[Any, int], ...]) -> int:
+    missing = size.free_symbols - {s for s, _ in bindings}
     if missing:
         raise KeyError(f"no value for {sorted(map(str, missing))} in {size}")
     return int(size.subs(bindings))

@@ -52,8 +52,9 @@ def max_batch(
     symbol: of ``dynamic_shapes``, or by default B, the first dimension of the inputs, or S; see
     ``liveness``.  sizes: of the other symbols, ``{"S": 2048}``; by default the example's.
     ``torch.export.Dim`` bounds in ``dynamic_shapes`` limit the answer.
-    Raises ``BudgetError`` where not even size 1 fits, and ``FxmemError`` for a symbol that the step
-    does not have, or whose size changes nothing.
+    Raises ``BudgetError`` where not even size 1 fits, ``FixedSizeError`` (a ``CaptureError``) where the
+    size is a constant in the model's code, and ``FxmemError`` for a symbol that the step does not have,
+    or whose size changes nothing.
     """
     question = _Question.of(
         model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs, sizes, allow
@@ -113,6 +114,8 @@ class _Question:
 
     def largest(self, symbol: str, budget: Budget, reserve: int) -> int:
         here = self.liveness.sizes({symbol: 1, **self.given})
+        if symbol in self.liveness.fixed:
+            raise self.liveness.fixed[symbol]
         info = self.liveness.symbols[symbol]
         here[symbol] = info.hint
         peak = self._memo(symbol)

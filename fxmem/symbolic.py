@@ -23,7 +23,7 @@ from fxmem.liveness import MemoryTimeline, Storage, timeline
 from fxmem.partition import Split
 from fxmem.polynomials import Ranges
 from fxmem.scaling import Scaling
-from fxmem.sizes import storages_in, symbol, symbols
+from fxmem.sizes import storage_keys, symbol, symbols
 from fxmem.workspace import Workspaces
 
 Bounds = Mapping[str, tuple[int, "int | None"]]
@@ -189,7 +189,7 @@ def _bytes(line: MemoryTimeline, graph: JointGraph) -> list[Bytes]:
 
 def scores_in(graph: JointGraph) -> set[int]:
     """Keys of the storages that hold the scores of a loss over classes, or their gradients."""
-    return {key for node in scores_of_losses(graph) for key in storages_in(node.meta.get("val"))}
+    return {key for node in scores_of_losses(graph) for key in storage_keys(node.meta.get("val"))}
 
 
 def kind_of(storage: Storage, graph: JointGraph, line: MemoryTimeline, scores: set[int]) -> str:

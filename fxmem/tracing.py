@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fxmem._torch import collector_paused
 from fxmem.capture import StepCall, capture
 from fxmem.dynamic import Bounds, Names, marked
 from fxmem.pipeline import as_run, cleaned
@@ -27,7 +28,7 @@ def trace(
         place: {d: name for d, name in dims.items() if sizes[name] >= SMALLEST}
         for place, dims in names.items()
     }
-    with capture(marked(call, free), names, guarded=False) as captured:
+    with collector_paused(), capture(marked(call, free), names, guarded=False) as captured:
         graph, table = cleaned(captured.graph, load_workspaces(device), device)
         graph, _, run, table = as_run(graph, table, device)
         found = traced(graph, run, table, device, sizes, bounds)

@@ -148,10 +148,14 @@ _COPIES_STORAGES = {torch.ops.aten.copy.default}
 
 
 def _specs(target: Any, arguments: Any) -> Any:
-    specs = pytree.tree_map(_spec, arguments)
-    if target in _COPIES_STORAGES:
-        return specs
-    return pytree.tree_map_only(TensorSpec, lambda s: replace(s, room=0), specs)
+    return pytree.tree_map(_spec if target in _COPIES_STORAGES else _spec_without_room, arguments)
+
+
+def _spec_without_room(value: Any) -> Any:
+    if isinstance(value, TensorSpec):
+        return replace(value, room=0) if value.room else value
+    spec = _spec(value)
+    return replace(spec, room=0) if isinstance(spec, TensorSpec) else spec
 
 
 def _spec(value: Any) -> Any:
@@ -205,7 +209,7 @@ class Workspaces:
         self.table = dict(table or {})
         self.on_disk = on_disk  # how many of the entries came from the file
         self._refused: set[str] = set()  # signatures that throwaway values cannot run
-        self._kin: dict[str, list[Entry]] = {}
+        self._kin: dict[str, dict[int, float]] = {}  # operator -> bytes held -> largest share
         self._guesses: dict[str, int] = {}  # by signature
 
     def nbytes(self, node: fx.Node) -> int:
@@ -229,20 +233,19 @@ class Workspaces:
     def _estimated(self, call: Call, node: fx.Node) -> int:
         if not self._kin:
             for signature, entry in self.table.items():
-                self._kin.setdefault(signature.partition("(")[0], []).append(entry)
+                kin = self._kin.setdefault(signature.partition("(")[0], {})
+                share = entry.nbytes / max(entry.held, 1)
+                kin[entry.held] = max(share, kin.get(entry.held, 0.0))
         made = {
             storage_key(t): hint(t.untyped_storage().nbytes())
             for t in tensors_in(node.meta.get("val"))
         }
         held = call.operand_bytes() + sum(made.values())
-        known = self._kin.get(str(call.target), [])
-
-        def distance(entry: Entry) -> float:
-            return abs(math.log2((entry.held + 1) / (held + 1)))
-
-        nearest = min(map(distance, known), default=0.0)
-        near = [e for e in known if distance(e) <= nearest + 1]
-        return int(held * max((e.nbytes / max(e.held, 1) for e in near), default=0.0))
+        known = self._kin.get(str(call.target), {})
+        distances = [abs(math.log2((other + 1) / (held + 1))) for other in known]
+        nearest = min(distances, default=0.0)
+        near = (s for s, d in zip(known.values(), distances, strict=True) if d <= nearest + 1)
+        return int(held * max(near, default=0.0))
 
     def calibrated(self, graph: fx.Graph, device: torch.device) -> Workspaces:
         """This table and what it lacks for ``graph``, measured now; real strides go on the nodes."""
@@ -471,14 +474,29 @@ def cache_path(device: torch.device, what: str = "workspaces") -> Path:
     return Path(folder) / f"{what}-{kind}.json"
 
 
+_Stamp = tuple[int, int, int]
+
+_read: dict[Path, tuple[_Stamp, dict[str, Entry]]] = {}
+"""What each file held when it was last read or written: tens of thousands of entries take a second."""
+
+
+def _stamp(path: Path) -> _Stamp:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def load_workspaces(device: torch.device) -> Workspaces:
     """The table on disk; an unreadable file counts as empty, since it can be measured again."""
+    path = cache_path(device)
     try:
-        table = json.loads(cache_path(device).read_text())
-        known = {
-            str(k): Entry(int(n), int(operands), tuple(map(tuple, strides)), tuple(storages))
-            for k, (n, operands, strides, storages) in table.items()
-        }
+        stamp = _stamp(path)
+        before, known = _read.get(path, (None, {}))
+        if stamp != before:
+            known = {
+                str(k): Entry(int(n), int(operands), tuple(map(tuple, strides)), tuple(storages))
+                for k, (n, operands, strides, storages) in json.loads(path.read_text()).items()
+            }
+            _read[path] = stamp, known
         return Workspaces(known, len(known))
     except (OSError, ValueError, AttributeError, TypeError):
         return Workspaces()
@@ -487,16 +505,25 @@ def load_workspaces(device: torch.device) -> Workspaces:
 def save_workspaces(workspaces: Workspaces, device: torch.device) -> None:
     if len(workspaces.table) == workspaces.on_disk:
         return
+    path = cache_path(device)
     table = {k: [e.nbytes, e.operands, e.strides, e.storages] for k, e in workspaces.table.items()}
-    save_table(table, cache_path(device))
+    stamp = save_table(table, path)
+    if stamp is not None:
+        _read[path] = stamp, dict(workspaces.table)
 
 
-def save_table(table: dict[str, Any], path: Path) -> None:
-    """Write what was measured in one step, so that a reader never sees half of it."""
+def save_table(table: dict[str, Any], path: Path) -> _Stamp | None:
+    """Write what was measured in one step, so that a reader never sees half of it.
+
+    Returns the stamp of the file, or None where there is no room for one.
+    """
+    text = json.dumps(table, separators=(",", ":"), sort_keys=True)  # thrice as fast as ``dump``
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(table, file, separators=(",", ":"), sort_keys=True)
+            file.write(text)
+        stamp = _stamp(Path(file.name))
         os.replace(file.name, path)
     except OSError:
-        return  # a read-only home: the figures are measured again next time
+        return None  # a read-only home: the figures are measured again next time
+    return stamp

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from fxmem.fakes import replace_uses
 from fxmem.graph import JointGraph, is_backward, is_view
 from fxmem.operators import is_random, recomputable_nodes
-from fxmem.sizes import hint, storages_in, tensors_in
+from fxmem.sizes import hint, storage_keys, tensors_in
 
 _TINY = 1024  # bytes
 
@@ -64,7 +64,7 @@ def _hashable(value: Any) -> bool:
 
 
 def _storages(node: fx.Node) -> set[int]:
-    return set(storages_in(node.meta.get("val")))
+    return set(storage_keys(node.meta.get("val")))
 
 
 def _read_by_backward(graph: JointGraph) -> set[int]:

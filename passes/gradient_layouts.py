@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxmem.graph import JointGraph, Role, is_backward
+from fxmem.graph import JointGraph, is_backward
 from fxmem.passes.base import insert_like
 from fxmem.sizes import by_stride, hint, is_dense
 
@@ -35,17 +35,16 @@ class GradientLayoutsPass:
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
-        gradients = graph.backward_outputs()
-        leaves = graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)
+        gradients, others = graph.gradients(), graph.backward_outputs()[len(graph.leaves()) :]
         taken: set[Any] = set()
-        for index, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+        for index, (leaf, gradient) in enumerate(zip(graph.leaves(), gradients, strict=True)):
             if not isinstance(gradient, fx.Node) or not graph.inputs[leaf.name].keeps_gradient:
                 continue
             if gradient in taken or not obeys_contract(gradient, leaf):
                 gradients[index] = _copied(graph, gradient, leaf)
             taken.add(gradient)
         output = graph.module.graph.output_node()
-        output.args = ((*graph.forward_outputs(), *gradients),)
+        output.args = ((*graph.forward_outputs(), *gradients, *others),)
         return graph.verified()
 
 

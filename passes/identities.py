@@ -22,7 +22,7 @@ from torch import fx
 
 from fxmem.fakes import look, replace_uses
 from fxmem.graph import JointGraph, has_effect, is_view
-from fxmem.sizes import storages_in
+from fxmem.sizes import storage_keys, storages_in
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class IdentitiesPass:
         graph = graph.copy()
         returned = [o for o in graph.outputs() if isinstance(o, fx.Node)]
         shared = [*returned, *graph.placeholders()]
-        exposed = {key for node in shared for key in storages_in(node.meta.get("val"))}
+        exposed = {key for node in shared for key in storage_keys(node.meta.get("val"))}
         for node in graph.nodes:
             # The caller may change an output in place, so each stays a tensor of its own.
             if node not in returned and (original := _original(node)) is not None:

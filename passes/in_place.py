@@ -20,7 +20,7 @@ from torch import fx
 from fxmem.fakes import refresh
 from fxmem.graph import JointGraph, has_effect, is_view
 from fxmem.overwriting import DESTINATIONS, overwritable
-from fxmem.sizes import storages_in
+from fxmem.sizes import storage_keys
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _overwritten(graph: JointGraph, backward: bool) -> dict[fx.Node, fx.Node]:
     found: dict[fx.Node, fx.Node] = {}
     for node, operands in overwritable(graph, backward).items():
         for operand in operands:
-            if all(last[key] is node for key in storages_in(operand.meta["val"])):
+            if all(last[key] is node for key in storage_keys(operand.meta["val"])):
                 found[node] = operand
                 break
     return found
@@ -67,7 +67,7 @@ def _last_readers(graph: JointGraph) -> dict[int, fx.Node]:
         key: node
         for node in graph.nodes
         for source in node.all_input_nodes
-        for key in storages_in(source.meta.get("val"))
+        for key in storage_keys(source.meta.get("val"))
     }
 
 

@@ -36,7 +36,7 @@ from fxmem.graph import (
 )
 from fxmem.operators import is_random
 from fxmem.overwriting import overwritable
-from fxmem.sizes import evaluate, storages_in
+from fxmem.sizes import evaluate, storage_keys, storages_in
 from fxmem.workspace import Workspaces
 
 
@@ -96,7 +96,7 @@ def _tasks(graph: JointGraph, workspaces: Workspaces) -> list[_Task]:
         makes = {key: nbytes for key, nbytes in makes.items() if key not in reads}
         after |= turns.before(len(tasks), node, reads)
         peak = sum(makes.values()) + evaluate(workspaces.nbytes(node), sizes)
-        over = {key for o in written.get(node, ()) for key in storages_in(o.meta.get("val"))}
+        over = {key for o in written.get(node, ()) for key in storage_keys(o.meta.get("val"))}
         tasks.append(_Task([node], after, reads, makes, peak, frozenset(over)))
     return tasks
 
@@ -166,7 +166,7 @@ def _held(graph: JointGraph) -> set[int]:
 
 
 def _storages(nodes: Iterable[fx.Node]) -> set[int]:
-    return {key for node in nodes for key in storages_in(node.meta.get("val"))}
+    return {key for node in nodes for key in storage_keys(node.meta.get("val"))}
 
 
 # -- Reductions go together --------------------------------------------------------------------------

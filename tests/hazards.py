@@ -197,6 +197,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def differences(want: Any, got: Any, where: str = "") -> list[str]:
     """Where ``got`` is not what was wanted, one line each; empty when they agree bit for bit."""
     if isinstance(want, Tensor) and isinstance(got, Tensor):
+        if want.layout != got.layout:
+            return [f"{where}: {want.layout} wanted, {got.layout} found"]
+        if want.layout is not torch.strided:  # values, not how they are stored
+            want, got = want.to_dense(), got.to_dense()
         if same_bits(want, got):
             return []
         if layout(want) != layout(got):
@@ -627,6 +631,25 @@ def user_writes_saved_output() -> Case:
 
     model = Model(body, w=matrix(8, 8), v=matrix(8, 3))
     return Case(model, (x,), run, right=lambda step: run(step, factor=1.0))
+
+
+# Effects.
+
+
+@hazard()
+def checks_in_both_halves() -> Case:
+    """An inverse raises if there is none, and so does the backward of eigenvalues: once, in order."""
+
+    def body(m, x):
+        return torch.linalg.eigvals(torch.linalg.inv(x @ m.w)).abs() @ m.v
+
+    model, x = Model(body, w=matrix(5, 5), v=matrix(5, 3)), torch.randn(2, 5, 5)
+
+    def run(step):
+        total(step(fresh(x))).backward()
+        return {**gradients(step), "singular": error_of(lambda: step(torch.zeros(2, 5, 5)))}
+
+    return Case(model, (x,), run)
 
 
 # Aliases.

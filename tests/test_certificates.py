@@ -1,7 +1,9 @@
 """Certificates: sums, bounds, and remedies whose figures are held to steps that really have them."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -278,6 +280,38 @@ def test_the_tensors_add_up_to_the_peak(sizes):
     assert len(found.tensors) <= MOST_TENSORS
     assert found.least <= sum(sizes)
     assert all(t.nbytes >= found.others_nbytes // max(found.others, 1) for t in found.tensors)
+
+
+class Halted(torch.autograd.Function):
+    """Its backward sends zeros, which depend on nothing that it is sent."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.zeros(grad.shape)
+
+
+class Still(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.ones(64)), nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        return (Halted.apply(self.w) * (x * self.v).sin()).sum()
+
+
+def test_a_gradient_that_the_forward_makes_can_be_let_go():
+    judge = judge_of(analysed(Still(), (torch.ones(8, 64),)))
+    flow = judge._changed(lambda v: dataclasses.replace(v, gradient=False))
+    fewer = len(Simulator(flow).run(judge.kept).live)
+    assert fewer < len(judge.outcome.live)
+    late = dataclasses.replace(
+        judge.outcome, live=np.sort(judge.outcome.live)
+    )  # fullest at the end
+    assert dataclasses.replace(judge, outcome=late).freed_by(flow) >= 0
 
 
 def test_remedies_are_sorted_and_those_that_save_nothing_left_out():

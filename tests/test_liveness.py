@@ -1,6 +1,7 @@
 """Liveness without a budget: rows as text, and closed forms that the allocator agrees with."""
 
 import functools
+import gc
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from families import FAMILIES, loss_of
 from torch import nn
 
 import fxmem
+from fxmem import _torch
 from fxmem.capture import StepCall
 from fxmem.dynamic import default_names, with_likely
 from fxmem.errors import FxmemError
@@ -250,6 +252,32 @@ def test_nothing_is_allocated_for_a_model_on_the_meta_device():
         model, args = Blocks(), (torch.empty(4, 8), torch.empty(4, dtype=torch.long))
     real = fxmem.liveness(*blocks())
     assert fxmem.liveness(model, args).form_at({"B": 4}) <= real.peak_at()
+
+
+class Refused(nn.Module):
+    def forward(self, x):
+        return (x[:, :3] @ x).sum()
+
+
+@pytest.mark.parametrize("model", [Blocks(), Refused()])
+def test_what_tracing_patches_is_as_it_was_afterwards(model):
+    def patched():
+        return gc.isenabled(), sympy.Expr.is_number, torch.Tensor._make_wrapper_subclass
+
+    before = patched()
+    _, args = blocks()
+    try:
+        fxmem.liveness(model, args)
+    except fxmem.CaptureError:
+        assert isinstance(model, Refused)
+    assert patched() == before
+    assert before[0]
+
+
+@pytest.mark.parametrize("text", ["3", "B", "2*B", "2**B", "sqrt(2)+1", "Max(2,B)", "floor(B/2)+3"])
+def test_numbers_are_told_as_sympy_tells_them(text):
+    expression = sympy.sympify(text, {"B": B})
+    assert expression.is_Atom or _torch._is_number(expression) == expression.is_number
 
 
 def held(step: nn.Module, model: nn.Module, args, kwargs) -> int:

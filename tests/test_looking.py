@@ -413,10 +413,16 @@ class OfEight(nn.Module):
         return self.inner(x.reshape(8, 8)).square().mean()
 
 
+ALONE = (
+    "the step works with B=8 alone "
+    f"(test_looking.py:{OfEight.forward.__code__.co_firstlineno + 1} in forward)"
+)
+
+
 @pytest.mark.parametrize(
     ("model", "shapes", "why"),
     [
-        (OfEight(), None, "the step cannot be traced with a batch of any size"),
+        (OfEight(), None, ALONE),
         (Tower(8, 1), {"x": {1: "S"}}, "no input has a named first dimension"),
     ],
 )
@@ -433,15 +439,55 @@ def test_no_batch_no_largest_batch(model, shapes, why):
 def test_a_step_of_fixed_sizes_is_looked_at_without_symbols():
     found = fxmem.liveness(OfEight(), (torch.ones(8, 8),))
     assert not found.symbols
-    assert "cannot be traced with sizes that change" in found.notes[0]
+    assert found.notes[0] == f"all sizes are constants here: {ALONE}"
     assert (
         found.peak_at()
         == found.peak
         == fxmem.plan(OfEight(), "1GiB", (torch.ones(8, 8),)).predicted_peak
     )
-    assert "cannot be traced" in str(fxmem.report(OfEight(), (torch.ones(8, 8),)))
-    with pytest.raises(fxmem.CaptureError):
+    report = " ".join(str(fxmem.report(OfEight(), (torch.ones(8, 8),))).split())
+    assert "the step works with B=8 alone" in report
+    with pytest.raises(fxmem.CaptureError, match="B cannot vary"):
         fxmem.liveness(OfEight(), (torch.ones(8, 8),), dynamic_shapes={0: {0: "B"}})
+
+
+def test_no_largest_batch_where_the_code_fixes_it():
+    with pytest.raises(fxmem.CaptureError) as caught:
+        fxmem.max_batch(OfEight(), "1GiB", (torch.ones(8, 8),))
+    text = re.sub(r"\S+/test_looking.py:\d+", "test_looking.py:1", str(caught.value))
+    assert_expected_inline(
+        text,
+        """\
+B cannot vary: the step works with B=8 alone.
+  read    args[0].shape[0]
+  found   with B=10: TorchRuntimeError: shape '[8, 8]' is invalid for input of size 8*s33
+  at      test_looking.py:1 in forward: return self.inner(x.reshape(8, 8)).square().mean()
+  wanted  code and buffers whose sizes follow from the inputs, as x.new_zeros(...) does
+  try     -1 or x.shape[...] in place of 8 there, or dynamic_shapes={...} with other dimensions""",
+    )
+
+
+class OfFour(nn.Module):
+    """The batch is a number in the code, the length is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.register_buffer("start", torch.zeros(4, 1, 8))
+
+    def forward(self, x):
+        return (self.inner(x) + self.start).square().mean()
+
+
+def test_the_longest_sequence_where_the_code_fixes_the_batch():
+    model, x = OfFour(), torch.ones(4, 6, 8)
+    found = fxmem.liveness(model, (x,))
+    assert found.notes[0].startswith("the step works with B=4 alone (test_looking.py:")
+    with pytest.raises(fxmem.CaptureError, match="B cannot vary"):
+        fxmem.max_batch(model, "1MiB", (x,))
+    most = fxmem.max_batch(model, found.unchanged_at(S=40), (x,), symbol="S")
+    assert most == 40
+    assert fxmem.fits(model, (x,)).why_none in found.notes[0]
 
 
 def test_rough_forms_are_called_rough():

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import inspect
+import json
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmem
-from fxmem import verify
+from fxmem import verify, workspace
 from fxmem.backward import Backward
 from fxmem.units import format_bytes
 
@@ -818,3 +819,17 @@ def test_names_that_are_spelt_alike():
     opt = fxmem.optimize(Twins(), "4.0x", (torch.randn(8, 8),))
     names = [n.target for n in opt.forward_graph.graph.find_nodes(op="placeholder")]
     assert sorted(names) == ["a", "a_1", "args_0"]
+
+
+def test_what_another_process_measured_is_read_and_nothing_is_read_twice(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXMEM_CACHE_DIR", str(tmp_path))
+    cpu = torch.device("cpu")
+    entry = workspace.Entry(8, 16, ((1,),), (4,))
+    workspace.save_workspaces(workspace.Workspaces({"a": entry}), cpu)
+    workspace.load_workspaces(cpu).table["mine"] = entry
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace.json, "loads", lambda _: pytest.fail("read again"))
+        assert workspace.load_workspaces(cpu).table == {"a": entry}
+    text = json.dumps({"b": [8, 16, [[1]], [4]]})
+    workspace.cache_path(cpu).write_text(text + " " * 100)
+    assert workspace.load_workspaces(cpu).table == {"b": entry}

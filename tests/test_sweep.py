@@ -40,9 +40,17 @@ OPS = (
 )
 
 
+OTHERS = (
+    "functions/NumpySortAutogradFunction",
+    "custom-ops/NumpySortCustomOp",
+    "higher-order/cond.simple",
+)
+
+
 @functools.cache
 def entries():
-    return {name: programs for name, programs, _ in sweep.ops(samples=1)}
+    suites = (sweep.ops, sweep.functions, sweep.custom_ops, sweep.higher_order)
+    return {name: programs for suite in suites for name, programs, _ in suite(samples=1)}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +81,12 @@ def test_an_operator_is_planned_and_gives_the_same_bits(name):
     assert (result.status, result.why) == ("equal", "")
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_users_write_themselves_is_planned_and_gives_the_same_bits(name):
+    result = sweep.entry(entries()[name], "min", refusal_ok=False)
+    assert (result.status, result.why) == ("equal", "")
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -96,6 +110,25 @@ def test_the_sweep_tells_right_from_wrong_and_from_what_is_not_captured():
     hidden = Net()
     hidden.forward = torch.compiler.disable(hidden.forward)
     assert judged(hidden).status == "skipped"
+
+
+def test_the_sweep_asks_for_a_plan_of_the_entry_itself():
+    torch.manual_seed(0)
+    kept = torch.compile(Net(), backend="fxmem", options={"budget": "min"})
+    kept(torch.ones(4, 8)).backward()
+    view = nn.Flatten()  # nothing is saved, so there is nothing to plan
+
+    def program(how):
+        return sweep.trained(how(view), (torch.ones(4, 8, requires_grad=True),), {})
+
+    assert sweep.judged(program, "min").why == "nothing to plan"
+
+
+def test_the_sweep_compares_sparse_results_by_value():
+    eye = torch.eye(3).to_sparse()
+    assert not sweep.differences(eye, eye.to_dense().to_sparse())
+    assert sweep.differences(eye, 2 * eye)
+    assert sweep.differences(eye, eye.to_dense())
 
 
 def test_the_sweep_sees_a_wrong_gradient(monkeypatch):
