@@ -122,6 +122,8 @@ FLOORS = {
     "fxmem/looking.py": 17,
     "fxmem/sizing.py": 17,
     "fxmem/doctor.py": 17,
+    "fxmem/backend_session.py": 15,
+    "fxmem/backend_graph.py": 16,
     "fxmem/backend.py": 17,
     "fxmem/__init__.py": 18,
     # programs that use the library as everybody does
