@@ -114,7 +114,7 @@ def read(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
             '  try: torch.compile(model, backend="fxmem", options={"budget": "8GiB"}), or "0.5x" for '
             "half of what the step peaks at today"
         )
-    found = options_of(**given)
+    found = options_of(**{"compiler": None, **given})
     if "quantize" in found.allow:
         raise FxmemError(
             'allow="quantize" is not for the backend: it measures the noise of your gradients on a batch '

@@ -20,6 +20,7 @@ from fxmem._torch_eager import compiling, eager_decompositions
 from fxmem.backend_session import Key
 from fxmem.backward import Backward, refuse_autocast
 from fxmem.capture import StepCall, joint_graph
+from fxmem.code import Coded, step_code
 from fxmem.emit import boxed
 from fxmem.errors import CaptureError, FxmemError
 from fxmem.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
@@ -144,7 +145,7 @@ class Graph:
         context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
         with compiling(), eager_decompositions(), context:
             run = _torch.aot_compile(
-                self.module, args, builder.partition, boxed, builder.the_backward
+                self.module, args, builder.partition, builder.forward, builder.backward
             )
         if builder.planned is None:
             self.plain = run
@@ -170,7 +171,7 @@ class _Builder:
         self.planned: Planned | None = None
         self.validity: Validity | None = None
         self.joint: JointGraph | None = None
-        self.backward: Backward | None = None
+        self.coded: Coded | None = None
 
     def partition(
         self, module: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any
@@ -185,15 +186,21 @@ class _Builder:
         _surround(graph, self.around)
         analysis = analyze(graph, self.call, self.unchanged, self.options.cost)
         here = {info.name: info.hint for info in graph.symbols.values()}
-        self.planned, self.validity = decided(analysis, self.options, here)
+        found = decided(analysis, self.options, here)
+        options = self.options
+        if self.around is None:  # it runs once
+            options = replace(options, compiler="eager")
+        self.coded, self.validity = step_code(analysis, options, graph, found, here)
+        self.planned = self.coded.planned
         self.joint = graph
-        self.backward = Backward(self.planned, graph)
-        halves = self.planned.split
-        return halves.forward, halves.backward
+        return self.coded.split.forward, self.coded.split.backward
 
-    def the_backward(self) -> Backward:
-        assert self.backward is not None
-        return self.backward
+    def forward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
+        return boxed(module) if self.coded is None else self.coded.forward
+
+    def backward(self) -> Backward:
+        assert self.coded is not None
+        return self.coded.backward
 
     def program(self, run: Callable[..., Any]) -> Program:
         planned, graph = self.planned, self.joint

@@ -91,9 +91,19 @@ class Capture:
         forward: fx.GraphModule,
         backward: fx.GraphModule,
         run_backward: _torch.BoxedCallable,
+        run_forward: _torch.BoxedCallable | None = None,
     ) -> Callable[..., Any]:
-        """The step again, called as ``step(model, loss_fn, args, kwargs, loss_inputs)``."""
-        compiled = _torch.joint_compile(self._exported, forward, backward, boxed, run_backward)
+        """The step again, called as ``step(model, loss_fn, args, kwargs, loss_inputs)``.
+
+        run_forward: code of the forward, where it does not run operator by operator.
+        """
+
+        def compile_forward(module: fx.GraphModule) -> _torch.BoxedCallable:
+            return run_forward or boxed(module)
+
+        compiled = _torch.joint_compile(
+            self._exported, forward, backward, compile_forward, run_backward
+        )
         return _torch.dynamo_callable(self._output, training_step, compiled)
 
 
