@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -25,6 +27,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
+from torch._prims import rng_prims
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -43,6 +46,26 @@ def _settings() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _fake_generator_states(mode: Any) -> Iterator[None]:
+    """Inside, an operator that is traced with the generator's state gives a fake one.
+
+    torch gives the real one, which no graph of fake tensors can be traced with.
+    """
+
+    def fake(read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args: mode.from_tensor(read(*args), static_shapes=True)
+
+    on_cuda = {**vars(torch.cuda), "get_rng_state": fake(torch.cuda.get_rng_state)}
+    ours = {
+        **vars(torch),
+        "get_rng_state": fake(torch.get_rng_state),
+        "cuda": SimpleNamespace(**on_cuda),
+    }
+    with mock.patch.object(rng_prims, "torch", SimpleNamespace(**ours)):
+        yield
+
+
 def decomposed(module: fx.GraphModule) -> fx.GraphModule:
     """The graph in the operators that Inductor has code for.
 
@@ -51,7 +74,12 @@ def decomposed(module: fx.GraphModule) -> fx.GraphModule:
     given = module.graph.find_nodes(op="placeholder")
     values = [node.meta.get("val") for node in given]
     table = _without_random(select_decomp_table())
-    with _settings(), fx.traceback.preserve_node_meta(), enable_python_dispatcher():
+    with (
+        _settings(),
+        _fake_generator_states(_fake_mode(module)),
+        fx.traceback.preserve_node_meta(),
+        enable_python_dispatcher(),
+    ):
         traced = make_fx(
             fx.Interpreter(module).run, decomposition_table=table, _allow_non_fake_inputs=True
         )(*values)
@@ -138,6 +166,7 @@ def inductor(
         _disable_current_modes(),
         tracing(context),
         V.set_fake_mode(mode),
+        _fake_generator_states(mode),
         TracingContext.report_output_strides() as found,
     ):
         code: Any = compile_fx_inner(

@@ -193,7 +193,7 @@ def joint_graph(
     roles: one for each input of the graph that was differentiated.
     """
     _refuse_unknown_sizes(module)
-    _tag_backward(module)
+    tag_backward(module)
     _own_tangents(module)
     descriptions = module.graph.output_node().meta["desc"]
     kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
@@ -244,7 +244,7 @@ def _without_regenerated(
     )
 
 
-def _tag_backward(module: fx.GraphModule) -> None:
+def tag_backward(module: fx.GraphModule) -> None:
     """Whatever depends on a tangent runs in the backward.
 
     Autograd's tags miss the body of a user's own backward function.

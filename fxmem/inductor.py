@@ -22,6 +22,7 @@ from torch import fx
 from fxmem import _torch, _torch_inductor
 from fxmem.backward import Backward, Coded, op_by_op
 from fxmem.budget import Budget
+from fxmem.capture import tag_backward
 from fxmem.graph import (
     JointGraph,
     OutputKind,
@@ -94,6 +95,7 @@ def _in_inductors_operators(planned: Planned) -> JointGraph:
     if not any(map(_is_twin, graph.nodes)):
         # They would take what is made again for what it was made of first.
         _torch_inductor.optimize_joint(module)
+        tag_backward(module)
     return replace(graph, module=module).verified()
 
 
@@ -251,7 +253,8 @@ def _planned_again(
     """The step planned for other bytes, operator by operator, under the same budget."""
     plan = planned.plan
     asked = Budget("bytes", Fraction(target + plan.reserve), plan.asked)
-    found, validity = decided(analysis, replace(options, budget=asked, on_infeasible="best"), here)
+    again = replace(options, budget=asked, on_infeasible="best")
+    found, validity = decided(analysis, again, here, memory=planned.memory is not None)
     return replace(found, plan=replace(found.plan, budget=plan.budget)), validity
 
 
@@ -262,7 +265,7 @@ def _second_target(planned: Planned, first: Coded, options: Options) -> int | No
         return None
     room = plan.budget - measured
     if room < 0:
-        return int(plan.predicted_peak + room - MARGIN * plan.budget)
+        return max(int(plan.predicted_peak + room - MARGIN * plan.budget), 1)
     if room > ROOM * plan.budget and plan.added_seconds > 0:
         return int(plan.predicted_peak + room - ROOM / 2 * plan.budget)
     return None
