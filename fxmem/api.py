@@ -43,6 +43,7 @@ from fxmem.verify import verify_step
 DEFAULT = ("recompute", "lossless")
 ALLOWED = (*DEFAULT, "quantize")
 LATER = ("offload",)
+COMPILERS = ("eager", "inductor")
 
 NOTHING_TO_PLAN = (
     "nothing in this step needs a gradient, so nothing is saved for a backward.\n"
@@ -87,10 +88,12 @@ def optimize(
     reserve: bytes outside the step, or the optimizer whose state they are.  On CUDA, what cuBLAS
     keeps for itself is added: 64 MiB on an H100.
     on_infeasible: ``"raise"``, or ``"best"``: take the smallest plan and warn.
+    compiler: ``"eager"`` runs operator by operator; ``"inductor"`` fuses, and runs one step to measure it.
     plan: a Plan, or the path of one, to replay instead of planning.
     verify: run one step, compare predicted and measured peak, and gradients with the unchanged step.
 
-    Gradients are bitwise those of the step without a plan, unless ``"quantize"`` is allowed.
+    Gradients are bitwise those of the step without a plan, unless ``"quantize"`` is allowed; with
+    Inductor they are those up to what fused arithmetic rounds otherwise.
     Raises ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``,
     ``VerificationError``.
     """
@@ -264,17 +267,15 @@ def options_of(
     noise: float | Noise = 0.01,
     reserve: Any = 0,
     on_infeasible: str = "raise",
-    compiler: str = "eager",
+    compiler: str | None = "eager",
     cost: Any = "auto",
     plan: Any = None,
 ) -> Options:
     """Checked options.  Raises ``FxmemError`` naming what was read and what is accepted."""
     if on_infeasible not in ("raise", "best"):
         raise FxmemError(f"on_infeasible should be 'raise' or 'best', not {on_infeasible!r}")
-    if compiler != "eager":
-        raise FxmemError(
-            f"compiler should be 'eager', not {compiler!r}: graphs run op by op so far"
-        )
+    if compiler not in (None, *COMPILERS):
+        raise FxmemError(f"compiler should be 'eager' or 'inductor', not {shown(compiler)}")
     return Options(
         budget=Budget.parse(budget),
         outside=read_reserve(reserve),
@@ -283,6 +284,7 @@ def options_of(
         cost=_read_cost(cost),
         plan=_read_plan(plan),
         noise=_read_noise(noise),
+        compiler=compiler,
     )
 
 

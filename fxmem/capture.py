@@ -91,9 +91,19 @@ class Capture:
         forward: fx.GraphModule,
         backward: fx.GraphModule,
         run_backward: _torch.BoxedCallable,
+        run_forward: _torch.BoxedCallable | None = None,
     ) -> Callable[..., Any]:
-        """The step again, called as ``step(model, loss_fn, args, kwargs, loss_inputs)``."""
-        compiled = _torch.joint_compile(self._exported, forward, backward, boxed, run_backward)
+        """The step again, called as ``step(model, loss_fn, args, kwargs, loss_inputs)``.
+
+        run_forward: code of the forward, where it does not run operator by operator.
+        """
+
+        def compile_forward(module: fx.GraphModule) -> _torch.BoxedCallable:
+            return run_forward or boxed(module)
+
+        compiled = _torch.joint_compile(
+            self._exported, forward, backward, compile_forward, run_backward
+        )
         return _torch.dynamo_callable(self._output, training_step, compiled)
 
 
@@ -186,7 +196,7 @@ def joint_graph(
     roles: one for each input of the graph that was differentiated.
     """
     _refuse_unknown_sizes(module)
-    _tag_backward(module)
+    tag_backward(module)
     _own_tangents(module)
     descriptions = module.graph.output_node().meta["desc"]
     kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
@@ -238,7 +248,7 @@ def _without_regenerated(
     )
 
 
-def _tag_backward(module: fx.GraphModule) -> None:
+def tag_backward(module: fx.GraphModule) -> None:
     """Whatever depends on a tangent runs in the backward.
 
     Autograd's tags miss the body of a user's own backward function.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -31,9 +32,13 @@ def saved_tensors(graph: JointGraph) -> list[fx.Node]:
     return [n for n in graph.nodes if n in read and not is_backward(n) and n.op != "get_attr"]
 
 
-def split(graph: JointGraph) -> Split:
-    """Forward and backward modules of a joint graph; the graph itself is left as it is."""
-    saved = saved_tensors(graph)
+def split(graph: JointGraph, saved: Sequence[fx.Node] | None = None) -> Split:
+    """Forward and backward modules of a joint graph; the graph itself is left as it is.
+
+    saved: what to save instead of what the backward's nodes read; the backward makes the rest again.
+    """
+    if saved is None:
+        saved = saved_tensors(graph)
     forward, backward = _torch.extract_modules(
         graph.module,
         [n for n in saved if not is_symbolic_scalar(n)],

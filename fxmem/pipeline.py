@@ -81,7 +81,7 @@ class Options:
     """``optimize``'s keywords, checked; see there.
 
     outside: what ``reserve`` was read from.  library: bytes outside the step, too, that the device's
-    libraries hold.
+    libraries hold.  compiler: None for the one that goes with the device.
     """
 
     budget: Budget
@@ -92,6 +92,11 @@ class Options:
     cost: CostModel | Literal["measure"] | None = None
     plan: Plan | None = None
     noise: Noise = field(default_factory=Noise)
+    compiler: str | None = "eager"
+
+    def uses_inductor(self, device: torch.device) -> bool:
+        """Does Inductor write the code?  Where nobody said, it does on CUDA."""
+        return (self.compiler or ("inductor" if device.type == "cuda" else "eager")) == "inductor"
 
     @property
     def reserve(self) -> int:
@@ -105,7 +110,9 @@ class Planned:
 
     plan: what was promised.  graph: the rewritten joint graph, for every tangent.  split: its two
     halves.  undefined: names of the tangents that nobody is expected to send.  line, before: when each
-    storage lives, as planned and with everything kept.  memory: of each operator, where it was asked for.
+    storage lives, as planned and with everything kept.  functional: the graph before any operator
+    wrote over an operand, for compilers that reuse memory themselves.  memory: of each operator, where it
+    was asked for.
     """
 
     plan: Plan
@@ -114,6 +121,7 @@ class Planned:
     undefined: tuple[str, ...]
     line: MemoryTimeline = field(repr=False)
     before: MemoryTimeline = field(repr=False)
+    functional: JointGraph = field(repr=False)
     memory: BeforeAfter | None = field(default=None, repr=False)
 
 
@@ -371,16 +379,16 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     if budget is not None:
         limit = limit_for(budget, analysis.flow.loss_outside > 0, analysis.device)
     analysis, choice, floor = _choose(analysis, options, limit)
-    rewritten, halves, line = rewrite(analysis, choice)
+    rewritten, halves, line, functional = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
-        choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
+        choice, rewritten, halves, line, functional = _settle(analysis, options, limit, choice)
     whole = analysis.whole or analysis
     before = timeline(split(whole.expected), whole.workspaces)
     plan = explain(analysis, options, budget, choice, before, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise (infeasible if options.plan is None else too_large)(plan)
     watched = memory_of(analysis, before, line) if memory else None
-    return Planned(plan, rewritten, halves, analysis.undefined, line, before, watched)
+    return Planned(plan, rewritten, halves, analysis.undefined, line, before, functional, watched)
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
@@ -563,15 +571,19 @@ def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
     return next((choice for choice in choices if choice.outcome.peak <= budget), None)
 
 
-def rewrite(analysis: Analysis, choice: Choice) -> tuple[JointGraph, Split, MemoryTimeline]:
+Rewritten = tuple[JointGraph, Split, MemoryTimeline, JointGraph]
+"""A graph as it runs, its halves, its timeline, and the graph before it wrote over operands."""
+
+
+def rewrite(analysis: Analysis, choice: Choice) -> Rewritten:
     """Apply a choice to the graph with every tangent, and time what is expected to run of it."""
     graph = recompute_pass(analysis.flow, analysis.planner, choice).apply(analysis.graph)
     _refuse_unplanned_noise(UncodePass().apply(graph))
-    rewritten, halves, line = _timed(analysis, UncodePass().apply(graph))
+    rewritten, halves, line, functional = _timed(analysis, UncodePass().apply(graph))
     if line.peak(graph.bindings()).nbytes > choice.outcome.peak:
         full = _above(line, graph, choice.outcome.peak)
         return _timed(analysis, UncodePass(full).apply(graph))
-    return rewritten, halves, line
+    return rewritten, halves, line, functional
 
 
 def _refuse_unplanned_noise(graph: JointGraph) -> None:
@@ -582,9 +594,9 @@ def _refuse_unplanned_noise(graph: JointGraph) -> None:
         raise VerificationError(f"codes that were not planned add noise: {made}")
 
 
-def _timed(analysis: Analysis, graph: JointGraph) -> tuple[JointGraph, Split, MemoryTimeline]:
-    graph, halves, run, table = as_run(graph, analysis.workspaces, analysis.device)
-    return graph, halves, timeline(run, table)
+def _timed(analysis: Analysis, functional: JointGraph) -> Rewritten:
+    graph, halves, run, table = as_run(functional, analysis.workspaces, analysis.device)
+    return graph, halves, timeline(run, table), functional
 
 
 def _above(line: MemoryTimeline, graph: JointGraph, peak: int) -> frozenset[str]:
@@ -614,7 +626,7 @@ def as_run(
 
 def _settle(
     analysis: Analysis, options: Options, budget: int | None, choice: Choice
-) -> tuple[Choice, JointGraph, Split, MemoryTimeline]:
+) -> tuple[Choice, JointGraph, Split, MemoryTimeline, JointGraph]:
     """Plan again for a little less while the rewritten graph peaks above what was simulated.
 
     The two differ by bytes, where a second run returns less or copies more than the first.
@@ -622,7 +634,7 @@ def _settle(
     bindings = analysis.graph.bindings()
     target = budget
     for _ in range(4):
-        graph, halves, line = rewrite(analysis, choice)
+        graph, halves, line, functional = rewrite(analysis, choice)
         over = line.peak(bindings).nbytes - (budget or 0)
         if budget is None or target is None or over <= 0 or options.plan is not None:
             break
@@ -631,7 +643,7 @@ def _settle(
         if again is None:
             break
         choice = replace(again, bound=choice.bound)  # which is of the budget that was asked for
-    return choice, graph, halves, line
+    return choice, graph, halves, line, functional
 
 
 def recompute_pass(flow: Dataflow, planner: Planner, choice: Choice) -> RecomputePass:

@@ -17,8 +17,9 @@ import torch
 from torch import fx, nn
 
 from fxmem import _torch
-from fxmem.backward import Backward, refuse_autocast
+from fxmem.backward import refuse_autocast
 from fxmem.capture import StepCall, capture
+from fxmem.code import step_code
 from fxmem.dynamic import Bounds, Names, Sizes, corners, marked, sizes_by_name, sizes_of
 from fxmem.errors import FxmemError
 from fxmem.graph import Role
@@ -129,11 +130,11 @@ def build_program(call: StepCall, options: Options, names: Names) -> Program:
             return Program(captured.matches, _run_eagerly, None, None, None)
         analysis = analyze(captured.graph, call, unchanged, options.cost, captured.examples)
         here = sizes_by_name(call, names)
-        planned, validity = decided(analysis, options, here, memory=True)
-        backward = Backward(planned, captured.graph)
-        forward = planned.split.forward
+        found = decided(analysis, options, here, memory=True)
+        coded, validity = step_code(analysis, options, captured.graph, found, here)
+        planned, backward, forward = coded.planned, coded.backward, coded.split.forward
         shown = readable(captured.graph, forward, backward.module)
-        run = captured.compile(forward, planned.split.backward, backward)
+        run = captured.compile(forward, coded.split.backward, backward, coded.forward)
         sizes = sizes_of(call, names)
         seeded = any(n.target is step_seed for n in forward.graph.nodes)
         return Program(

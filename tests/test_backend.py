@@ -463,7 +463,7 @@ def test_backward_inside_autocast_is_refused():
         ({"budget": "1GiB", "zzz": 1}, "unknown option 'zzz'; known: budget, allow"),
         ({"budget": "1GiB", "verify": True}, "not for the backend: a backend runs no step"),
         ({"budget": "1GiB", "dynamic_shapes": {}}, "dynamic=True"),
-        ({"budget": "1GiB", "compiler": "inductor"}, "op by op so far"),
+        ({"budget": "1GiB", "compiler": "ninja"}, "'eager' or 'inductor', not 'ninja'"),
         ({"budget": "20"}, "cannot read"),
         ({"budget": "1GiB", "allow": "quantize"}, "not for the backend: it measures"),
     ],

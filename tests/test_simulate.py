@@ -39,7 +39,7 @@ def choices(captured: Captured, seed: int) -> list[Choice]:
 
 def rewritten(captured: Captured, whole: Planned, choice: Choice) -> tuple[Planned, MemoryTimeline]:
     """The step with a choice applied, and the timeline of what is expected to run of it."""
-    graph, halves, line = rewrite(captured.analysis, choice)
+    graph, halves, line, _ = rewrite(captured.analysis, choice)
     return dataclasses.replace(whole, graph=graph, split=halves), line
 
 

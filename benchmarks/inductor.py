@@ -1,0 +1,266 @@
+"""Inductor's code for a planned step: are budgets kept, and how fast is it beside torch.compile's own?
+
+``--keep`` plans families at shares of the unchanged peak and measures each step.  ``--speed`` times, in
+turns and on one thread: torch.compile as it is beside a budget of what eager peaks at; and at each peak
+that a peer reaches (``activation_memory_budget``, compiled checkpoints by block) fxmem with those bytes.
+``--compile`` compares seconds of processor time from nothing to the first step's end, caches empty.
+
+    python benchmarks/inductor.py --keep --families gpt2 resnet --size tiny
+    python benchmarks/inductor.py --speed --families gpt2 --size small
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import logging
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import with_checkpoints
+from steps import FAMILIES, HERE, Step, keep_freed_memory, loss_of
+from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_inductor_cache
+
+import fxmem
+from fxmem.measure import cpu_allocations
+
+RESULTS = HERE / "results" / "inductor-cpu.json"
+BUDGETS = ("0.6x", "0.4x")
+SHARES = (0.5, 0.2)
+EVERY = (1, 2)
+
+Run = Callable[[], Any]
+
+
+def added_peak(model: nn.Module, run: Run) -> int:
+    """Bytes that a step adds at its peak to what is there before it."""
+    model.zero_grad(set_to_none=True)
+    peak = max(accumulate(cpu_allocations(run)[0]), default=0)
+    model.zero_grad(set_to_none=True)
+    return peak
+
+
+def training(module: Any, step: Step) -> Run:
+    def run() -> Any:
+        outputs = module(*step.args, **step.kwargs)
+        loss_of(outputs).backward()
+        return outputs
+
+    return run
+
+
+def gradients(model: nn.Module, run: Run) -> list[torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    run()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Norm of the difference of all gradients / norm of the first ones."""
+    off = sum(
+        float((a.double() - b.double()).square().sum()) for a, b in zip(left, right, strict=True)
+    )
+    return float((off / sum(float(a.double().square().sum()) for a in left)) ** 0.5)
+
+
+class Warned(logging.Handler):
+    """Counts what fxmem warns of: steps that run operator by operator after all."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += "operator by operator" in record.getMessage()
+
+
+def optimized(step: Step, budget: Any) -> tuple[fxmem.OptimizedModule, bool]:
+    """The step by Inductor, and whether it fell back to running operator by operator."""
+    handler = Warned()
+    logger = logging.getLogger("fxmem.inductor")
+    logger.addHandler(handler)
+    try:
+        module = fxmem.optimize(
+            step.model, budget, step.args, example_kwargs=step.kwargs, compiler="inductor"
+        )
+    finally:
+        logger.removeHandler(handler)
+    return module, bool(handler.count)
+
+
+# -- Budgets -----------------------------------------------------------------------------------------
+
+
+def keep(family: str, size: str) -> Iterator[dict[str, Any]]:
+    """One row a budget: what was measured beside the budget and the prediction."""
+    eager = Step(family, size, "cpu")
+    want = gradients(eager.model, training(eager.model, eager))
+    for budget in BUDGETS:
+        row: dict[str, Any] = {"family": family, "size": size, "budget": budget}
+        step = Step(family, size, "cpu")
+        start = time.perf_counter()
+        try:
+            module, fell_back = optimized(step, budget)
+        except fxmem.BudgetInfeasibleError:
+            yield {**row, "refused": True}
+            continue
+        run = training(module, step)
+        row["seconds_to_compile"] = round(time.perf_counter() - start, 1)
+        row["gradients_off"] = distance(want, gradients(step.model, run))
+        peak = added_peak(step.model, run) + module.plan.resident
+        plan = module.plan
+        row["of_budget"], row["of_predicted"] = peak / plan.budget, peak / plan.predicted_peak
+        row["predicted_overhead"], row["op_by_op"] = plan.predicted_overhead, fell_back
+        yield row
+
+
+# -- Speed -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def variant(step: Step, kind: str, value: Any) -> Iterator[Any]:
+    """The step's model as torch.compile runs it: as it is, by ratio, with checkpoints."""
+    torch._dynamo.reset()
+    with contextlib.ExitStack() as stack:
+        if kind == "ratio":
+            stack.enter_context(torch._functorch.config.patch(activation_memory_budget=value))
+        if kind == "checkpoint":
+            stack.enter_context(with_checkpoints(step, value))
+        yield torch.compile(step.model)
+
+
+def in_turns(left: Run, right: Run, rounds: int) -> tuple[float, float]:
+    """Median seconds of the left one, and the median ratio of the right one's beside them."""
+    for run in (left, right):
+        run()
+    pairs = []
+    for n in range(rounds):
+        seconds = {}
+        for run in (left, right) if n % 2 else (right, left):
+            start = time.process_time()
+            run()
+            seconds[run] = time.process_time() - start
+        pairs.append((seconds[left], seconds[right] / seconds[left]))
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+
+
+def speed(family: str, size: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """One row a peer's point: its peak, fxmem's within those bytes, and the ratio of their times."""
+    peers: list[tuple[str, Any]] = [("default", None)]
+    peers += [("checkpoint", every) for every in EVERY]
+    peers += [("ratio", share) for share in SHARES]
+    seen: set[int] = set()
+    for kind, value in peers:
+        theirs, mine = Step(family, size, "cpu"), Step(family, size, "cpu")
+        row: dict[str, Any] = {"family": family, "size": size, "peer": kind, "value": value}
+        with variant(theirs, kind, value) as compiled:
+            their_run = training(compiled, theirs)
+            their_run()
+            peak = added_peak(theirs.model, their_run)
+            if peak in seen:
+                continue
+            seen.add(peak)
+            row["peer_added_peak"] = peak
+            resident = fxmem.plan(
+                mine.model, "1TiB", mine.args, example_kwargs=mine.kwargs
+            ).resident
+            budget: Any = "1TiB" if kind == "default" else resident + peak
+            try:
+                module, row["op_by_op"] = optimized(mine, budget)
+            except fxmem.BudgetInfeasibleError as error:
+                yield {**row, "refused": True, "smallest_peak": error.smallest_peak - resident}
+                continue
+            my_run = training(module, mine)
+            my_run()
+            row["added_peak"] = added_peak(mine.model, my_run)
+            row["seconds"], row["time_beside"] = in_turns(their_run, my_run, rounds)
+        yield row
+
+
+# -- Compilation -------------------------------------------------------------------------------------
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the compilers that it has waited for."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in both)
+
+
+def compilation(family: str, size: str) -> dict[str, Any]:
+    """Processor seconds from nothing to the first step's end, with empty caches."""
+    row: dict[str, Any] = {"family": family, "size": size}
+    warm = nn.Linear(2, 2)
+    torch.compile(warm)(torch.ones(1, 2)).sum().backward()  # what the process does once
+    for name, make in (
+        ("torch.compile", lambda step: torch.compile(step.model)),
+        ("fxmem at 1TiB", lambda step: optimized(step, "1TiB")[0]),
+        ("fxmem at 0.7x", lambda step: optimized(step, "0.7x")[0]),
+    ):
+        step = Step(family, size, "cpu")
+        torch._dynamo.reset()
+        with fresh_inductor_cache(), inductor_config.patch(compile_threads=1):
+            start = cpu_seconds()
+            try:
+                training(make(step), step)()
+                row[name] = round(cpu_seconds() - start, 1)
+            except fxmem.BudgetInfeasibleError:
+                row[name] = None
+    return row
+
+
+# -- The script --------------------------------------------------------------------------------------
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is about: a later run of the same replaces it."""
+    return tuple(row.get(name) for name in ("family", "size", "budget", "peer", "value"))
+
+
+def write(path: Path, kind: str, row: dict[str, Any]) -> None:
+    """Put a row in the place of an older one, as soon as it is there: compiling takes minutes."""
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    known[kind] = [*(old for old in known.get(kind, []) if key(old) != key(row)), row]
+    known["torch"] = torch.__version__
+    known["date"] = datetime.date.today().isoformat()
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    print(kind, row, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    for kind in ("keep", "speed", "compile"):
+        parser.add_argument(f"--{kind}", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    inductor_config.fallback_random = True  # torch.compile then draws what eager draws
+    keep_freed_memory()
+    for family in given.families:
+        jobs: dict[str, Iterator[dict[str, Any]]] = {}
+        if given.keep:
+            jobs["keep"] = keep(family, given.size)
+        if given.speed:
+            jobs["speed"] = speed(family, given.size, given.rounds)
+        if given.compile:
+            jobs["compile"] = iter([compilation(family, given.size)])
+        for kind, rows in jobs.items():
+            for row in rows:
+                write(given.out, kind, row)
+
+
+if __name__ == "__main__":
+    main()

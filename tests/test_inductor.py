@@ -1,0 +1,195 @@
+"""Inductor's code for a planned step: the plan survives, the budget is kept, gradients are eager's."""
+
+import copy
+import logging
+import operator
+from itertools import accumulate
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_backend import Net, batch, seeded, stepped
+from torch import nn
+
+import fxmem
+from fxmem import _torch_inductor, backend, inductor
+from fxmem.backend_session import Session
+from fxmem.emit import boxed
+from fxmem.measure import cpu_allocations
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    if "fxmem" not in torch._dynamo.list_backends(()):  # a checkout that is not installed
+        torch._dynamo.register_backend(backend.fxmem, name="fxmem")
+    torch._dynamo.reset()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Inductor's graphs without its kernels: what it would compile runs operator by operator."""
+    monkeypatch.setattr(_torch_inductor, "inductor", lambda module, **_: (boxed(module), {}))
+
+
+def assert_close(want, got):
+    """Random numbers are the same ones; sums may be rounded otherwise."""
+    assert torch.equal(want["generator"], got["generator"])
+    for name, gradient in want["gradients"].items():
+        other = got["gradients"][name]
+        assert (gradient is None) == (other is None), name
+        if gradient is not None:
+            assert other.stride() == gradient.stride(), name
+            rounded = 1e-5 * gradient.abs().max().item()
+            torch.testing.assert_close(other, gradient, rtol=0, atol=rounded)
+    torch.testing.assert_close(got["loss"], want["loss"])
+    for name, buffer in want["buffers"].items():
+        torch.testing.assert_close(got["buffers"][name], buffer)
+
+
+def measured(step, model, x):
+    def run():
+        torch.manual_seed(7)
+        loss = step(x)
+        loss.backward()
+        return loss
+
+    model.zero_grad(set_to_none=True)
+    return max(accumulate(cpu_allocations(run)[0]))
+
+
+def products(module):
+    names = ("mm", "addmm", "bmm", "convolution")
+    return sum(getattr(n.target, "_opname", "") in names for n in module.graph.nodes)
+
+
+# -- With Inductor's kernels -------------------------------------------------------------------------
+
+
+def test_a_step_keeps_its_budget_and_eagers_dropout():
+    model, x = seeded(Net), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    step = fxmem.optimize(model, "0.6x", (x,), compiler="inductor")
+    assert_close(want, stepped(step, model, x))
+    assert step.plan.recomputed
+    peak = measured(step, model, x) + step.plan.resident
+    assert peak <= step.plan.budget
+    assert peak == pytest.approx(step.plan.predicted_peak, rel=0.03)
+    assert "FITS" in str(step.report())
+
+
+def test_the_backend_takes_what_torch_compile_would_save_where_there_is_room():
+    model, x = seeded(Net), batch(256)
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = torch.compile(plain := copy.deepcopy(model))
+        want = stepped(compiled, plain, x)
+        theirs = measured(compiled, plain, x)
+    step = torch.compile(model, backend="fxmem", options={"budget": "1GiB", "compiler": "inductor"})
+    assert_close(want, stepped(step, model, x))
+    (plan,) = fxmem.plans(step)
+    mine = measured(step, model, x)
+    assert mine == pytest.approx(plan.predicted_peak - plan.resident, rel=0.03)
+    assert mine == pytest.approx(theirs, rel=0.03)
+    loss = step(x)
+    loss.backward(retain_graph=True)  # no saved tensor was written over
+    loss.backward()
+
+
+# -- The graphs that it compiles -----------------------------------------------------------------------
+
+
+def test_twins_survive(interpreted):
+    model, x = seeded(Net), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    roomy = fxmem.optimize(copy.deepcopy(model), "1TiB", (x,), compiler="inductor")
+    tight = fxmem.optimize(model, "0.6x", (x,), compiler="inductor")
+    assert tight.plan.recomputed
+    assert products(tight.backward_graph) > products(roomy.backward_graph)
+    assert products(tight.forward_graph) == products(roomy.forward_graph)
+    assert_close(want, stepped(tight, model, x))
+    targets = [n.target for n in tight.forward_graph.graph.nodes]
+    assert torch.ops.aten.gelu.default not in targets  # in Inductor's operators
+
+
+class Heads(nn.Module):
+    """Returns a loss and what it is of; batch normalization, masks and a view between."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.out = nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = F.relu(self.norm(self.up(x))).view(-1, 2, 32).sum(1)
+        logits = self.out(F.relu(self.up(x)))
+        return logits.square().mean(), logits
+
+
+@pytest.mark.parametrize("budget", ["1TiB", "min"])
+def test_gradients_that_come_or_do_not(interpreted, budget):
+    model, x = seeded(Heads), batch(256)
+
+    def both(step):
+        return lambda x: operator.add(*(y.sum() for y in step(x)))
+
+    def first(step):
+        return lambda x: step(x)[0]
+
+    eager = copy.deepcopy(model)
+    step = fxmem.optimize(model, budget, (x,), compiler="inductor", on_infeasible="best")
+    for run in (first, both, first):
+        assert_close(stepped(run(eager), eager, x), stepped(run(step), model, x))
+
+
+def test_sizes_that_change(interpreted):
+    model = seeded(Net)
+    shapes = {"x": {0: "B"}}
+    step = fxmem.optimize(model, "0.7x", (batch(64),), dynamic_shapes=shapes, compiler="inductor")
+    for rows in (64, 48):
+        want = stepped(eager := copy.deepcopy(model), eager, batch(rows))
+        assert_close(want, stepped(step, model, batch(rows)))
+    assert len(step._session.programs) == 1
+
+
+def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog):
+    monkeypatch.setattr(inductor, "_peak", lambda *_: 1 << 40)
+    model, x = seeded(Net), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    with caplog.at_level(logging.WARNING, logger="fxmem"):
+        step = fxmem.optimize(model, "0.7x", (x,), compiler="inductor")
+    assert "runs operator by operator" in caplog.text
+    got = stepped(step, model, x)
+    assert all(torch.equal(want["gradients"][n], g) for n, g in got["gradients"].items())
+    assert step.plan.predicted_peak <= step.plan.budget
+
+
+# -- Planning again -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "added", "target"),
+    [
+        (900, 950, 1.0, None),  # it fits, and little room is left
+        (900, 1050, 1.0, 840),  # 50 too many, and the margin of 10
+        (900, 600, 0.0, None),  # nothing to gain
+        (900, 600, 1.0, 1250),  # 400 of room, less half of what may be left
+    ],
+)
+def test_when_to_plan_again(predicted, measured, added, target):
+    plan = SimpleNamespace(budget=1000, predicted_peak=predicted, smallest=False)
+    plan.added_seconds = added
+    first = SimpleNamespace(planned=SimpleNamespace(plan=SimpleNamespace(predicted_peak=measured)))
+    options = SimpleNamespace(plan=None)
+    planned = SimpleNamespace(plan=plan)
+    assert inductor._second_target(planned, first, options) == target
+
+
+def test_what_goes_with_the_device():
+    options = backend.read({"budget": "1GiB"})
+    assert options.uses_inductor(torch.device("cuda"))
+    assert not options.uses_inductor(torch.device("cpu"))
+    asked = Session(None, backend.read({"budget": "1GiB", "compiler": "eager"})).options
+    assert not asked.uses_inductor(torch.device("cuda"))
