@@ -40,6 +40,7 @@ from fxmem.ledger import Around, Part, around, part_of, shares, step_peak
 from fxmem.pipeline import Options, Planned, Unchanged, analyze, device_of, unchanged_step
 from fxmem.plan import Plan
 from fxmem.report import Report
+from fxmem.shards import gathered, reads_gathered, resident_bytes, with_parallelism
 from fxmem.sizes import hint, storages_in
 from fxmem.units import format_bytes, shown
 from fxmem.validity import Validity, decided
@@ -60,7 +61,7 @@ def fxmem(
     Dynamo's: ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``.
     """
     try:
-        session = _session(options, mode)
+        session = _session(options, mode, example_inputs)
         graph = Graph(module, list(example_inputs), session)
     except FxmemError as error:
         return _raising(error)
@@ -83,7 +84,8 @@ def plans(compiled: nn.Module) -> list[Plan]:
         raise FxmemError(
             f"plans takes a module that torch.compile returned, not {type(compiled).__name__}"
         )
-    mine = {id(tensor) for tensor in (*compiled.parameters(), *compiled.buffers())}
+    states = (*compiled.parameters(), *compiled.buffers())
+    mine = {id(tensor) for tensor in (*states, *gathered(states))}
     found = [
         (program.number, program.plan)
         for session in list(_sessions.values())
@@ -197,22 +199,23 @@ class Graph:
         self.number = next(_numbers)
         self.module = module
         self.session = session
-        self.more_follows = _torch.follows_a_break(module)
+        self.more_follows = (
+            _torch.follows_a_break(module)
+            or any(map(_torch.is_fake, example_inputs))  # so DDP's cut of a model is traced
+            or reads_gathered(example_inputs)
+        )
         self.name = _title(module)
         nodes = module.graph.find_nodes(op="placeholder")
         values = list(zip(nodes, example_inputs, strict=True))
         self.roles = [_role(node, value) for node, value in values]
-        self.states = {
-            id(value): weakref.ref(value)
-            for value in example_inputs
-            if isinstance(value, torch.Tensor)
-        }
+        self.states = _references(example_inputs)
         self.size_places = [
             i for i, (_, v) in enumerate(values) if isinstance(v, (int, torch.SymInt))
         ]
         self.programs: dict[tuple[Key, ...], Program] = {}
         self.plain: Callable[..., Any] | None = None
         self.error: FxmemError | None = None
+        self.has_run = False
         session.graphs.append(weakref.ref(self))
         # Now, because what tracing assumes of sizes becomes guards of Dynamo's.
         self.tracing = True
@@ -229,6 +232,9 @@ class Graph:
             error, self.error = self.error, None
             raise error
         with self.session.lock:
+            if not self.has_run:
+                # DDP cuts a model into graphs that are traced with stand-ins.
+                self.has_run, self.states = True, _references(args)
             use = self.session.enter(self, args)
         outputs = use.seen.program.run(*args)
         use.returned(outputs)
@@ -236,7 +242,7 @@ class Graph:
         return outputs
 
     def reads(self, tensors: set[int]) -> bool:
-        """Is one of these, by identity, among the tensors that it was traced with?"""
+        """Is one of these, by identity, among the tensors that it is given?"""
         return any(key in tensors and ref() is not None for key, ref in self.states.items())
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
@@ -368,6 +374,10 @@ def _surround(graph: JointGraph, around: Around | None) -> None:
         nbytes = sum(int(hint(n)) for n in every.values())
     for tangent in graph.placeholders(Role.TANGENT):
         tangent.meta[INSTEAD_OF_LOSS], nbytes = nbytes, 0
+
+
+def _references(values: Sequence[Any]) -> dict[int, weakref.ref[torch.Tensor]]:
+    return {id(v): weakref.ref(v) for v in values if isinstance(v, torch.Tensor)}
 
 
 def _bare(module: fx.GraphModule) -> fx.GraphModule:
@@ -584,7 +594,7 @@ class Session:
         keys = tuple(seen.key for seen in uses)
         if all(not seen.program.provisional for seen in uses):
             return  # nothing ran, or all of it as planned for this step
-        resident = sum(_residents(uses).values())
+        resident = resident_bytes(_residents(uses))
         parts = tuple(seen.program.part for seen in uses)
         whole = [seen.program.whole for seen in uses]
         budget = self._resolved(step_peak(whole, resident), uses[0].program)
@@ -628,7 +638,7 @@ class Session:
             for key in use.made:
                 residents.pop(key, None)
         parts = [*(use.program.part for use in uses), program.part]
-        peak = step_peak(parts, sum(residents.values()))
+        peak = step_peak(parts, resident_bytes(residents))
         if budget is not None and peak > budget:
             # The graphs before may have been planned as if nothing followed: next time they know.
             graph.programs[path] = program
@@ -714,10 +724,12 @@ _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictiona
 """By the identity of the options' dictionary, which ``torch.compile`` hands on unchanged."""
 
 
-def _session(options: Mapping[str, Any] | None, mode: str | None) -> Session:
+def _session(options: Mapping[str, Any] | None, mode: str | None, inputs: Sequence[Any]) -> Session:
     known = _sessions.get(id(options))
     if known is None or known.given is not options:
-        known = Session(options, read(options, mode))
+        found = read(options, mode)
+        found = replace(found, outside=with_parallelism(found.outside, inputs))
+        known = Session(options, found)
         _sessions[id(options)] = known
     return known
 

@@ -16,6 +16,7 @@ FLOORS = {
     "fxmem/_torch.py": 0,
     "fxmem/_transformers.py": 0,
     "fxmem/_torch_profiler.py": 0,
+    "fxmem/_torch_distributed.py": 0,
     "fxmem/triton_kernels.py": 0,
     "fxmem/seeds.py": 0,
     "fxmem/untouched.py": 0,
@@ -57,6 +58,7 @@ FLOORS = {
     "fxmem/plan.py": 3,
     "fxmem/readable.py": 3,
     "passes/__init__.py": 3,
+    "fxmem/ranks.py": 4,
     "passes/base.py": 4,
     # numbers for a whole step
     "fxmem/liveness.py": 4,
@@ -66,6 +68,7 @@ FLOORS = {
     "fxmem/page.py": 4,
     "fxmem/dynamic.py": 4,
     "fxmem/scaling.py": 4,
+    "fxmem/shards.py": 4,
     "fxmem/dataflow.py": 5,
     "fxmem/ledger.py": 5,
     "fxmem/categories.py": 5,
@@ -123,6 +126,7 @@ FLOORS = {
     "fxmem/sizing.py": 17,
     "fxmem/doctor.py": 17,
     "fxmem/backend.py": 17,
+    "fxmem/trainers.py": 18,
     "fxmem/__init__.py": 18,
     # programs that use the library as everybody does
     "fxmem/demo_models.py": 19,
