@@ -25,6 +25,7 @@ from torch import fx
 from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import fullgraph_capture
+from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.hooks import Hooks
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.torch import tracing_state_functions
@@ -338,6 +339,12 @@ def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, so that Dynamo traces it also where it stands in one of torch's own files."""
+    found: Callable[..., Any] = wrap_inline(function)
+    return found
+
+
 def traced_anew() -> contextlib.AbstractContextManager[Any]:
     """Inside, AOTAutograd traces as if no trace of Dynamo's were going on; sizes are constants."""
     return tracing(TracingContext(FakeTensorMode(allow_non_fake_inputs=True)))
@@ -366,6 +373,10 @@ def follows_a_break(module: fx.GraphModule) -> bool:
     """Did Dynamo end this graph because it could not go on, so that more of the step follows?"""
     reason = getattr(module, "compile_subgraph_reason", None)
     return bool(reason is not None and reason.graph_break)
+
+
+def is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
 
 
 def autograd_off() -> contextlib.AbstractContextManager[Any]:
@@ -514,10 +525,6 @@ def cudnn_reserve_nbytes(x: torch.Tensor) -> int:
 
 def fake_mode_of(output: Any) -> FakeTensorMode:
     return output.backend_input.fake_mode
-
-
-def is_fake(value: object) -> bool:
-    return isinstance(value, FakeTensor)
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -12,6 +12,7 @@ import difflib
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -23,6 +24,7 @@ from fxmem.backend_session import Session
 from fxmem.errors import FxmemError
 from fxmem.pipeline import Options
 from fxmem.plan import Plan
+from fxmem.shards import gathered, with_parallelism
 from fxmem.units import shown
 
 
@@ -39,7 +41,7 @@ def fxmem(
     Dynamo's: ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``.
     """
     try:
-        session = _session(options, mode)
+        session = _session(options, mode, example_inputs)
         graph = Graph(module, list(example_inputs), session)
     except FxmemError as error:
         return _raising(error)
@@ -62,7 +64,8 @@ def plans(compiled: nn.Module) -> list[Plan]:
         raise FxmemError(
             f"plans takes a module that torch.compile returned, not {type(compiled).__name__}"
         )
-    mine = {id(tensor) for tensor in (*compiled.parameters(), *compiled.buffers())}
+    states = (*compiled.parameters(), *compiled.buffers())
+    mine = {id(tensor) for tensor in (*states, *gathered(states))}
     found = [
         (program.number, program.plan)
         for session in list(_sessions.values())
@@ -130,10 +133,12 @@ _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictiona
 """By the identity of the options' dictionary, which ``torch.compile`` hands on unchanged."""
 
 
-def _session(options: Mapping[str, Any] | None, mode: str | None) -> Session:
+def _session(options: Mapping[str, Any] | None, mode: str | None, inputs: Sequence[Any]) -> Session:
     known = _sessions.get(id(options))
     if known is None or known.given is not options:
-        known = Session(options, read(options, mode))
+        found = read(options, mode)
+        found = replace(found, outside=with_parallelism(found.outside, inputs))
+        known = Session(options, found)
         _sessions[id(options)] = known
     return known
 

@@ -28,6 +28,7 @@ from fxmem.ledger import Around, Part, part_of
 from fxmem.pipeline import Options, Planned, Unchanged, analyze, unchanged_step
 from fxmem.plan import Plan
 from fxmem.report import Report
+from fxmem.shards import reads_gathered
 from fxmem.sizes import hint, storages_in
 from fxmem.validity import Validity, decided
 
@@ -83,22 +84,23 @@ class Graph:
         self.number = next(_numbers)
         self.module = module
         self.session = session
-        self.more_follows = _torch.follows_a_break(module)
+        self.more_follows = (
+            _torch.follows_a_break(module)
+            or any(map(_torch.is_fake, example_inputs))  # so DDP's cut of a model is traced
+            or reads_gathered(example_inputs)
+        )
         self.name = _title(module)
         nodes = module.graph.find_nodes(op="placeholder")
         values = list(zip(nodes, example_inputs, strict=True))
         self.roles = [_role(node, value) for node, value in values]
-        self.states = {
-            id(value): weakref.ref(value)
-            for value in example_inputs
-            if isinstance(value, torch.Tensor)
-        }
+        self.states = _references(example_inputs)
         self.size_places = [
             i for i, (_, v) in enumerate(values) if isinstance(v, (int, torch.SymInt))
         ]
         self.programs: dict[tuple[Key, ...], Program] = {}
         self.plain: Callable[..., Any] | None = None
         self.error: FxmemError | None = None
+        self.has_run = False
         session.graphs.append(weakref.ref(self))
         # Now, because what tracing assumes of sizes becomes guards of Dynamo's.
         self.tracing = True
@@ -115,6 +117,9 @@ class Graph:
             error, self.error = self.error, None
             raise error
         with self.session.lock:
+            if not self.has_run:
+                # DDP cuts a model into graphs that are traced with stand-ins.
+                self.has_run, self.states = True, _references(args)
             use = self.session.enter(self, args)
         outputs = use.seen.program.run(*args)
         use.returned(outputs)
@@ -122,7 +127,7 @@ class Graph:
         return outputs
 
     def reads(self, tensors: set[int]) -> bool:
-        """Is one of these, by identity, among the tensors that it was traced with?"""
+        """Is one of these, by identity, among the tensors that it is given?"""
         return any(key in tensors and ref() is not None for key, ref in self.states.items())
 
     def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
@@ -260,6 +265,10 @@ def _surround(graph: JointGraph, around: Around | None) -> None:
         nbytes = sum(int(hint(n)) for n in every.values())
     for tangent in graph.placeholders(Role.TANGENT):
         tangent.meta[INSTEAD_OF_LOSS], nbytes = nbytes, 0
+
+
+def _references(values: Sequence[Any]) -> dict[int, weakref.ref[torch.Tensor]]:
+    return {id(v): weakref.ref(v) for v in values if isinstance(v, torch.Tensor)}
 
 
 def _bare(module: fx.GraphModule) -> fx.GraphModule:

@@ -20,6 +20,7 @@ from fxmem.device import library_memory
 from fxmem.errors import BudgetInfeasibleError, FxmemError
 from fxmem.ledger import Around, Part, around, shares, step_peak
 from fxmem.pipeline import Options, device_of
+from fxmem.shards import resident_bytes
 from fxmem.sizes import storages_in
 from fxmem.units import format_bytes
 
@@ -202,7 +203,7 @@ class Session:
         keys = tuple(seen.key for seen in uses)
         if all(not seen.program.provisional for seen in uses):
             return  # nothing ran, or all of it as planned for this step
-        resident = sum(_residents(uses).values())
+        resident = resident_bytes(_residents(uses))
         parts = tuple(seen.program.part for seen in uses)
         whole = [seen.program.whole for seen in uses]
         budget = self._resolved(step_peak(whole, resident), uses[0].program)
@@ -246,7 +247,7 @@ class Session:
             for key in use.made:
                 residents.pop(key, None)
         parts = [*(use.program.part for use in uses), program.part]
-        peak = step_peak(parts, sum(residents.values()))
+        peak = step_peak(parts, resident_bytes(residents))
         if budget is not None and peak > budget:
             # The graphs before may have been planned as if nothing followed: next time they know.
             graph.programs[path] = program

@@ -195,6 +195,7 @@ def joint_graph(
 
     roles: one for each input of the graph that was differentiated.
     """
+    _refuse_subclasses(module, roles)
     _refuse_unknown_sizes(module)
     tag_backward(module)
     _own_tangents(module)
@@ -208,6 +209,26 @@ def joint_graph(
     graph = JointGraph(module, num_forward, inputs, kinds)
     graph.symbols.update(_symbols(graph, names))
     return graph.verified()
+
+
+def _refuse_subclasses(module: fx.GraphModule, roles: list[Input]) -> None:
+    """Tensors that are made of others, such as DTensor's, come apart: gradients no longer pair with inputs."""
+    nodes = module.graph.find_nodes(op="placeholder")
+    outputs = module.graph.output_node().meta.get("desc", ())
+    for description in (*(n.meta.get("desc") for n in nodes), *outputs):
+        if not type(description).__name__.startswith("Subclass"):
+            continue
+        while hasattr(description, "base"):
+            description = description.base
+        place = getattr(description, "idx", None)
+        whose = roles[place].name if isinstance(place, int) and place < len(roles) else "a result"
+        raise CaptureError(
+            f"{whose} is a tensor made of other tensors, as DTensor's of tensor parallelism are, and the "
+            "bytes of such parts are not planned yet.\n"
+            "  try     plain tensors where the plan should be: fully_shard or DistributedDataParallel with "
+            'torch.compile(block, backend="fxmem") on blocks that are not parallelized themselves; or '
+            'backend="inductor" for the model as it is'
+        )
 
 
 def _refuse_unknown_sizes(module: fx.GraphModule) -> None:

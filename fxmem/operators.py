@@ -15,6 +15,14 @@ from fxmem.sizes import tensors_in
 aten = torch.ops.aten
 
 _PURE_NAMESPACES = {"aten", "prims", "fxmem"}
+# A second call would wait for partners that do not call a second time.
+_OF_PROCESSES = {
+    "_c10d_functional",
+    "_c10d_functional_autograd",
+    "c10d_functional",
+    "c10d",
+    "symm_mem",
+}
 _declared_pure: set[Any] = set()
 
 # Atomics add in any order on CUDA, so that running these again changes low bits.
@@ -90,6 +98,8 @@ def refusal(node: fx.Node) -> str | None:
         return str(node.meta["fxmem_keep"])
     if not isinstance(target, torch._ops.OpOverload):
         return None if _is_plain_python(node) else "not an operator fxmem knows to be pure"
+    if target.namespace in _OF_PROCESSES:
+        return "talks to other processes"
     if target.namespace not in _PURE_NAMESPACES and target.overloadpacket not in _declared_pure:
         return f"custom operator {target.overloadpacket}: call fxmem.declare_pure if it is pure"
     if target._schema.is_mutable:

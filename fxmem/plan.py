@@ -307,6 +307,14 @@ class Plan:
             ) from error
 
     @classmethod
+    def parse(cls, text: str) -> Plan:
+        """A plan from the text of a plan file.  Raises ``PlanMismatchError`` as ``load`` does."""
+        try:
+            return _plan_from(_parsed(text))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise PlanMismatchError(f"not a plan that this version can read: {error}") from None
+
+    @classmethod
     def validate(cls, path: str | os.PathLike[str]) -> list[str]:
         """What is wrong with a plan file, a line each; empty if ``load`` takes it.
 
@@ -388,9 +396,11 @@ def _read(path: str | os.PathLike[str]) -> Any:
         text = file.read(_MAX_FILE_BYTES + 1)
     if len(text) > _MAX_FILE_BYTES:
         raise ValueError(f"larger than {_MAX_FILE_BYTES} bytes")
-    return json.loads(
-        text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant
-    )
+    return _parsed(text.decode())
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
 
 
 def _refuse_constant(text: str) -> Any:

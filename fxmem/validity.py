@@ -9,9 +9,10 @@ import torch
 
 from fxmem.boundary import largest
 from fxmem.decisions import infeasible, too_large
-from fxmem.errors import BudgetInfeasibleError
+from fxmem.errors import BudgetInfeasibleError, PlanMismatchError
 from fxmem.pipeline import Analysis, Options, Planned, as_run, decide, limit_for
 from fxmem.plan import Plan
+from fxmem.ranks import agreed
 from fxmem.symbolic import Trace, traced
 from fxmem.workspace import Workspaces, save_workspaces
 
@@ -99,8 +100,24 @@ def decided(
     """The plan, and where sizes may change, for which of them it holds.
 
     here: the sizes that may change, as they are in the example.  memory: as ``decide``'s.
+    In a job of several processes, all that plan this step get one plan.
     Raises ``BudgetInfeasibleError``, then with the largest sizes that fit.
     """
+    mine = _decided(analysis, options, here, memory)
+    if options.plan is not None:
+        return mine
+    plan = agreed(mine[0].plan)
+    if plan is mine[0].plan:
+        return mine
+    try:
+        return _decided(analysis, replace(options, plan=plan), here, memory)
+    except (BudgetInfeasibleError, PlanMismatchError):
+        return mine  # a budget that each rank reads from its own device
+
+
+def _decided(
+    analysis: Analysis, options: Options, here: Mapping[str, int], memory: bool
+) -> tuple[Planned, Validity | None]:
     if not here:
         return decide(analysis, options, memory=memory), None
     planned = decide(analysis, replace(options, on_infeasible="best"), memory=memory)
