@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 
+from fxmem._torch import collector_paused
 from fxmem._torch_eager import compiling
 from fxmem.baseline import eager_peak
 from fxmem.capture import StepCall
@@ -72,6 +73,7 @@ class Footprint:
         return peak
 
 
+@collector_paused()
 def liveness_of(
     call: StepCall, names: Names, device: torch.device, bounds: Bounds | None = None
 ) -> Liveness:

@@ -15,6 +15,7 @@ from fxmem.symbolic import SMALLEST, Trace, traced
 from fxmem.workspace import load_workspaces, save_workspaces
 
 
+@collector_paused()
 def trace(
     call: StepCall,
     names: Names,
@@ -28,7 +29,7 @@ def trace(
         place: {d: name for d, name in dims.items() if sizes[name] >= SMALLEST}
         for place, dims in names.items()
     }
-    with collector_paused(), capture(marked(call, free), names, guarded=False) as captured:
+    with capture(marked(call, free), names, guarded=False) as captured:
         graph, table = cleaned(captured.graph, load_workspaces(device), device)
         graph, _, run, table = as_run(graph, table, device)
         found = traced(graph, run, table, device, sizes, bounds)
