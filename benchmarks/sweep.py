@@ -15,9 +15,11 @@ import collections
 import contextlib
 import functools
 import json
+import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -347,6 +349,8 @@ def main() -> int:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "sweep-cpu.json")
     asked = parser.parse_args()
+    asked.out = asked.out.resolve()
+    os.chdir(tempfile.mkdtemp())  # torch leaves files where it fails to cut a nested graph
     torch.set_num_threads(1)
     known: dict[str, dict[str, Any]] = {}
     if asked.out.exists() and not asked.again:
