@@ -321,10 +321,6 @@ def follows_a_break(module: fx.GraphModule) -> bool:
     return bool(reason is not None and reason.graph_break)
 
 
-def is_fake(value: Any) -> bool:
-    return isinstance(value, FakeTensor)
-
-
 def autograd_off() -> contextlib.AbstractContextManager[Any]:
     """Inside, no operator looks whether autograd records; views still share version counters."""
     return torch._C._AutoDispatchBelowAutograd()

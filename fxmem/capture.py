@@ -198,7 +198,7 @@ def joint_graph(
 
 
 def _refuse_subclasses(module: fx.GraphModule, roles: list[Input]) -> None:
-    """Tensors that are made of others, such as DTensor's, come apart: gradients no longer pair with inputs."""
+    """Tensors made of others, such as DTensor's, come apart, and gradients no longer pair with inputs."""
     nodes = module.graph.find_nodes(op="placeholder")
     outputs = module.graph.output_node().meta.get("desc", ())
     for description in (*(n.meta.get("desc") for n in nodes), *outputs):

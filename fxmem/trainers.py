@@ -17,14 +17,16 @@ from fxmem import _torch, backend
 from fxmem.budget import read_reserve
 from fxmem.errors import FxmemError
 
-_BACKEND: Any = backend.fxmem  # not by its name: a checkout that is not installed has no entry point
+_BACKEND: Any = (
+    backend.fxmem
+)  # not by its name: a checkout that is not installed has no entry point
 
 
 def transformers_callback(budget: Any, **options: Any) -> Any:
     """A callback for the Trainer of transformers: ``Trainer(..., callbacks=[it])``.
 
     budget, options: as the backend takes them.  reserve: without it, the optimizer's state, and while
-    gradients are accumulated their bytes, are kept free.  The compiled model's plans: ``fxmem.plans(model)``.
+    gradients are accumulated their bytes, are kept free.  ``fxmem.plans(model)`` gives the plans.
     Raises ``FxmemError`` when training begins with activation checkpointing or torch_compile on.
     """
     from transformers import TrainerCallback
@@ -50,7 +52,8 @@ def transformers_callback(budget: Any, **options: Any) -> Any:
 def _refuse_checkpointing(model: nn.Module, args: Any) -> None:
     # The argument was renamed to activation_checkpointing in version 5 of transformers.
     asked = any(
-        getattr(args, name, False) for name in ("gradient_checkpointing", "activation_checkpointing")
+        getattr(args, name, False)
+        for name in ("gradient_checkpointing", "activation_checkpointing")
     )
     on = asked or any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if on:
