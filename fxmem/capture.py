@@ -376,6 +376,11 @@ def _is_own(file: str) -> bool:
 
 def _way_out(error: Exception) -> str:
     name, text = type(error).__name__, str(error).lower()
+    if "saved_tensors_hooks" in text:
+        return (
+            "enter the hooks around the call of the optimized module, where they see what a plan saves; or "
+            'torch.compile(model, backend="fxmem"), which leaves the part inside them as it is'
+        )
     if "data-dependent" in text or "datadependent" in name.lower() or ".item()" in text:
         return (
             "replace Python control flow on tensor values with torch.where or torch.cond, "
