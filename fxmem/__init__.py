@@ -5,6 +5,7 @@ loss = opt(batch)
 loss.backward()
 """
 
+from fxmem import trainers
 from fxmem.api import liveness, optimize, plan
 from fxmem.backend import plans
 from fxmem.cost import CostModel
@@ -69,4 +70,5 @@ __all__ = [
     "register_encoding",
     "report",
     "saved",
+    "trainers",
 ]

@@ -375,10 +375,6 @@ def follows_a_break(module: fx.GraphModule) -> bool:
     return bool(reason is not None and reason.graph_break)
 
 
-def is_fake(value: Any) -> bool:
-    return isinstance(value, FakeTensor)
-
-
 def autograd_off() -> contextlib.AbstractContextManager[Any]:
     """Inside, no operator looks whether autograd records; views still share version counters."""
     return torch._C._AutoDispatchBelowAutograd()
@@ -525,6 +521,10 @@ def cudnn_reserve_nbytes(x: torch.Tensor) -> int:
 
 def fake_mode_of(output: Any) -> FakeTensorMode:
     return output.backend_input.fake_mode
+
+
+def is_fake(value: object) -> bool:
+    return isinstance(value, FakeTensor)
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -117,7 +117,7 @@ class Graph:
             error, self.error = self.error, None
             raise error
         with self.session.lock:
-            if not self.has_run:
+            if not self.has_run and not any(map(_torch.is_fake, args)):
                 # DDP cuts a model into graphs that are traced with stand-ins.
                 self.has_run, self.states = True, _references(args)
             use = self.session.enter(self, args)

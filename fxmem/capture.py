@@ -212,7 +212,7 @@ def joint_graph(
 
 
 def _refuse_subclasses(module: fx.GraphModule, roles: list[Input]) -> None:
-    """Tensors that are made of others, such as DTensor's, come apart: gradients no longer pair with inputs."""
+    """Tensors made of others, such as DTensor's, come apart, and gradients no longer pair with inputs."""
     nodes = module.graph.find_nodes(op="placeholder")
     outputs = module.graph.output_node().meta.get("desc", ())
     for description in (*(n.meta.get("desc") for n in nodes), *outputs):
@@ -400,6 +400,11 @@ def _is_own(file: str) -> bool:
 
 def _way_out(error: Exception) -> str:
     name, text = type(error).__name__, str(error).lower()
+    if "saved_tensors_hooks" in text:
+        return (
+            "enter the hooks around the call of the optimized module, where they see what a plan saves; or "
+            'torch.compile(model, backend="fxmem"), which leaves the part inside them as it is'
+        )
     if "data-dependent" in text or "datadependent" in name.lower() or ".item()" in text:
         return (
             "replace Python control flow on tensor values with torch.where or torch.cond, "

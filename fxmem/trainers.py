@@ -26,7 +26,7 @@ def transformers_callback(budget: Any, **options: Any) -> Any:
     """A callback for the Trainer of transformers: ``Trainer(..., callbacks=[it])``.
 
     budget, options: as the backend takes them.  reserve: without it, the optimizer's state, and while
-    gradients are accumulated their bytes, are kept free.  The compiled model's plans: ``fxmem.plans(model)``.
+    gradients are accumulated their bytes, are kept free.  ``fxmem.plans(model)`` gives the plans.
     Raises ``FxmemError`` when training begins with activation checkpointing or torch_compile on.
     """
     from transformers import TrainerCallback

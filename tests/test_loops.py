@@ -70,7 +70,7 @@ def states(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-# -- Loops of one's own ----------------------------------------------------------------------------------
+# -- Loops of one's own ----------------------------------------------------------------------------
 
 
 def plain(step, model, optimizer):
@@ -141,7 +141,7 @@ def test_a_loop(loop, how, planned):
     assert any(d.action != "keep" for plan in plans for d in plan.decisions)
 
 
-# -- accelerate --------------------------------------------------------------------------------------------
+# -- accelerate ----------------------------------------------------------------------------
 
 
 def test_accelerate():
@@ -168,7 +168,7 @@ def test_accelerate():
     assert fxmem.plans(model)
 
 
-# -- transformers --------------------------------------------------------------------------------------------
+# -- transformers ----------------------------------------------------------------------------
 
 
 def llama(transformers):
@@ -236,7 +236,7 @@ def test_transformers_trainer_refuses_what_decides_the_same(how, tmp_path):
         run.train()
 
 
-# -- Lightning -------------------------------------------------------------------------------------------------
+# -- Lightning ----------------------------------------------------------------------------
 
 
 def lightning_module(lightning):
