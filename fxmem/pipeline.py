@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from fxmem import travelling
 from fxmem._torch_eager import compiling
 from fxmem.allotment import Allotment, candidates_of, encoding_named
 from fxmem.baseline import eager_peak
 from fxmem.budget import NO_RESERVE, Budget, Reserve
 from fxmem.capture import StepCall, capture
-from fxmem.consumers import Saved
+from fxmem.consumers import Saved, Use
 from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow, with_codes
@@ -51,6 +52,7 @@ from fxmem.passes.uncode import (
     lossy_coders,
     plain_name,
     reader_of,
+    without_codes,
 )
 from fxmem.passes.unread import UnreadPass
 from fxmem.plan import Plan, fingerprint, keys
@@ -163,21 +165,37 @@ class Analysis:
             runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
             if not self._saved:
                 return Allotment(Statistics({}, (), 0), noise.ceiling, (), ())
-            known = statistics(runs, self.examples, self.call, noise, self._saved)
+            known = self._statistics(runs, noise)
             self._allotted = noise, Allotment.of(known, noise.ceiling, candidates_of(known, runs))
         return self._allotted[1]
 
+    def _statistics(self, runs: JointGraph, noise: Noise) -> Statistics:
+        """What codes of all that may be one add to gradients, and what these have anyway."""
+        linear = [s for s in self._saved if s.use is Use.LINEAR]
+        others = [s for s in self._saved if s.use is Use.TRAVELLING]
+        known = statistics(runs, self.examples, self.call, noise, linear)
+        if not others:
+            return known
+        found = travelling.sensitivities(
+            without_codes(runs), self.examples, self.call.model, others
+        )
+        more = known.backwards + 1 + travelling.PROBES
+        return replace(known, sensitivities=(*known.sensitivities, *found), backwards=more)
+
+    def stay(self, noise: Noise) -> None:
+        """From now on without codes whose noise travels."""
+        self._allotted = noise, self.allotted(noise).staying()
+
+    def drawn(self, allotment: Allotment, kept: Collection[str]) -> dict[str, float]:
+        """Parameter -> the variance that the kept codes are seen to add to its gradient."""
+        runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
+        codes = tuple(code for code in codes_of(allotment) if code.source in kept)
+        coded = QuantizePass(codes).apply(runs)
+        return travelling.drawn(runs, coded, self.examples, self.call.model)
+
     def quantized(self, allotment: Allotment) -> Analysis:
         """The step with these codes, if kept."""
-        codes = allotment.chosen.items()
-        form = self._rewritten(
-            QuantizePass(
-                tuple(
-                    Code(source, encoding_named(name), c.stream, allotment.units(source))
-                    for source, (c, name) in codes
-                )
-            )
-        )
+        form = self._rewritten(QuantizePass(codes_of(allotment)))
         return replace(form, allotment=allotment, base=self)
 
     def quantized_alike(self, allotment: Allotment) -> Analysis:
@@ -219,6 +237,13 @@ class Analysis:
             allotment=self.allotment,
             base=self.base,
         )
+
+
+def codes_of(allotment: Allotment) -> tuple[Code, ...]:
+    return tuple(
+        Code(source, encoding_named(name), candidate.stream, allotment.units(source))
+        for source, (candidate, name) in allotment.chosen.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -370,7 +395,7 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     limit = budget
     if budget is not None:
         limit = limit_for(budget, analysis.flow.loss_outside > 0, analysis.device)
-    analysis, choice, floor = _choose(analysis, options, limit)
+    analysis, choice, floor = _chosen(analysis, options, limit)
     rewritten, halves, line = rewrite(analysis, choice)
     if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
         choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
@@ -387,6 +412,32 @@ def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGrap
     """The graph as it runs when these tangents are undefined."""
     graph = UndefinedTangentsPass(undefined).apply(graph)
     return InPlacePass().apply(GradientLayoutsPass().apply(graph))
+
+
+_MARGIN = 1.25
+"""Times the ceiling that the few draws of a plan may come to."""
+
+
+def _chosen(
+    analysis: Analysis, options: Options, budget: int | None
+) -> tuple[Analysis, Choice, int | None]:
+    """As ``_choose``, with noise that travels confirmed by draws; without it where it is too much."""
+    form, choice, floor = _choose(analysis, options, budget)
+    allotment = form.allotment
+    kept = kept_codes(form.planner.simulator, choice.kept)
+    if allotment is None or form.base is None or not allotment.travels(kept):
+        return form, choice, floor
+    drawn = form.base.drawn(allotment, kept)
+    if allotment.statistics.share(sum(drawn.values())) <= _MARGIN * allotment.ceiling:
+        known = allotment.confirmed(drawn, travelling.DRAWS + 1)
+        return replace(form, allotment=known), choice, floor
+    if options.plan is not None:
+        raise PlanMismatchError(
+            "the codes of the plan add more noise to gradients than is allowed, as drawn here\n"
+            "  try: a higher noise=, or optimize without plan="
+        )
+    form.base.stay(options.noise)
+    return _choose(analysis, options, budget)
 
 
 def _choose(
