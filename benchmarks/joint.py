@@ -1,6 +1,7 @@
 """Recomputation and noisy codes, each alone and both in one plan: smallest peaks, and times at equal bytes.
 
-python benchmarks/joint.py [--size small] [--families llama ...] [--shares 0.75 0.5] [--clock llama ...]
+python benchmarks/joint.py floors [--families llama gpt2 vit] [--size small]
+python benchmarks/joint.py budgets [--families ...] [--size small] [--shares 0.6 0.25] [--clock llama ...]
 
 ways          what plans may do beside lossless codes
 exact         recompute
@@ -8,10 +9,10 @@ codes         store tensors with noise
 joint         both
 kept          neither
 
-Every family, noise at most 1 % of the minibatch's own variance.  Budgets lie at shares of the way from the
-smallest peak of the joint plan to the peak with everything kept.  ``saved`` is what saved tensors make of a
-smallest peak: no code can take more off it than that.  ``--clock`` families also run, the ways in turns.
-Results go to a JSON file after each family, which takes the place of what was there of it.
+Noise is at most 1 % of the minibatch's own variance.  ``saved`` is what saved tensors make of a smallest
+peak: no code can take more off it than that.  Budgets lie at shares of the way from the smallest peak of
+the codes alone to the peak with everything kept, so that each way has a plan.  ``--clock`` families also
+run, the ways in turns.  Results go to a JSON file after each family, in the place of what was there of it.
 """
 
 import argparse
@@ -64,43 +65,28 @@ def facts(way: str, plan: fxmem.Plan) -> dict[str, Any]:
     }
 
 
-def floors(analysis: Analysis) -> dict[str, fxmem.Plan]:
-    return {way: decided(analysis, way, "min") for way in WAYS}
-
-
-def at_budget(analysis: Analysis, budget: int, lowest: dict[str, fxmem.Plan]) -> dict[str, Any]:
-    """The plans that fit a budget, by way, and what they promise."""
-    plans = {
-        way: decided(analysis, way, budget)
-        for way, least in lowest.items()
-        if least.predicted_peak <= budget and way != "kept"
-    }
-    return {"budget": budget, "plans": plans, "rows": [facts(w, p) for w, p in plans.items()]}
-
-
-def row(name: str, size: str, shares: list[float], clock: bool) -> dict[str, Any]:
-    step = Step(name, size, "cpu")
-    asked = options_for("joint", "min")
-    given = (step.args, step.kwargs, None, None, ())
-    with analyzed(step.model, asked, *given) as (analysis, _):
-        lowest = floors(analysis)
-        least, most = lowest["joint"].predicted_peak, lowest["joint"].keep_all_peak
-        budgets = [int(least + share * (most - least)) for share in shares]
-        found = [at_budget(analysis, budget, lowest) for budget in budgets]
-    if clock:
-        for one in found:
-            one["clocked"] = clocked(step, one["budget"], one["plans"])
-    for one in found:
-        del one["plans"]
+def floors(step: Step, analysis: Analysis, options: argparse.Namespace) -> dict[str, Any]:
+    plans = {way: decided(analysis, way, "min") for way in options.ways}
+    one = plans[options.ways[0]]
     return {
-        "family": name,
-        "size": size,
-        "resident": lowest["exact"].resident,
-        "baseline": lowest["exact"].baseline_peak,
-        "kept": lowest["exact"].keep_all_peak,
-        "floors": [facts(way, plan) for way, plan in lowest.items()],
-        "budgets": found,
+        "resident": one.resident,
+        "baseline": one.baseline_peak,
+        "floors": [facts(way, plan) for way, plan in plans.items()],
     }
+
+
+def budgets(step: Step, analysis: Analysis, options: argparse.Namespace) -> dict[str, Any]:
+    least = decided(analysis, "codes", "min")
+    room = least.keep_all_peak - least.predicted_peak
+    found = []
+    for share in options.shares:
+        budget = least.predicted_peak + int(share * room)
+        plans = {way: decided(analysis, way, budget) for way in ("exact", "codes", "joint")}
+        one = {"budget": budget, "plans": [facts(way, plan) for way, plan in plans.items()]}
+        if step.family in options.clock:
+            one["clocked"] = clocked(step, budget, plans)
+        found.append(one)
+    return {"kept": least.keep_all_peak, "least": least.predicted_peak, "budgets": found}
 
 
 def clocked(step: Step, budget: int, plans: dict[str, fxmem.Plan]) -> dict[str, Any]:
@@ -126,42 +112,54 @@ def clocked(step: Step, budget: int, plans: dict[str, fxmem.Plan]) -> dict[str, 
     }
 
 
-def said(found: dict[str, Any]) -> str:
-    peaks = {f["way"]: f["peak"] for f in found["floors"]}
-    saved = {f["way"]: f["saved"] / f["peak"] for f in found["floors"]}
-    lines = [
-        f"{found['family']} {found['size']}: smallest peak {peaks['exact']} exact, "
-        f"x{peaks['joint'] / peaks['exact']:.2f} with noise (saved tensors {saved['exact']:.0%} of it); "
-        f"{peaks['kept']} without recomputation, x{peaks['codes'] / peaks['kept']:.2f} with noise "
-        f"({saved['kept']:.0%})"
-    ]
-    for one in found["budgets"]:
-        each = ", ".join(f"{r['way']} {r['added'] / r['seconds']:+.2%}" for r in one["rows"])
-        lines.append(f"    {one['budget']}: {each} {one.get('clocked', {}).get('joint_over', '')}")
-    return "\n".join(lines)
+def floors_said(row: dict[str, Any]) -> str:
+    each = [f"{f['way']} {f['peak']} (saved {f['saved'] / f['peak']:.0%})" for f in row["floors"]]
+    return f"smallest peaks: {', '.join(each)}"
+
+
+def budgets_said(row: dict[str, Any]) -> str:
+    lines = []
+    for one in row["budgets"]:
+        each = ", ".join(f"{p['way']} {p['added'] / p['seconds']:+.2%}" for p in one["plans"])
+        lines.append(f"{one['budget']}: {each} {one.get('clocked', {}).get('joint_over', '')}")
+    return "\n    ".join(["added time", *lines])
+
+
+TASKS = {"floors": (floors, floors_said), "budgets": (budgets, budgets_said)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("--families", nargs="+", default=[n for n in FAMILIES if "-" not in n])
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of floors")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.25])
     parser.add_argument("--clock", nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "joint-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    results = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    find, say = TASKS[options.task]
     for name in options.families:
-        found = row(name, options.size, options.shares, name in options.clock)
-        print(said(found), flush=True)
-        others = [r for r in results["rows"] if (r["family"], r["size"]) != (name, options.size)]
-        results = {
-            "when": f"{datetime.date.today()}",
-            "torch": torch.__version__,
-            "rows": [*others, found],
-        }
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        step = Step(name, options.size, "cpu")
+        given = (step.args, step.kwargs, None, None, ())
+        with analyzed(step.model, options_for("joint", "min"), *given) as (analysis, _):
+            row = {"family": name, "size": options.size, **find(step, analysis, options)}
+        print(name, options.size, say(row), flush=True)
+        write(options.out, options.task, row)
+
+
+def write(path: Path, task: str, row: dict[str, Any]) -> None:
+    results = json.loads(path.read_text()) if path.exists() else {}
+    rows = [r for r in results.get(task, []) if (r["family"], r["size"]) != _key(row)]
+    about = {"date": f"{datetime.date.today()}", "torch": torch.__version__}
+    results = {**results, **about, task: [*rows, row]}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["family"], row["size"]
 
 
 if __name__ == "__main__":

@@ -395,10 +395,14 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     limit = budget
     if budget is not None:
         limit = limit_for(budget, analysis.flow.loss_outside > 0, analysis.device)
-    analysis, choice, floor = _chosen(analysis, options, limit)
-    rewritten, halves, line = rewrite(analysis, choice)
-    if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
-        choice, rewritten, halves, line = _settle(analysis, options, limit, choice)
+    applied = _applied(analysis, options, limit)
+    if applied.settled and applied.form.allotment is not None and options.plan is None:
+        exact = tuple(name for name in options.allow if name != "quantize")
+        other = _applied(analysis, replace(options, allow=exact), limit)
+        if other.fits(limit) and not (applied.fits(limit) and applied.added < other.added):
+            applied = other  # it took more to settle than the codes had won
+    analysis, choice, floor = applied.form, applied.choice, applied.floor
+    rewritten, halves, line = applied.graph, applied.halves, applied.line
     whole = analysis.whole or analysis
     before = timeline(split(whole.expected), whole.workspaces)
     plan = explain(analysis, options, budget, choice, before, line, floor)
@@ -406,6 +410,35 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
         raise (infeasible if options.plan is None else too_large)(plan)
     watched = memory_of(analysis, before, line) if memory else None
     return Planned(plan, rewritten, halves, analysis.undefined, line, before, watched)
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """A choice and the graph that it makes.  settled: was it planned again for less than was asked?"""
+
+    form: Analysis
+    choice: Choice
+    floor: int | None
+    graph: JointGraph
+    halves: Split
+    line: MemoryTimeline
+    settled: bool
+
+    @property
+    def added(self) -> float:
+        return _added(self.form, self.choice)
+
+    def fits(self, budget: int | None) -> bool:
+        return budget is not None and self.line.peak(self.graph.bindings()).nbytes <= budget
+
+
+def _applied(analysis: Analysis, options: Options, budget: int | None) -> _Applied:
+    form, choice, floor = _chosen(analysis, options, budget)
+    graph, halves, line = rewrite(form, choice)
+    settled = line.peak(form.graph.bindings()).nbytes > choice.outcome.peak
+    if settled:
+        choice, graph, halves, line = _settle(form, options, budget, choice)
+    return _Applied(form, choice, floor, graph, halves, line, settled)
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
