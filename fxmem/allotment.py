@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from fxmem.consumers import Use
 from fxmem.dataflow import NOISE_CEILING
 from fxmem.errors import PlanMismatchError
 from fxmem.gradient_noise import Sensitivity, Statistics
@@ -43,13 +44,15 @@ class Candidate:
 class Allotment:
     """An encoding for each candidate.
 
-    ceiling: share of the minibatch's variance that the codes which are kept may add.
+    ceiling: share of the minibatch's variance that the codes which are kept may add.  drawn: by
+    parameter, the variance that some codes were seen to add, all together; for plans that keep these.
     """
 
     statistics: Statistics = field(repr=False)
     ceiling: float
     candidates: tuple[Candidate, ...] = field(repr=False)
     encodings: tuple[str, ...]
+    drawn: Mapping[str, float] | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -83,6 +86,20 @@ class Allotment:
             levels[n] += 1
         names = tuple(c.choices[level][0] for c, level in zip(candidates, levels, strict=True))
         return replace(self, candidates=tuple(candidates), encodings=names)
+
+    def travels(self, kept: Collection[str]) -> bool:
+        """Does noise of any of these sources reach gradients upstream?"""
+        return any(self.chosen[source][0].sensitivity.use is not Use.LINEAR for source in kept)
+
+    def staying(self) -> Allotment:
+        """Anew, with the codes alone whose noise stays in one gradient."""
+        staying = [c for c in self.candidates if c.sensitivity.use is Use.LINEAR]
+        return Allotment.of(self.statistics, self.ceiling, staying)
+
+    def confirmed(self, drawn: Mapping[str, float], backwards: int) -> Allotment:
+        """With what its codes were seen to add, which took so many backwards."""
+        known = replace(self.statistics, backwards=self.statistics.backwards + backwards)
+        return replace(self, statistics=known, drawn=drawn)
 
     def given(self, wanted: Mapping[str, str]) -> Allotment:
         """These encodings, by source.  Raises ``PlanMismatchError`` for what may not be encoded so."""
@@ -140,9 +157,9 @@ class Allotment:
 
     def by_parameter(self, kept: Collection[str]) -> Iterator[tuple[str, float, float]]:
         """Parameter, the variance that the kept codes add to its gradient, and its own."""
-        added: dict[str, float] = defaultdict(float)
+        added: dict[str, float] = defaultdict(float, self.drawn or {})
         for source, (candidate, name) in self.chosen.items():
-            if source in kept:
+            if source in kept and self.drawn is None:
                 for parameter, variance in candidate.sensitivity.variances[name].items():
                     added[parameter] += variance
         for parameter, own in self.statistics.minibatch.items():

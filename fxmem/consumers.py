@@ -6,12 +6,14 @@
     anything else, or a product with itself              nonlinear: noise is biased
 
 Views and casts are looked through.  Only operators that are known to be linear in an operand count as
-products; all others are nonlinear.
+products; all others are nonlinear.  Noise that travels has mean zero wherever it arrives if all on its
+way is linear in it and no product meets noise of its own operand again; else the use is nonlinear, too.
 """
 
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +110,30 @@ _SUMS = {aten.add.Tensor, aten.sum.dim_IntList, aten.clone.default}
 
 CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 
+_ADDITIVE = {
+    *_SUMS,
+    *CASTS,
+    aten.sub.Tensor,
+    aten.neg.default,
+    aten.sum.default,
+    aten.mean.dim,
+    aten.cat.default,
+    aten.stack.default,
+    aten.zeros_like.default,
+    aten.constant_pad_nd.default,
+}
+"""Operators that are linear in all their tensors at once."""
+
+_ONE_OF_TWO: dict[Any, tuple[int, ...]] = {
+    **_LINEAR_IN,
+    aten.div.Tensor: (0,),
+    aten.div.Scalar: (0,),
+    aten.mul.Scalar: (0,),
+    aten.where.self: (1, 2),
+    aten.masked_fill.Scalar: (0,),
+}
+"""Operators that noise comes by, and where it may come in."""
+
 
 class _Consumers:
     def __init__(self, graph: JointGraph) -> None:
@@ -126,7 +152,7 @@ class _Consumers:
             if self._is_own(node):
                 readers = tuple(self._readers(node, node, ()))
                 if readers:
-                    yield Saved(node, readers)
+                    yield self._settled(Saved(node, readers))
 
     def _is_own(self, node: fx.Node) -> bool:
         """Is it the first result of a forward operator, which nobody holds?"""
@@ -173,6 +199,35 @@ class _Consumers:
             return None
         return (Product(reader, operand, path, self._reached(reader)),)
 
+    def _settled(self, saved: Saved) -> Saved:
+        """With nonlinear for travelling where noise would not keep its mean."""
+        if saved.use is not Use.TRAVELLING or self._keeps_mean(saved):
+            return saved
+        worse = [
+            replace(r, use=Use.NONLINEAR) if r.use is Use.TRAVELLING else r for r in saved.readers
+        ]
+        return replace(saved, readers=tuple(worse))
+
+    def _keeps_mean(self, saved: Saved) -> bool:
+        """Is all that the products' noise reaches linear in it, without any of the products?"""
+        products = {p.node for r in saved.readers for p in r.products}
+        noisy: set[fx.Node] = set(products)
+        for node in self._after(products):
+            if not noisy.intersection(node.all_input_nodes):
+                continue
+            if node in products or not _is_linear(node, noisy, self.views):
+                return False
+            noisy.add(node)
+        return True
+
+    def _after(self, products: set[fx.Node]) -> Iterator[fx.Node]:
+        """The graph from the first of them on, without the output."""
+        begun = False
+        for node in self.graph.nodes:
+            begun = begun or node in products
+            if begun and node.op != "output":
+                yield node
+
     def _reached(self, product: fx.Node) -> tuple[str, ...]:
         """The parameters whose gradients the product is part of; none if it goes anywhere else."""
         place = _RESULT_OF_OPERAND.get(product.target)
@@ -205,3 +260,23 @@ class _Consumers:
                     return []
                 names.append(leaf.name)
         return names
+
+
+def _is_linear(node: fx.Node, noisy: set[fx.Node], views: set[fx.Node]) -> bool:
+    """Is the operator linear in those of its operands that are noisy?"""
+    if node in views or node.target in _ADDITIVE or node.target is operator.getitem:
+        return True
+    places = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a in noisy]
+    if len(noisy.intersection(node.all_input_nodes)) > 1 or len(places) != 1:
+        return False
+    if places[0] in _ONE_OF_TWO.get(node.target, ()):
+        return True
+    return places == [0] and _is_backward_of_an_operator(node)
+
+
+def _is_backward_of_an_operator(node: fx.Node) -> bool:
+    """These are linear in the gradient, which comes first."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    space, name = node.target.namespace, node.target._schema.name
+    return space in ("aten", "fxmem") and "backward" in name

@@ -40,7 +40,7 @@ aten = torch.ops.aten
 MOST_PARTS = 8
 """Of a batch, each of which takes one backward."""
 
-MOST_BATCHES = 16
+MOST_BATCHES = 8
 """That are looked at if more are given."""
 
 Variances = dict[str, float]
@@ -97,8 +97,8 @@ LEAST = 4096
 
 
 def candidates(graph: JointGraph) -> list[Saved]:
-    """Saved values of floats whose every use keeps noise where it is."""
-    return [s for s in saved_values(graph) if s.use is Use.LINEAR and _is_worth_it(s.node)]
+    """Saved values of floats whose noise has mean zero wherever it goes."""
+    return [s for s in saved_values(graph) if s.use <= Use.TRAVELLING and _is_worth_it(s.node)]
 
 
 def encodings_of(saved: Saved) -> list[LossyEncoding]:
@@ -127,7 +127,7 @@ def statistics(
     """Run the step on the user's batch and on parts of it.
 
     graph: of the step, for the tangents that come.  examples: its inputs' values, by placeholder.
-    Raises ``FxmemError`` where there is nothing to compute with.
+    saved: linear ones.  Raises ``FxmemError`` where there is nothing to compute with.
     """
     check_measurable(graph, examples, call, noise)
     with fake_tensors_off(), untouched(call.model, copies(call.model)):
@@ -157,6 +157,27 @@ def check_measurable(
         )
     with fake_tensors_off():
         _others(call, noise) if noise.batches else _parts(call)
+
+
+def given(graph: JointGraph, examples: Mapping[str, Any]) -> list[Any]:
+    """What a run of the step takes: the examples, and one for the gradient of the loss."""
+    return [
+        torch.ones((), dtype=n.meta["val"].dtype, device=n.meta["val"].device)
+        if is_backward(n)
+        else examples[n.name]
+        for n in graph.placeholders()
+    ]
+
+
+def parameter_gradients(graph: JointGraph, results: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Of what a run of the step returns."""
+    leaves = [graph.inputs[n.name] for n in graph.leaves()]
+    late = results[graph.num_forward_outputs :][: len(leaves)]
+    return {
+        leaf.name: gradient
+        for leaf, gradient in zip(leaves, late, strict=True)
+        if gradient is not None and leaf.keeps_gradient
+    }
 
 
 # -- What codes add -----------------------------------------------------------------------------------
@@ -191,21 +212,9 @@ class _Recorder(fx.Interpreter):
 
     def gradients(self, examples: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The gradients of the parameters."""
-        given = [
-            torch.ones_like(torch.empty((), dtype=n.meta["val"].dtype, device=n.meta["val"].device))
-            if is_backward(n)
-            else examples[n.name]
-            for n in self.joint.placeholders()
-        ]
         with torch.no_grad():
-            results = self.run(*given, enable_io_processing=False)
-        leaves, first = self.joint.leaves(), self.joint.num_forward_outputs
-        late = results[first : first + len(leaves)]
-        return {
-            self.joint.inputs[n.name].name: gradient
-            for n, gradient in zip(leaves, late, strict=True)
-            if gradient is not None and self.joint.inputs[n.name].keeps_gradient
-        }
+            results = self.run(*given(self.joint, examples), enable_io_processing=False)
+        return parameter_gradients(self.joint, results)
 
     def run_node(self, node: fx.Node) -> Any:
         for name, product in self.products.get(node.name, ()):

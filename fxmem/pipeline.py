@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from fxmem import travelling
 from fxmem._torch_eager import compiling
 from fxmem.allotment import Allotment, candidates_of, encoding_named
 from fxmem.baseline import eager_peak
 from fxmem.budget import NO_RESERVE, Budget, Reserve
 from fxmem.capture import StepCall, capture
-from fxmem.consumers import Saved
+from fxmem.consumers import Saved, Use
 from fxmem.convolution import convolution_input_backward
 from fxmem.cost import Cost, CostModel, default_cost_model
 from fxmem.dataflow import Dataflow, dataflow, with_codes
@@ -51,6 +52,7 @@ from fxmem.passes.uncode import (
     lossy_coders,
     plain_name,
     reader_of,
+    without_codes,
 )
 from fxmem.passes.unread import UnreadPass
 from fxmem.plan import Plan, fingerprint, keys
@@ -171,21 +173,37 @@ class Analysis:
             runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
             if not self._saved:
                 return Allotment(Statistics({}, (), 0), noise.ceiling, (), ())
-            known = statistics(runs, self.examples, self.call, noise, self._saved)
+            known = self._statistics(runs, noise)
             self._allotted = noise, Allotment.of(known, noise.ceiling, candidates_of(known, runs))
         return self._allotted[1]
 
+    def _statistics(self, runs: JointGraph, noise: Noise) -> Statistics:
+        """What codes of all that may be one add to gradients, and what these have anyway."""
+        linear = [s for s in self._saved if s.use is Use.LINEAR]
+        others = [s for s in self._saved if s.use is Use.TRAVELLING]
+        known = statistics(runs, self.examples, self.call, noise, linear)
+        if not others:
+            return known
+        found = travelling.sensitivities(
+            without_codes(runs), self.examples, self.call.model, others
+        )
+        more = known.backwards + 1 + travelling.PROBES
+        return replace(known, sensitivities=(*known.sensitivities, *found), backwards=more)
+
+    def stay(self, noise: Noise) -> None:
+        """From now on without codes whose noise travels."""
+        self._allotted = noise, self.allotted(noise).staying()
+
+    def drawn(self, allotment: Allotment, kept: Collection[str]) -> dict[str, float]:
+        """Parameter -> the variance that the kept codes are seen to add to its gradient."""
+        runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
+        codes = tuple(code for code in codes_of(allotment) if code.source in kept)
+        coded = QuantizePass(codes).apply(runs)
+        return travelling.drawn(runs, coded, self.examples, self.call.model)
+
     def quantized(self, allotment: Allotment) -> Analysis:
         """The step with these codes, if kept."""
-        codes = allotment.chosen.items()
-        form = self._rewritten(
-            QuantizePass(
-                tuple(
-                    Code(source, encoding_named(name), c.stream, allotment.units(source))
-                    for source, (c, name) in codes
-                )
-            )
-        )
+        form = self._rewritten(QuantizePass(codes_of(allotment)))
         return replace(form, allotment=allotment, base=self)
 
     def quantized_alike(self, allotment: Allotment) -> Analysis:
@@ -227,6 +245,13 @@ class Analysis:
             allotment=self.allotment,
             base=self.base,
         )
+
+
+def codes_of(allotment: Allotment) -> tuple[Code, ...]:
+    return tuple(
+        Code(source, encoding_named(name), candidate.stream, allotment.units(source))
+        for source, (candidate, name) in allotment.chosen.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -378,23 +403,89 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     limit = budget
     if budget is not None:
         limit = limit_for(budget, analysis.flow.loss_outside > 0, analysis.device)
-    analysis, choice, floor = _choose(analysis, options, limit)
-    rewritten, halves, line, functional = rewrite(analysis, choice)
-    if line.peak(analysis.graph.bindings()).nbytes > choice.outcome.peak:
-        choice, rewritten, halves, line, functional = _settle(analysis, options, limit, choice)
+    applied = _applied(analysis, options, limit)
+    if applied.settled and applied.form.allotment is not None and options.plan is None:
+        exact = tuple(name for name in options.allow if name != "quantize")
+        other = _applied(analysis, replace(options, allow=exact), limit)
+        if other.fits(limit) and not (applied.fits(limit) and applied.added < other.added):
+            applied = other  # it took more to settle than the codes had won
+    analysis, choice, floor = applied.form, applied.choice, applied.floor
+    rewritten, halves, line = applied.graph, applied.halves, applied.line
     whole = analysis.whole or analysis
     before = timeline(split(whole.expected), whole.workspaces)
     plan = explain(analysis, options, budget, choice, before, line, floor)
     if budget is not None and plan.predicted_peak > budget and options.on_infeasible == "raise":
         raise (infeasible if options.plan is None else too_large)(plan)
     watched = memory_of(analysis, before, line) if memory else None
-    return Planned(plan, rewritten, halves, analysis.undefined, line, before, functional, watched)
+    return Planned(
+        plan, rewritten, halves, analysis.undefined, line, before, applied.functional, watched
+    )
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """A choice and the graph that it makes.
+
+    functional: before operators write over their operands.  settled: was it planned again for less than
+    was asked?
+    """
+
+    form: Analysis
+    choice: Choice
+    floor: int | None
+    graph: JointGraph
+    halves: Split
+    line: MemoryTimeline
+    functional: JointGraph
+    settled: bool
+
+    @property
+    def added(self) -> float:
+        return _added(self.form, self.choice)
+
+    def fits(self, budget: int | None) -> bool:
+        return budget is not None and self.line.peak(self.graph.bindings()).nbytes <= budget
+
+
+def _applied(analysis: Analysis, options: Options, budget: int | None) -> _Applied:
+    form, choice, floor = _chosen(analysis, options, budget)
+    graph, halves, line, functional = rewrite(form, choice)
+    settled = line.peak(form.graph.bindings()).nbytes > choice.outcome.peak
+    if settled:
+        choice, graph, halves, line, functional = _settle(form, options, budget, choice)
+    return _Applied(form, choice, floor, graph, halves, line, functional, settled)
 
 
 def _expected_to_run(graph: JointGraph, undefined: tuple[str, ...]) -> JointGraph:
     """The graph as it runs when these tangents are undefined."""
     graph = UndefinedTangentsPass(undefined).apply(graph)
     return InPlacePass().apply(GradientLayoutsPass().apply(graph))
+
+
+_MARGIN = 1.25
+"""Times the ceiling that the few draws of a plan may come to."""
+
+
+def _chosen(
+    analysis: Analysis, options: Options, budget: int | None
+) -> tuple[Analysis, Choice, int | None]:
+    """As ``_choose``, with noise that travels confirmed by draws; without it where it is too much."""
+    form, choice, floor = _choose(analysis, options, budget)
+    allotment = form.allotment
+    kept = kept_codes(form.planner.simulator, choice.kept)
+    if allotment is None or form.base is None or not allotment.travels(kept):
+        return form, choice, floor
+    drawn = form.base.drawn(allotment, kept)
+    if allotment.statistics.share(sum(drawn.values())) <= _MARGIN * allotment.ceiling:
+        known = allotment.confirmed(drawn, travelling.DRAWS + 1)
+        return replace(form, allotment=known), choice, floor
+    if options.plan is not None:
+        raise PlanMismatchError(
+            "the codes of the plan add more noise to gradients than is allowed, as drawn here\n"
+            "  try: a higher noise=, or optimize without plan="
+        )
+    form.base.stay(options.noise)
+    return _choose(analysis, options, budget)
 
 
 def _choose(

@@ -54,6 +54,18 @@ class UncodePass:
         return graph.verified()
 
 
+def without_codes(graph: JointGraph) -> JointGraph:
+    """The step that reads, in place of each code that it makes in its forward, what that is made of."""
+    graph = graph.copy()
+    for code in list(graph.nodes):
+        if code.target in coders() and not is_backward(code):
+            for reader in [r for r in code.users if PLAIN in r.meta]:
+                _read_plain(graph.module.graph, reader, code.args[0])
+            if not code.users:
+                graph.module.graph.erase_node(code)
+    return graph.verified()
+
+
 def reader_of(code: fx.Node) -> fx.Node | None:
     """The node that alone reads a code, right after it is made in the backward."""
     if not is_backward(code) or len(code.users) != 1 or code.target not in coders():
@@ -76,12 +88,16 @@ def plain_name(reader: fx.Node) -> str:
 
 
 def _uncode(graph: fx.Graph, code: fx.Node, reader: fx.Node) -> None:
+    _read_plain(graph, reader, code.args[0])
+    graph.erase_node(code)
+
+
+def _read_plain(graph: fx.Graph, reader: fx.Node, source: Any) -> None:
+    """The reader of a code becomes one of what the code is made of."""
     plain = reader.meta[PLAIN]
-    source: Any = code.args[0]
     if plain.target is None:
         replace_uses(reader, source)
         graph.erase_node(reader)
-        graph.erase_node(code)
         return
     args = plain.given(reader, source)
     with graph.inserting_before(reader):
@@ -89,4 +105,3 @@ def _uncode(graph: fx.Graph, code: fx.Node, reader: fx.Node) -> None:
     del ours.meta["fxmem_origin"], ours.meta[PLAIN]  # it is made once
     replace_uses(reader, ours)
     graph.erase_node(reader)
-    graph.erase_node(code)

@@ -99,6 +99,7 @@ FLOORS = {
     "fxmem/lossy.py": 6,
     "passes/encode.py": 6,
     "fxmem/gradient_noise.py": 7,
+    "fxmem/travelling.py": 8,
     "fxmem/allotment.py": 8,
     "passes/quantize.py": 7,
     "passes/tangents.py": 6,
