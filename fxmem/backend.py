@@ -61,6 +61,7 @@ def fxmem(
     Dynamo's: ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``.
     """
     try:
+        _refuse_buckets(example_inputs)
         session = _session(options, mode, example_inputs)
         graph = Graph(module, list(example_inputs), session)
     except FxmemError as error:
@@ -73,6 +74,17 @@ def _raising(error: FxmemError) -> Callable[..., Any]:
         raise error
 
     return _torch.not_traced(run)
+
+
+def _refuse_buckets(inputs: Sequence[Any]) -> None:
+    """DDP cuts what it compiles at its buckets, and runs the graphs on stand-ins between compilations."""
+    if any(map(_torch.is_fake, inputs)):
+        raise CaptureError(
+            "DistributedDataParallel cuts the model into a graph for each of its buckets, for which the "
+            "backend fxmem has no common plan yet\n"
+            "  try: DistributedDataParallel(fxmem.optimize(model, budget, (batch,))), whose gradients are "
+            "reduced while the backward goes on, too"
+        )
 
 
 def plans(compiled: nn.Module) -> list[Plan]:
@@ -199,11 +211,7 @@ class Graph:
         self.number = next(_numbers)
         self.module = module
         self.session = session
-        self.more_follows = (
-            _torch.follows_a_break(module)
-            or any(map(_torch.is_fake, example_inputs))  # so DDP's cut of a model is traced
-            or reads_gathered(example_inputs)
-        )
+        self.more_follows = _torch.follows_a_break(module) or reads_gathered(example_inputs)
         self.name = _title(module)
         nodes = module.graph.find_nodes(op="placeholder")
         values = list(zip(nodes, example_inputs, strict=True))
@@ -215,7 +223,6 @@ class Graph:
         self.programs: dict[tuple[Key, ...], Program] = {}
         self.plain: Callable[..., Any] | None = None
         self.error: FxmemError | None = None
-        self.has_run = False
         session.graphs.append(weakref.ref(self))
         # Now, because what tracing assumes of sizes becomes guards of Dynamo's.
         self.tracing = True
@@ -232,9 +239,6 @@ class Graph:
             error, self.error = self.error, None
             raise error
         with self.session.lock:
-            if not self.has_run and not any(map(_torch.is_fake, args)):
-                # DDP cuts a model into graphs that are traced with stand-ins.
-                self.has_run, self.states = True, _references(args)
             use = self.session.enter(self, args)
         outputs = use.seen.program.run(*args)
         use.returned(outputs)
