@@ -21,7 +21,7 @@ from fxmem import _torch
 from fxmem.api import options_of
 from fxmem.backend_graph import Graph
 from fxmem.backend_session import Session
-from fxmem.errors import FxmemError
+from fxmem.errors import CaptureError, FxmemError
 from fxmem.pipeline import Options
 from fxmem.plan import Plan
 from fxmem.shards import gathered, with_parallelism
@@ -41,6 +41,7 @@ def fxmem(
     Dynamo's: ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``.
     """
     try:
+        _refuse_buckets(example_inputs)
         session = _session(options, mode, example_inputs)
         graph = Graph(module, list(example_inputs), session)
     except FxmemError as error:
@@ -53,6 +54,17 @@ def _raising(error: FxmemError) -> Callable[..., Any]:
         raise error
 
     return _torch.not_traced(run)
+
+
+def _refuse_buckets(inputs: Sequence[Any]) -> None:
+    """DDP cuts what it compiles at its buckets, and runs the graphs on stand-ins between compilations."""
+    if any(map(_torch.is_fake, inputs)):
+        raise CaptureError(
+            "DistributedDataParallel cuts the model into a graph for each of its buckets, for which the "
+            "backend fxmem has no common plan yet\n"
+            "  try: DistributedDataParallel(fxmem.optimize(model, budget, (batch,))), whose gradients are "
+            "reduced while the backward goes on, too"
+        )
 
 
 def plans(compiled: nn.Module) -> list[Plan]:

@@ -84,11 +84,7 @@ class Graph:
         self.number = next(_numbers)
         self.module = module
         self.session = session
-        self.more_follows = (
-            _torch.follows_a_break(module)
-            or any(map(_torch.is_fake, example_inputs))  # so DDP's cut of a model is traced
-            or reads_gathered(example_inputs)
-        )
+        self.more_follows = _torch.follows_a_break(module) or reads_gathered(example_inputs)
         self.name = _title(module)
         nodes = module.graph.find_nodes(op="placeholder")
         values = list(zip(nodes, example_inputs, strict=True))
@@ -100,7 +96,6 @@ class Graph:
         self.programs: dict[tuple[Key, ...], Program] = {}
         self.plain: Callable[..., Any] | None = None
         self.error: FxmemError | None = None
-        self.has_run = False
         session.graphs.append(weakref.ref(self))
         # Now, because what tracing assumes of sizes becomes guards of Dynamo's.
         self.tracing = True
@@ -117,9 +112,6 @@ class Graph:
             error, self.error = self.error, None
             raise error
         with self.session.lock:
-            if not self.has_run and not any(map(_torch.is_fake, args)):
-                # DDP cuts a model into graphs that are traced with stand-ins.
-                self.has_run, self.states = True, _references(args)
             use = self.session.enter(self, args)
         outputs = use.seen.program.run(*args)
         use.returned(outputs)

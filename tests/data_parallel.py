@@ -138,20 +138,13 @@ def small_buckets(model):
 
 
 def compiled_ddp():
-    """Bucket graphs that share one budget."""
-    model, x = made(Net, 3), batch()
-    want = by_hand(model, x)
-    ddp = small_buckets(model)
-    run = torch.compile(ddp, backend="fxmem", options={"budget": "0.8x"})
-    wrong = trained(run, model, x, want)
-    (budget,) = {plan.budget for plan in fxmem.plans(run)}
-    return {
-        "wrong": wrong,
-        "held": held(run, model, x),  # the buckets are there before
-        "unchanged": eager_peak(model, x),
-        "budget": budget,
-        "plans": plans_of(run),
-    }
+    """Compiled around DDP, a model comes in a graph for each bucket."""
+    run = torch.compile(small_buckets(made(Net, 3)), backend="fxmem", options={"budget": "0.8x"})
+    try:
+        step(run, batch())
+    except Exception as error:
+        return {"error": str(error)}
+    return {"error": ""}
 
 
 SHARE = 0.95
