@@ -7,6 +7,7 @@ room for what the loop holds beside the step.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,11 +74,11 @@ def lightning_callback(budget: Any, module: str = "", **options: Any) -> Any:
     Raises ``FxmemError`` after two batches in which nothing called that module.
     """
     try:
-        from lightning.pytorch import Callback as Base
+        pytorch: Any = importlib.import_module("lightning.pytorch")
     except ImportError:
-        from pytorch_lightning import Callback as Base  # its older name
+        pytorch = importlib.import_module("pytorch_lightning")  # its older name
 
-    class Callback(Base):
+    class Callback(pytorch.Callback):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             accumulates = trainer.accumulate_grad_batches > 1
             model = pl_module.get_submodule(module)
