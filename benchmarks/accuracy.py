@@ -38,8 +38,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxmem
-from fxmem import pipeline
-from fxmem.quantizers import dequantize_groups, quantize_groups
+from fxmem.codes.quantizers import dequantize_groups, quantize_groups
+from fxmem.steps import pipeline
 
 HERE = Path(__file__).resolve().parent
 CEILING = 0.01

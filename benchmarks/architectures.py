@@ -26,7 +26,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import fxmem
-from fxmem.measure import cpu_allocations
+from fxmem.graphs.measure import cpu_allocations
 
 RESULTS = Path(__file__).resolve().parent / "results" / "architectures-cpu.json"
 

@@ -5,8 +5,8 @@ python benchmarks/context.py
 
 import torch
 
-from fxmem.fits import CONTEXT, DRIVER_SHARE
-from fxmem.gpus import find_gpu
+from fxmem.basics.gpus import find_gpu
+from fxmem.reports.fits import CONTEXT, DRIVER_SHARE
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxmem
-from fxmem.device import library_memory
+from fxmem.basics.device import library_memory
 
 HERE = Path(__file__).resolve().parent
 Module = Callable[..., Any]

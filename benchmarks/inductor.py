@@ -30,7 +30,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_inductor_cache
 
 import fxmem
-from fxmem.measure import cpu_allocations
+from fxmem.graphs.measure import cpu_allocations
 
 RESULTS = HERE / "results" / "inductor-cpu.json"
 BUDGETS = ("0.6x", "0.4x")

@@ -17,7 +17,7 @@ import torch
 from steps import FAMILIES, loss_of
 
 import fxmem
-from fxmem.measure import measure
+from fxmem.graphs.measure import measure
 
 TIMES = (1.7, 4.0)
 

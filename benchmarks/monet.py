@@ -33,12 +33,12 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
+from fxmem.analysis.cost import CPU, CostModel, model_of  # noqa: E402
 from fxmem.api import read_options  # noqa: E402
-from fxmem.capture import StepCall, capture  # noqa: E402
-from fxmem.cost import CPU, CostModel, model_of  # noqa: E402
-from fxmem.gpus import GPUS  # noqa: E402
-from fxmem.pipeline import analyze, decide, unchanged_step  # noqa: E402
-from fxmem.standins import without_meta  # noqa: E402
+from fxmem.basics.gpus import GPUS  # noqa: E402
+from fxmem.graphs.capture import StepCall, capture  # noqa: E402
+from fxmem.graphs.standins import without_meta  # noqa: E402
+from fxmem.steps.pipeline import analyze, decide, unchanged_step  # noqa: E402
 
 PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
     "resnet50": ((10.01 / 15.06, 1.0322), (6.00 / 15.06, 1.0931), (4.99 / 15.06, 1.1195)),
@@ -279,7 +279,9 @@ def above(points: list[Point]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="names, by commas")
-    parser.add_argument("--devices", default="P100,cpu", help="'cpu' and names in fxmem/gpus.py")
+    parser.add_argument(
+        "--devices", default="P100,cpu", help="'cpu' and names in fxmem/basics/gpus.py"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "monet.json")
     options = parser.parse_args()
     points: list[Point] = []

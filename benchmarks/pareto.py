@@ -28,10 +28,10 @@ from steps import FAMILIES, HERE, SIZES, Step, keep_freed_memory, same, side_by_
 from tabulate import tabulate
 
 import fxmem
+from fxmem.analysis.cost import CostModel
 from fxmem.api import read_options
-from fxmem.capture import StepCall, capture
-from fxmem.cost import CostModel
-from fxmem.pipeline import Options, analyze, decide, unchanged_step
+from fxmem.graphs.capture import StepCall, capture
+from fxmem.steps.pipeline import Options, analyze, decide, unchanged_step
 
 Module = Callable[..., Any]
 

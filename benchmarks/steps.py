@@ -21,8 +21,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 from families import FAMILIES, SIZES, loss_of  # noqa: E402
 
-from fxmem.cost import flop_formula  # noqa: E402
-from fxmem.measure import cpu_allocations, measure  # noqa: E402
+from fxmem.analysis.cost import flop_formula  # noqa: E402
+from fxmem.graphs.measure import cpu_allocations, measure  # noqa: E402
 
 __all__ = [
     "FAMILIES",

@@ -37,7 +37,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from hazards import HAZARDS, differences, fresh, snapshot, tensors  # noqa: E402
 
 from fxmem import backend  # noqa: E402
-from fxmem.errors import FxmemError  # noqa: E402
+from fxmem.basics.errors import FxmemError  # noqa: E402
 
 SECONDS = 120
 """No entry may take longer."""

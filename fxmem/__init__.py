@@ -6,10 +6,10 @@ loss.backward()
 """
 
 from fxmem import trainers
+from fxmem.analysis.cost import CostModel
 from fxmem.api import liveness, optimize, plan
 from fxmem.backend import plans
-from fxmem.cost import CostModel
-from fxmem.errors import (
+from fxmem.basics.errors import (
     BudgetError,
     BudgetInfeasibleError,
     CaptureError,
@@ -18,21 +18,21 @@ from fxmem.errors import (
     PlanMismatchError,
     VerificationError,
 )
-from fxmem.fits import Fits
-from fxmem.gradient_noise import Noise
-from fxmem.inventory import Liveness
+from fxmem.codes.gradient_noise import Noise
+from fxmem.codes.lossless import ELEMENTS
+from fxmem.codes.lossy import LossyEncoding, register_encoding
+from fxmem.graphs.measure import Measurement, measure
+from fxmem.graphs.operators import declare_pure
 from fxmem.looking import fits, report
-from fxmem.lossless import ELEMENTS
-from fxmem.lossy import LossyEncoding, register_encoding
-from fxmem.measure import Measurement, measure
-from fxmem.oom import Explanation, explain_oom
-from fxmem.operators import declare_pure
-from fxmem.plan import Plan
-from fxmem.report import Report
-from fxmem.runtime import OptimizedModule
-from fxmem.saved import Saved, saved
+from fxmem.planning.plan import Plan
+from fxmem.reports.fits import Fits
+from fxmem.reports.oom import Explanation, explain_oom
+from fxmem.reports.report import Report
+from fxmem.reports.saved import Saved, saved
 from fxmem.sizing import max_batch, min_budget
-from fxmem.step_report import StepReport
+from fxmem.steps.inventory import Liveness
+from fxmem.steps.runtime import OptimizedModule
+from fxmem.steps.step_report import StepReport
 
 __version__ = "0.1.0"
 

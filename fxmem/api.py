@@ -14,10 +14,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxmem.budget import Budget, read_reserve
-from fxmem.capture import StepCall, capture
-from fxmem.cost import CostModel
-from fxmem.dynamic import (
+from fxmem.analysis.cost import CostModel
+from fxmem.analysis.dynamic import (
     Bounds,
     Names,
     default_names,
@@ -27,18 +25,20 @@ from fxmem.dynamic import (
     sizes_by_name,
     with_likely,
 )
-from fxmem.errors import CaptureError, FixedSizeError, FxmemError
-from fxmem.footprint import liveness_of
-from fxmem.gradient_noise import Noise
-from fxmem.graph import Role
-from fxmem.inventory import Liveness
-from fxmem.pipeline import Analysis, Options, analyze, device_of, unchanged_step
-from fxmem.plan import Plan
-from fxmem.runtime import OptimizedModule, Session
-from fxmem.standins import without_meta
-from fxmem.units import format_bytes, shown
-from fxmem.validity import decided
-from fxmem.verify import verify_step
+from fxmem.basics.budget import Budget, read_reserve
+from fxmem.basics.errors import CaptureError, FixedSizeError, FxmemError
+from fxmem.basics.units import format_bytes, shown
+from fxmem.codes.gradient_noise import Noise
+from fxmem.graphs.capture import StepCall, capture
+from fxmem.graphs.graph import Role
+from fxmem.graphs.standins import without_meta
+from fxmem.planning.plan import Plan
+from fxmem.steps.footprint import liveness_of
+from fxmem.steps.inventory import Liveness
+from fxmem.steps.pipeline import Analysis, Options, analyze, device_of, unchanged_step
+from fxmem.steps.runtime import OptimizedModule, Session
+from fxmem.steps.validity import decided
+from fxmem.steps.verify import verify_step
 
 DEFAULT = ("recompute", "lossless")
 ALLOWED = (*DEFAULT, "quantize")

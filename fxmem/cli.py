@@ -21,16 +21,16 @@ from typing import Any, NoReturn
 import torch
 
 import fxmem
-from fxmem.capture import StepCall
+from fxmem.basics.errors import BudgetInfeasibleError, FxmemError
+from fxmem.basics.tables import clean
+from fxmem.basics.units import format_bytes, shown
 from fxmem.doctor import examine
-from fxmem.errors import BudgetInfeasibleError, FxmemError
-from fxmem.fits import gpu_lines, gpu_rows
-from fxmem.pipeline import calibrate
-from fxmem.plan import Plan
-from fxmem.report import Report
-from fxmem.tables import clean
-from fxmem.units import format_bytes, shown
-from fxmem.workspace import Entry, cache_path, device_at_hand
+from fxmem.graphs.capture import StepCall
+from fxmem.graphs.workspace import Entry, cache_path, device_at_hand
+from fxmem.planning.plan import Plan
+from fxmem.reports.fits import gpu_lines, gpu_rows
+from fxmem.reports.report import Report
+from fxmem.steps.pipeline import calibrate
 
 FITS, ERROR, INFEASIBLE = 0, 1, 2
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxmem
+from fxmem.basics.units import format_bytes
 from fxmem.demo_models import Batch, Task, task
-from fxmem.report import Report
-from fxmem.units import format_bytes
+from fxmem.reports.report import Report
 
 _SEED = 1
 

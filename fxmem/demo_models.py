@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxmem.errors import FxmemError
+from fxmem.basics.errors import FxmemError
 
 Batch = tuple[Tensor, Tensor]
 

@@ -17,13 +17,13 @@ from torch import nn
 
 from fxmem._torch import CHECKED_VERSIONS
 from fxmem.api import plan
-from fxmem.budget import Budget
-from fxmem.device import free_memory, total_memory
-from fxmem.errors import FxmemError
-from fxmem.gpus import find_gpu
-from fxmem.tables import clean
-from fxmem.units import format_bytes
-from fxmem.workspace import cache_path, device_at_hand
+from fxmem.basics.budget import Budget
+from fxmem.basics.device import free_memory, total_memory
+from fxmem.basics.errors import FxmemError
+from fxmem.basics.gpus import find_gpu
+from fxmem.basics.tables import clean
+from fxmem.basics.units import format_bytes
+from fxmem.graphs.workspace import cache_path, device_at_hand
 
 SUPPORTED = (2, 11), (2, 15)
 """The oldest and the newest torch that the package may be installed beside."""

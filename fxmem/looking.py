@@ -12,22 +12,22 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxmem.analysis.cost import CostModel, model_of
+from fxmem.analysis.dynamic import given_bounds, sizes_by_name
 from fxmem.api import DEFAULT, analyzed, liveness, read_options
-from fxmem.budget import Budget
-from fxmem.cost import CostModel, model_of
-from fxmem.device import library_memory
-from fxmem.dynamic import given_bounds, sizes_by_name
-from fxmem.errors import BudgetInfeasibleError, CaptureError, FixedSizeError, FxmemError
-from fxmem.fits import Alternative, Fit, Fits, usable
-from fxmem.gpus import GPUS, Gpu
-from fxmem.inventory import Liveness
-from fxmem.pipeline import Analysis, Options, Planned, decide
-from fxmem.plan import Plan
-from fxmem.report import Report
-from fxmem.sizes import symbol
-from fxmem.step_report import StepReport
-from fxmem.validity import decided
-from fxmem.workspace import device_at_hand
+from fxmem.basics.budget import Budget
+from fxmem.basics.device import library_memory
+from fxmem.basics.errors import BudgetInfeasibleError, CaptureError, FixedSizeError, FxmemError
+from fxmem.basics.gpus import GPUS, Gpu
+from fxmem.basics.sizes import symbol
+from fxmem.graphs.workspace import device_at_hand
+from fxmem.planning.plan import Plan
+from fxmem.reports.fits import Alternative, Fit, Fits, usable
+from fxmem.reports.report import Report
+from fxmem.steps.inventory import Liveness
+from fxmem.steps.pipeline import Analysis, Options, Planned, decide
+from fxmem.steps.step_report import StepReport
+from fxmem.steps.validity import decided
 
 
 def report(

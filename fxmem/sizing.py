@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxmem.analysis.dynamic import Bounds, Names
 from fxmem.api import named_call, read_options
-from fxmem.boundary import largest
-from fxmem.budget import Budget, read_reserve
-from fxmem.capture import StepCall, capture
-from fxmem.device import library_memory
-from fxmem.dynamic import Bounds, Names
-from fxmem.errors import BudgetError, FxmemError
-from fxmem.footprint import liveness_of
-from fxmem.inventory import Liveness
-from fxmem.pipeline import analyze, decide, device_of, unchanged_step
-from fxmem.plan import Plan
-from fxmem.standins import at_sizes, without_meta
-from fxmem.units import format_bytes
+from fxmem.basics.budget import Budget, read_reserve
+from fxmem.basics.device import library_memory
+from fxmem.basics.errors import BudgetError, FxmemError
+from fxmem.basics.units import format_bytes
+from fxmem.graphs.boundary import largest
+from fxmem.graphs.capture import StepCall, capture
+from fxmem.graphs.standins import at_sizes, without_meta
+from fxmem.planning.plan import Plan
+from fxmem.steps.footprint import liveness_of
+from fxmem.steps.inventory import Liveness
+from fxmem.steps.pipeline import analyze, decide, device_of, unchanged_step
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from fxmem import _torch, backend
-from fxmem.budget import read_reserve
-from fxmem.errors import FxmemError
+from fxmem.basics.budget import read_reserve
+from fxmem.basics.errors import FxmemError
 
 _BACKEND: Any = (
     backend.fxmem

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
-from fxmem.fakes import fake_value
-from fxmem.graph import JointGraph
+from fxmem.graphs.fakes import fake_value
+from fxmem.graphs.graph import JointGraph
 
 
 class Pass(Protocol):

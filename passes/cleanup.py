@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxmem.fakes import replace_uses
-from fxmem.graph import JointGraph, has_effect, is_backward, is_view
+from fxmem.graphs.fakes import replace_uses
+from fxmem.graphs.graph import JointGraph, has_effect, is_backward, is_view
 from fxmem.passes.base import insert_like
 
 aten = torch.ops.aten

@@ -19,9 +19,9 @@ import torch
 from torch import fx
 
 from fxmem._torch import cudnn_normalizes
-from fxmem.batch_norm import cudnn_batch_norm, cudnn_batch_norm_backward
-from fxmem.fakes import refresh, views_below
-from fxmem.graph import JointGraph
+from fxmem.graphs.batch_norm import cudnn_batch_norm, cudnn_batch_norm_backward
+from fxmem.graphs.fakes import refresh, views_below
+from fxmem.graphs.graph import JointGraph
 from fxmem.passes.base import insert_like
 
 aten = torch.ops.aten

@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxmem.fakes import replace_uses
-from fxmem.graph import JointGraph, is_backward, is_view
-from fxmem.operators import is_random, recomputable_nodes
-from fxmem.sizes import hint, storage_keys, tensors_in
+from fxmem.basics.sizes import hint, storage_keys, tensors_in
+from fxmem.graphs.fakes import replace_uses
+from fxmem.graphs.graph import JointGraph, is_backward, is_view
+from fxmem.graphs.operators import is_random, recomputable_nodes
 
 _TINY = 1024  # bytes
 

@@ -35,12 +35,12 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxmem.dataflow import INSTEAD_OF
-from fxmem.fakes import refresh, replace_uses, views_below
-from fxmem.graph import JointGraph, is_backward, is_view
-from fxmem.lossless import LOSSLESS, Encoding, Reading
+from fxmem.analysis.dataflow import INSTEAD_OF
+from fxmem.basics.sizes import storages_in
+from fxmem.codes.lossless import LOSSLESS, Encoding, Reading
+from fxmem.graphs.fakes import refresh, replace_uses, views_below
+from fxmem.graphs.graph import JointGraph, is_backward, is_view
 from fxmem.passes.base import insert_like
-from fxmem.sizes import storages_in
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxmem.graph import JointGraph, is_backward
+from fxmem.basics.sizes import by_stride, hint, is_dense
+from fxmem.graphs.graph import JointGraph, is_backward
 from fxmem.passes.base import insert_like
-from fxmem.sizes import by_stride, hint, is_dense
 
 aten = torch.ops.aten
 

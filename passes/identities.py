@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxmem.fakes import look, replace_uses
-from fxmem.graph import JointGraph, has_effect, is_view
-from fxmem.sizes import storage_keys, storages_in
+from fxmem.basics.sizes import storage_keys, storages_in
+from fxmem.graphs.fakes import look, replace_uses
+from fxmem.graphs.graph import JointGraph, has_effect, is_view
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-from fxmem.fakes import refresh
-from fxmem.graph import JointGraph, has_effect, is_view
-from fxmem.overwriting import DESTINATIONS, overwritable
-from fxmem.sizes import storage_keys
+from fxmem.analysis.overwriting import DESTINATIONS, overwritable
+from fxmem.basics.sizes import storage_keys
+from fxmem.graphs.fakes import refresh
+from fxmem.graphs.graph import JointGraph, has_effect, is_view
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxmem.graph import (
+from fxmem.analysis.overwriting import overwritable
+from fxmem.basics.sizes import evaluate, storage_keys, storages_in
+from fxmem.graphs.graph import (
     JointGraph,
     OutputKind,
     Role,
@@ -34,10 +36,8 @@ from fxmem.graph import (
     is_symbolic_scalar,
     is_view,
 )
-from fxmem.operators import is_random
-from fxmem.overwriting import overwritable
-from fxmem.sizes import evaluate, storage_keys, storages_in
-from fxmem.workspace import Workspaces
+from fxmem.graphs.operators import is_random
+from fxmem.graphs.workspace import Workspaces
 
 
 @dataclass(frozen=True)

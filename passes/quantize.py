@@ -25,14 +25,14 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxmem.consumers import Reader, saved_values
-from fxmem.dataflow import INSTEAD_OF, NOISE
-from fxmem.fakes import fake_value
-from fxmem.graph import JointGraph, Role, has_effect
-from fxmem.lossy import LossyEncoding
+from fxmem.analysis.dataflow import INSTEAD_OF, NOISE
+from fxmem.codes.lossy import LossyEncoding
+from fxmem.codes.seeds import step_seed
+from fxmem.graphs.consumers import Reader, saved_values
+from fxmem.graphs.fakes import fake_value
+from fxmem.graphs.graph import JointGraph, Role, has_effect
 from fxmem.passes.base import insert_like
 from fxmem.passes.encode import PLAIN, Plain
-from fxmem.seeds import step_seed
 
 
 @dataclass(frozen=True)

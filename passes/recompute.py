@@ -24,11 +24,11 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxmem._torch import run_and_save_rng_state, run_with_rng_state
-from fxmem.fakes import fake_empty_bytes, fake_value
-from fxmem.graph import JointGraph, has_effect, is_backward, is_symbolic_scalar, is_view
-from fxmem.operators import is_random, recomputable_nodes, rng_state_nbytes, second_call
+from fxmem.basics.sizes import storages_in
+from fxmem.graphs.fakes import fake_empty_bytes, fake_value
+from fxmem.graphs.graph import JointGraph, has_effect, is_backward, is_symbolic_scalar, is_view
+from fxmem.graphs.operators import is_random, recomputable_nodes, rng_state_nbytes, second_call
 from fxmem.passes.base import insert_like
-from fxmem.sizes import storages_in
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxmem.convolution import convolution_relu
-from fxmem.fakes import replace_uses
-from fxmem.graph import JointGraph, is_backward
+from fxmem.graphs.convolution import convolution_relu
+from fxmem.graphs.fakes import replace_uses
+from fxmem.graphs.graph import JointGraph, is_backward
+from fxmem.graphs.workspace import lies_plainly
 from fxmem.passes.base import insert_like
-from fxmem.workspace import lies_plainly
 
 aten = torch.ops.aten
 

@@ -22,12 +22,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxmem.convolution import convolution_input_backward, reads_shape_alone
-from fxmem.fakes import replace_uses
-from fxmem.graph import JointGraph
+from fxmem.basics.sizes import as_numbers, hint, storages_in
+from fxmem.graphs.convolution import convolution_input_backward, reads_shape_alone
+from fxmem.graphs.fakes import replace_uses
+from fxmem.graphs.graph import JointGraph
+from fxmem.graphs.workspace import LAYOUT
 from fxmem.passes.base import insert_like
-from fxmem.sizes import as_numbers, hint, storages_in
-from fxmem.workspace import LAYOUT
 
 aten = torch.ops.aten
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmem.fakes import fake_value, same_strides
+from fxmem.basics.sizes import storages_in
+from fxmem.graphs.fakes import fake_value, same_strides
 from fxmem.passes.base import insert_like
-from fxmem.sizes import storages_in
 
 aten = torch.ops.aten
 

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxmem.fakes import replace_uses, same_strides
-from fxmem.graph import JointGraph, has_effect, is_backward, is_view, operator_name
+from fxmem.basics.sizes import hint
+from fxmem.graphs.fakes import replace_uses, same_strides
+from fxmem.graphs.graph import JointGraph, has_effect, is_backward, is_view, operator_name
 from fxmem.passes.base import insert_like
 from fxmem.passes.strides import replace_with_other_strides
-from fxmem.sizes import hint
 
 aten = torch.ops.aten
 

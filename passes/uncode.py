@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxmem.encodings import ENCODERS
-from fxmem.fakes import replace_uses
-from fxmem.graph import JointGraph, is_backward, is_view
-from fxmem.lossy import encodings
+from fxmem.codes.encodings import ENCODERS
+from fxmem.codes.lossy import encodings
+from fxmem.graphs.fakes import replace_uses
+from fxmem.graphs.graph import JointGraph, is_backward, is_view
 from fxmem.passes.base import insert_like
 from fxmem.passes.encode import PLAIN
 

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxmem.encodings import avg_pool2d_backward, max_pool2d_backward
-from fxmem.fakes import replace_uses
-from fxmem.graph import JointGraph
+from fxmem.basics.sizes import as_numbers
+from fxmem.codes.encodings import avg_pool2d_backward, max_pool2d_backward
+from fxmem.graphs.fakes import replace_uses
+from fxmem.graphs.graph import JointGraph
+from fxmem.graphs.workspace import lies_plainly
 from fxmem.passes.base import insert_like
-from fxmem.sizes import as_numbers
-from fxmem.workspace import lies_plainly
 
 aten = torch.ops.aten
 

@@ -25,8 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxmem
-from fxmem import _torch_distributed, backend, ranks
-from fxmem.measure import cpu_allocations
+from fxmem import backend
+from fxmem._torch import distributed as _torch_distributed
+from fxmem.graphs.measure import cpu_allocations
+from fxmem.planning import ranks
 
 WIDTH, ROWS = 64, 256
 

@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import fx
 
-from fxmem.dataflow import NOISE_CEILING, Dataflow, Operator, Value
-from fxmem.graph import LOSS_OUTSIDE
+from fxmem.analysis.dataflow import NOISE_CEILING, Dataflow, Operator, Value
+from fxmem.graphs.graph import LOSS_OUTSIDE
 
 NODE = cast(fx.Node, None)  # no graph stands behind these
 

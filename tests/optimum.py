@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from flows import random_flow
 
-from fxmem.dataflow import NOISE_CEILING, Dataflow
-from fxmem.planner import Choice, Planner
+from fxmem.analysis.dataflow import NOISE_CEILING, Dataflow
+from fxmem.planning.planner import Choice, Planner
 
 MOST = 9
 """Values that may be kept or not: all 2**9 choices are tried."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch._decomp import decomposition_table
 
 import fxmem
-from fxmem.workspace import Call, measure_call
+from fxmem.graphs.workspace import Call, measure_call
 
 aten = torch.ops.aten
 LOG = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxmem
 from fxmem import backend
-from fxmem.ledger import Around, Part, around, beyond, shares, step_peak
-from fxmem.measure import cpu_allocations
+from fxmem.graphs.measure import cpu_allocations
+from fxmem.planning.ledger import Around, Part, around, beyond, shares, step_peak
 
 pytestmark = pytest.mark.filterwarnings("ignore:fxmem. no plan fits")
 

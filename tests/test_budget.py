@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import fxmem.budget
-import fxmem.device
-from fxmem.budget import Budget, read_reserve
-from fxmem.device import free_memory, total_memory
-from fxmem.errors import BudgetError, FxmemError
+import fxmem.basics.budget
+import fxmem.basics.device
+from fxmem.basics.budget import Budget, read_reserve
+from fxmem.basics.device import free_memory, total_memory
+from fxmem.basics.errors import BudgetError, FxmemError
 
 GIB = 2**30
 CPU = torch.device("cpu")

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxmem
-from fxmem.capture import StepCall, capture
-from fxmem.certificates import LOSS_PARTS, MOST_TENSORS, Judge, certificate, scores
-from fxmem.dynamic import dynamic_names, marked
-from fxmem.pipeline import Analysis, analyze, unchanged_step
-from fxmem.plan import LiveTensor, Remedy
-from fxmem.planner import Planner
-from fxmem.rebatch import at_batch, batch_of, resized, viewed
-from fxmem.simulate import Simulator
+from fxmem.analysis.dynamic import dynamic_names, marked
+from fxmem.analysis.rebatch import at_batch, batch_of, resized, viewed
+from fxmem.analysis.simulate import Simulator
+from fxmem.graphs.capture import StepCall, capture
+from fxmem.planning.certificates import LOSS_PARTS, MOST_TENSORS, Judge, certificate, scores
+from fxmem.planning.plan import LiveTensor, Remedy
+from fxmem.planning.planner import Planner
+from fxmem.steps.pipeline import Analysis, analyze, unchanged_step
 
 
 def analysed(model, args, kwargs=None, shapes=None) -> Analysis:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxmem.cost import CPU, CUDA, CostModel, default_cost_model, flops, model_of
-from fxmem.gpus import GPUS, find_gpu
+from fxmem.analysis.cost import CPU, CUDA, CostModel, default_cost_model, flops, model_of
+from fxmem.basics.gpus import GPUS, find_gpu
 
 MODEL = CostModel("model", flops=1e9, bandwidth=1e15, launch=0.0, tf32=1e10, half=1e11)
 """Memory is never in the way."""

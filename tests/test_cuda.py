@@ -9,7 +9,7 @@ from families import FAMILIES, loss_of
 from torch.utils import _pytree as pytree
 
 import fxmem
-from fxmem.device import library_memory
+from fxmem.basics.device import library_memory
 
 pytestmark = [
     pytest.mark.gpu,

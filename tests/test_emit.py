@@ -16,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fxmem import _torch, emit
+from fxmem import _torch
+from fxmem.graphs import emit
 
 aten = torch.ops.aten
 

@@ -20,16 +20,16 @@ from test_simulate import rewritten
 from torch import nn
 
 import fxmem
-from fxmem import encodings, lossless
-from fxmem.encodings import pool_shape
-from fxmem.lossless import ELEMENTS, LOSSLESS
+from fxmem.basics.sizes import by_stride
+from fxmem.codes import encodings, lossless
+from fxmem.codes.encodings import pool_shape
+from fxmem.codes.lossless import ELEMENTS, LOSSLESS
 from fxmem.passes.encode import EncodePass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.rectify import RectifyPass
 from fxmem.passes.uncode import UncodePass
 from fxmem.passes.unread import UnreadPass
-from fxmem.sizes import by_stride
 
 aten = torch.ops.aten
 

@@ -15,12 +15,12 @@ from hazards import Seen, differences, train
 from torch import nn
 
 import fxmem
-from fxmem.backward import Backward
-from fxmem.budget import Budget
-from fxmem.capture import Capture, StepCall, capture
-from fxmem.measure import cpu_allocations
-from fxmem.pipeline import Analysis, Options, Planned, analyze, decide, unchanged_step
-from fxmem.runtime import OptimizedModule, Program, Session
+from fxmem.basics.budget import Budget
+from fxmem.graphs.capture import Capture, StepCall, capture
+from fxmem.graphs.measure import cpu_allocations
+from fxmem.steps.backward import Backward
+from fxmem.steps.pipeline import Analysis, Options, Planned, analyze, decide, unchanged_step
+from fxmem.steps.runtime import OptimizedModule, Program, Session
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from test_engine import Step, capture_once, measured_peak
 from torch import Tensor, nn
 
 from fxmem._torch import BACKWARD_NODE, run_with_rng_state
-from fxmem.operators import second_call
+from fxmem.graphs.operators import second_call
 from fxmem.passes import recompute
 
 START = int(os.environ.get("FXMEM_FUZZ_START", "0"))

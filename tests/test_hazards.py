@@ -7,7 +7,7 @@ import torch
 from hazards import HAZARDS, Case, Seen, differences, fresh, gradients, snapshot, total
 
 import fxmem
-from fxmem.errors import FxmemError
+from fxmem.basics.errors import FxmemError
 
 
 def planned(case: Case, budget) -> fxmem.OptimizedModule:

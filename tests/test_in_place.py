@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from test_passes import assert_same_outputs, captured, changed, tensor
 
-from fxmem.graph import is_in_place, operator_name
-from fxmem.measure import cpu_allocations
-from fxmem.overwriting import DESTINATIONS
+from fxmem.analysis.overwriting import DESTINATIONS
+from fxmem.graphs.graph import is_in_place, operator_name
+from fxmem.graphs.measure import cpu_allocations
 from fxmem.passes.in_place import InPlacePass
 
 aten = torch.ops.aten

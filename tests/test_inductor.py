@@ -13,10 +13,12 @@ from test_backend import Net, batch, seeded, stepped
 from torch import nn
 
 import fxmem
-from fxmem import _torch_inductor, backend, inductor
-from fxmem.backend_session import Session
-from fxmem.emit import boxed
-from fxmem.measure import cpu_allocations
+from fxmem import backend
+from fxmem._torch import inductor as _torch_inductor
+from fxmem.backend.session import Session
+from fxmem.graphs.emit import boxed
+from fxmem.graphs.measure import cpu_allocations
+from fxmem.steps import inductor
 
 
 @pytest.fixture(autouse=True)

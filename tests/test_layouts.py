@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxmem._torch_eager import real_layouts
+from fxmem._torch.eager import real_layouts
 
 aten = torch.ops.aten
 

@@ -15,12 +15,12 @@ from torch import nn
 
 import fxmem
 from fxmem import _torch
-from fxmem.capture import StepCall
-from fxmem.dynamic import default_names, with_likely
-from fxmem.errors import FxmemError
-from fxmem.inventory import Liveness
-from fxmem.measure import measure
-from fxmem.standins import at_sizes
+from fxmem.analysis.dynamic import default_names, with_likely
+from fxmem.basics.errors import FxmemError
+from fxmem.graphs.capture import StepCall
+from fxmem.graphs.measure import measure
+from fxmem.graphs.standins import at_sizes
+from fxmem.steps.inventory import Liveness
 
 B, S = sympy.symbols("B S", integer=True, positive=True)
 

@@ -12,10 +12,19 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import fxmem
-from fxmem.charts import step_chart
-from fxmem.fits import CONTEXT, Alternative, Fit, Fits, fit_lines, gpu_lines, gpu_rows, usable
-from fxmem.gpus import GPUS, Gpu
-from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point
+from fxmem.basics.gpus import GPUS, Gpu
+from fxmem.graphs.lifetimes import BeforeAfter, Lifetime, Memory, Point
+from fxmem.reports.charts import step_chart
+from fxmem.reports.fits import (
+    CONTEXT,
+    Alternative,
+    Fit,
+    Fits,
+    fit_lines,
+    gpu_lines,
+    gpu_rows,
+    usable,
+)
 from tests.test_report import MIB, make_plan
 
 GIB = 2**30
@@ -524,10 +533,10 @@ def test_each_gpu_has_its_own_price():
 
 
 def test_the_price_by_the_plans_own_model_is_the_plans():
+    from fxmem.analysis.cost import CPU
     from fxmem.api import analyzed, read_options
-    from fxmem.cost import CPU
     from fxmem.looking import overhead
-    from fxmem.pipeline import decide
+    from fxmem.steps.pipeline import decide
 
     options = read_options(
         Tower(), "0.6x", allow=("recompute",), noise=0.01, reserve=0, on_infeasible="raise",

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from fxmem.errors import FxmemError
-from fxmem.measure import Measurement, cpu_allocations, measure
+from fxmem.basics.errors import FxmemError
+from fxmem.graphs.measure import Measurement, cpu_allocations, measure
 
 # Large enough that a stray small tensor cannot hide a miscount, small enough to be quick.
 N = 1 << 16

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxmem
-from fxmem.decisions import infeasible
-from fxmem.oom import OutOfMemory, read_message
+from fxmem.reports.oom import OutOfMemory, read_message
+from fxmem.steps.decisions import infeasible
 from tests.test_report import MIB, make_certificate, make_plan
 
 GIB = 2**30

@@ -11,19 +11,19 @@ from hazards import differences
 from test_passes import assert_same_outputs, batch_norm, captured, changed, run, tensor
 from torch import nn
 
-from fxmem import pipeline
-from fxmem.capture import StepCall, capture
-from fxmem.graph import is_backward, node_line, operator_name
-from fxmem.liveness import timeline
-from fxmem.operators import is_random
-from fxmem.partition import split
+from fxmem.analysis.liveness import timeline
+from fxmem.graphs.capture import StepCall, capture
+from fxmem.graphs.graph import is_backward, node_line, operator_name
+from fxmem.graphs.operators import is_random
+from fxmem.graphs.partition import split
+from fxmem.graphs.workspace import Workspaces
 from fxmem.passes import order
 from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.order import OrderPass
-from fxmem.pipeline import BEFORE_PLANNING
-from fxmem.workspace import Workspaces
+from fxmem.steps import pipeline
+from fxmem.steps.pipeline import BEFORE_PLANNING
 
 
 def live_bytes(graph):

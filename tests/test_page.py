@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 import fxmem
-from fxmem.lifetimes import BeforeAfter, Lifetime, Memory, Point
-from fxmem.page import page, page_data
-from fxmem.plan import Key
-from fxmem.sizes import symbol
+from fxmem.basics.sizes import symbol
+from fxmem.graphs.lifetimes import BeforeAfter, Lifetime, Memory, Point
+from fxmem.planning.plan import Key
+from fxmem.reports.page import page, page_data
 from tests.test_report import MIB, decision, make_plan
 
 CHROMIUM = next(

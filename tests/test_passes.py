@@ -22,12 +22,12 @@ from torch.utils.checkpoint import (
 )
 
 import fxmem
-from fxmem import batch_norm as cudnn
-from fxmem import operators, pipeline
-from fxmem.capture import StepCall, capture
-from fxmem.graph import JointGraph, OutputKind
-from fxmem.operators import recomputable_nodes, refusal, second_call, second_call_outputs
-from fxmem.partition import split
+from fxmem.graphs import batch_norm as cudnn
+from fxmem.graphs import operators
+from fxmem.graphs.capture import StepCall, capture
+from fxmem.graphs.graph import JointGraph, OutputKind
+from fxmem.graphs.operators import recomputable_nodes, refusal, second_call, second_call_outputs
+from fxmem.graphs.partition import split
 from fxmem.passes import cudnn_batch_norm, recompute
 from fxmem.passes.cleanup import CleanupPass
 from fxmem.passes.cudnn_batch_norm import CudnnBatchNormPass
@@ -35,6 +35,7 @@ from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.tangents import UndefinedTangentsPass
+from fxmem.steps import pipeline
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from hazards import Model, differences, snapshot
 from torch import nn
 
 import fxmem
-from fxmem.measure import cpu_allocations
+from fxmem.graphs.measure import cpu_allocations
 
 PROGRAMS = {}
 

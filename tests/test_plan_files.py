@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxmem
-from fxmem.plan import Plan
-from fxmem.schema import MOST_PROBLEMS, plan_schema, problems
+from fxmem.planning import plan as plans
+from fxmem.planning.plan import Plan
+from fxmem.planning.schema import MOST_PROBLEMS, plan_schema, problems
 from tests.test_report import decision, make_certificate, make_plan
 
-plans = sys.modules["fxmem.plan"]  # fxmem.plan is the function
 SCHEMA = Path(plans.__file__).parent / "plan.schema.json"
 
 

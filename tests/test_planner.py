@@ -6,7 +6,7 @@ import pytest
 from flows import coded_flow, noisy_flow, random_flow
 from optimum import distances, every_choice, small_planner, spread
 
-from fxmem.planner import Choice, Planner
+from fxmem.planning.planner import Choice, Planner
 
 SEEDS = range(240)
 

@@ -4,8 +4,8 @@ import random
 
 import sympy
 
-from fxmem.boundary import largest
-from fxmem.polynomials import Monomials, reigns, terms, undominated
+from fxmem.basics.polynomials import Monomials, reigns, terms, undominated
+from fxmem.graphs.boundary import largest
 
 B, S = sympy.symbols("B S", integer=True, positive=True)
 

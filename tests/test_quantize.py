@@ -14,19 +14,19 @@ from test_passes import captured, changed, tensor
 from torch import fx, nn
 
 import fxmem
-from fxmem import travelling
 from fxmem._torch import fake_tensors_off
-from fxmem.allotment import Allotment, Candidate
+from fxmem.analysis.dataflow import NOISE_CEILING
 from fxmem.api import analyzed, read_options
-from fxmem.consumers import Use, saved_values
-from fxmem.dataflow import NOISE_CEILING
-from fxmem.gradient_noise import Sensitivity, Statistics
-from fxmem.lossless import ELEMENTS
-from fxmem.lossy import LOSSY
-from fxmem.measure import cpu_allocations
+from fxmem.codes import travelling
+from fxmem.codes.gradient_noise import Sensitivity, Statistics
+from fxmem.codes.lossless import ELEMENTS
+from fxmem.codes.lossy import LOSSY
+from fxmem.graphs.consumers import Use, saved_values
+from fxmem.graphs.measure import cpu_allocations
 from fxmem.passes.quantize import Code, QuantizePass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.uncode import UncodePass
+from fxmem.planning.allotment import Allotment, Candidate
 
 ALLOW = ("recompute", "lossless", "quantize")
 CODES = ("lossless", "quantize")

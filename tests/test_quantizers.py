@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import fxmem
-from fxmem import derivatives, lossy, narrow_floats, noise, packing, quantizers
-from fxmem.derivatives import ACTIVATIONS
-from fxmem.encoding_trials import check_encoding
-from fxmem.errors import EncodingError
-from fxmem.lossy import DERIVATIVES, LOSSY
-from fxmem.packing import FLOATS, is_proven
-from fxmem.sizes import by_stride
+from fxmem.basics import noise
+from fxmem.basics.errors import EncodingError
+from fxmem.basics.sizes import by_stride
+from fxmem.codes import derivatives, lossy, narrow_floats, packing, quantizers
+from fxmem.codes.derivatives import ACTIVATIONS
+from fxmem.codes.encoding_trials import check_encoding
+from fxmem.codes.lossy import DERIVATIVES, LOSSY
+from fxmem.codes.packing import FLOATS, is_proven
 
 aten = torch.ops.aten
 

@@ -6,9 +6,9 @@ import random
 import pytest
 from flows import coded_flow, noisy_flow, random_flow
 
-from fxmem import relaxation
-from fxmem.dataflow import NOISE_CEILING
-from fxmem.planner import Choice, Planner
+from fxmem.analysis.dataflow import NOISE_CEILING
+from fxmem.planning import relaxation
+from fxmem.planning.planner import Choice, Planner
 
 SEEDS = range(60)
 

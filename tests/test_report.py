@@ -9,10 +9,10 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxmem.decisions import infeasible
-from fxmem.plan import Certificate, Decision, Key, LiveTensor, PeakPoint, Plan, Remedy
-from fxmem.report import MAX_ROWS, Report, folded, live_rows
-from fxmem.tables import WIDTH, clean, cut
+from fxmem.basics.tables import WIDTH, clean, cut
+from fxmem.planning.plan import Certificate, Decision, Key, LiveTensor, PeakPoint, Plan, Remedy
+from fxmem.reports.report import MAX_ROWS, Report, folded, live_rows
+from fxmem.steps.decisions import infeasible
 
 MIB = 2**20
 

@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmem
-from fxmem import verify, workspace
-from fxmem.backward import Backward
-from fxmem.units import format_bytes
+from fxmem.basics.units import format_bytes
+from fxmem.graphs import workspace
+from fxmem.steps import verify
+from fxmem.steps.backward import Backward
 
 # -- Models ------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flows import coded_flow, noisy_flow, random_flow
 
-from fxmem.schedule import Schedule
-from fxmem.simulate import Outcome, Simulator
+from fxmem.analysis.simulate import Outcome, Simulator
+from fxmem.planning.schedule import Schedule
 
 
 def slots_of(simulator: Simulator, outcome: Outcome) -> list[list[int]]:

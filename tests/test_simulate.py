@@ -11,11 +11,11 @@ from hazards import differences, train
 from programs import random_program
 from test_engine import Captured, capture_once
 
-from fxmem.graph import is_view, node_line, operator_name
-from fxmem.liveness import MemoryTimeline, Step
-from fxmem.pipeline import Planned, rewrite
-from fxmem.planner import Choice
-from fxmem.sizes import storages_in
+from fxmem.analysis.liveness import MemoryTimeline, Step
+from fxmem.basics.sizes import storages_in
+from fxmem.graphs.graph import is_view, node_line, operator_name
+from fxmem.planning.planner import Choice
+from fxmem.steps.pipeline import Planned, rewrite
 
 SHARES = (0.0, 0.2, 0.5, 0.8)
 """Of the candidates, how many are kept: one choice each."""

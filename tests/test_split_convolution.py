@@ -15,12 +15,12 @@ from test_passes import assert_same_outputs, captured, changed, tensor
 from torch import nn
 
 import fxmem
-from fxmem.convolution import convolution_input_backward, reads_shape_alone
-from fxmem.cost import flops
-from fxmem.measure import cpu_allocations
+from fxmem.analysis.cost import flops
+from fxmem.graphs.convolution import convolution_input_backward, reads_shape_alone
+from fxmem.graphs.measure import cpu_allocations
+from fxmem.graphs.workspace import LAYOUT, Call, measure_call
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.split_convolution import SplitConvolutionPass
-from fxmem.workspace import LAYOUT, Call, measure_call
 
 aten = torch.ops.aten
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 
 import fxmem
-from fxmem import timings
-from fxmem.cost import CPU
-from fxmem.timings import MeasuredCost, load_timings, timings_path
-from fxmem.workspace import Call, TensorSpec
+from fxmem.analysis import timings
+from fxmem.analysis.cost import CPU
+from fxmem.analysis.timings import MeasuredCost, load_timings, timings_path
+from fxmem.graphs.workspace import Call, TensorSpec
 
 CPU_DEVICE = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fxmem
-from fxmem.capture import StepCall, capture
+from fxmem.graphs.capture import StepCall, capture
 
 transformers = pytest.importorskip("transformers")
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxmem.errors import BudgetError
-from fxmem.units import format_bytes, parse_bytes
+from fxmem.basics.errors import BudgetError
+from fxmem.basics.units import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

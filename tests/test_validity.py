@@ -8,7 +8,7 @@ from hazards import differences, snapshot
 from torch import nn
 
 import fxmem
-from fxmem.measure import measure
+from fxmem.graphs.measure import measure
 
 
 class Blocks(nn.Module):

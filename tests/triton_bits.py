@@ -12,9 +12,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from fxmem import encodings, quantizers, triton_kernels  # noqa: E402
-from fxmem.noise import keys  # noqa: E402
-from fxmem.packing import FLOATS, flat  # noqa: E402
+from fxmem.basics.noise import keys  # noqa: E402
+from fxmem.codes import encodings, quantizers, triton_kernels  # noqa: E402
+from fxmem.codes.packing import FLOATS, flat  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

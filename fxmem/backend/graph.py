@@ -1,0 +1,303 @@
+"""One graph of Dynamo's behind the backend: planned while AOTAutograd works on it, then run by its plan."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from fxmem import _torch
+from fxmem._torch.eager import compiling, eager_decompositions
+from fxmem.analysis.shards import reads_gathered
+from fxmem.backend.session import Key
+from fxmem.basics.errors import CaptureError, FxmemError
+from fxmem.basics.sizes import hint, storages_in
+from fxmem.graphs.capture import StepCall, joint_graph
+from fxmem.graphs.emit import boxed
+from fxmem.graphs.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
+from fxmem.planning.ledger import Around, Part, part_of
+from fxmem.planning.plan import Plan
+from fxmem.reports.report import Report
+from fxmem.steps.backward import Backward, refuse_autocast
+from fxmem.steps.code import Coded, step_code
+from fxmem.steps.pipeline import Options, Planned, Unchanged, analyze, unchanged_step
+from fxmem.steps.validity import Validity, decided
+
+if TYPE_CHECKING:
+    from fxmem.backend.session import Session
+
+log = logging.getLogger("fxmem.backend")
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph as it runs by one plan.
+
+    around: what it leaves room for; None if more graphs may follow that nobody has seen yet.
+    part, whole: its bytes as planned, and with everything kept.
+    """
+
+    number: int
+    run: Callable[..., Any]
+    plan: Plan
+    planned: Planned
+    around: Around | None
+    part: Part
+    whole: Part
+    sizes: tuple[int, ...]
+    validity: Validity | None
+    symbols: dict[str, int]
+
+    @property
+    def provisional(self) -> bool:
+        return self.around is None
+
+    def serves(self, sizes: tuple[int, ...]) -> bool:
+        """Does it keep the budget at these sizes?  named: symbol -> place among them."""
+        if all(size <= here for size, here in zip(sizes, self.sizes, strict=True)):
+            return True
+        named = {name: sizes[place] for name, place in self.symbols.items()}
+        return self.validity is not None and self.validity.fits(named)
+
+    def leaves_room(self, needed: Around) -> bool:
+        mine = self.around
+        return mine is not None and (
+            mine.always >= needed.always and (mine.meanwhile or 0) >= (needed.meanwhile or 0)
+        )
+
+
+class Graph:
+    """One graph of Dynamo's.  Called like it; runs the program for what else the step holds."""
+
+    def __init__(self, module: fx.GraphModule, example_inputs: list[Any], session: Session) -> None:
+        self.number = next(_numbers)
+        self.module = module
+        self.session = session
+        self.more_follows = _torch.follows_a_break(module) or reads_gathered(example_inputs)
+        self.name = _title(module)
+        nodes = module.graph.find_nodes(op="placeholder")
+        values = list(zip(nodes, example_inputs, strict=True))
+        self.roles = [_role(node, value) for node, value in values]
+        self.states = _references(example_inputs)
+        self.size_places = [
+            i for i, (_, v) in enumerate(values) if isinstance(v, (int, torch.SymInt))
+        ]
+        self.programs: dict[tuple[Key, ...], Program] = {}
+        self.plain: Callable[..., Any] | None = None
+        self.error: FxmemError | None = None
+        session.graphs.append(weakref.ref(self))
+        # Now, because what tracing assumes of sizes becomes guards of Dynamo's.
+        self.tracing = True
+        try:
+            session.program_for(self, example_inputs)
+        except FxmemError as error:
+            self.error = error
+        self.tracing = False
+
+    def run(self, *args: Any) -> Any:
+        if self.plain is not None:
+            return self.plain(*args)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        with self.session.lock:
+            use = self.session.enter(self, args)
+        outputs = use.seen.program.run(*args)
+        use.returned(outputs)
+        _torch.prepare_backward(outputs, refuse_autocast, use.done)
+        return outputs
+
+    def reads(self, tensors: set[int]) -> bool:
+        """Is one of these, by identity, among the tensors that it is given?"""
+        return any(key in tensors and ref() is not None for key, ref in self.states.items())
+
+    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(int(hint(args[i])) for i in self.size_places)
+
+    def key(self, args: Sequence[Any]) -> Key:
+        return self.number, self.sizes(args)
+
+    # -- Building ------------------------------------------------------------------------------------
+
+    def build(self, args: Sequence[Any], around: Around | None, options: Options) -> Program | None:
+        """Trace, plan and compile; None where nothing needs a gradient.
+
+        Once Dynamo has finished with the graph, the sizes of further inputs are constants.
+        """
+        call = StepCall(_bare(self.module), _concrete(args), name=self.name)
+        with _torch.outside_of_tracing():
+            unchanged = unchanged_step(call)
+        builder = _Builder(self, args, around, options, call, unchanged)
+        context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
+        with compiling(), eager_decompositions(), context:
+            run = _torch.aot_compile(
+                self.module, args, builder.partition, builder.forward, builder.backward
+            )
+        if builder.planned is None:
+            self.plain = run
+            return None
+        return builder.program(run)
+
+
+class _Builder:
+    """Plans a graph in the middle of AOTAutograd's work on it."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        args: Sequence[Any],
+        around: Around | None,
+        options: Options,
+        call: StepCall,
+        unchanged: Unchanged,
+    ) -> None:
+        self.graph, self.args, self.around, self.options = graph, args, around, options
+        self.call, self.unchanged = call, unchanged
+        self.places: dict[str, int] = {}
+        self.planned: Planned | None = None
+        self.validity: Validity | None = None
+        self.joint: JointGraph | None = None
+        self.coded: Coded | None = None
+
+    def partition(
+        self, module: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if _torch.is_of_a_region(module):
+            raise CaptureError(
+                "the model has a region that is compiled by itself (nested_compile_region), whose bytes "
+                "the backend fxmem cannot plan\n  try: the model without the decorator"
+            )
+        graph = joint_graph(module, self.graph.roles, {})
+        self._name_sizes(graph)
+        _surround(graph, self.around)
+        analysis = analyze(graph, self.call, self.unchanged, self.options.cost)
+        here = {info.name: info.hint for info in graph.symbols.values()}
+        found = decided(analysis, self.options, here)
+        options = self.options
+        if self.around is None:  # it runs once
+            options = replace(options, compiler="eager")
+        self.coded, self.validity = step_code(analysis, options, graph, found, here)
+        self.planned = self.coded.planned
+        self.joint = graph
+        return self.coded.split.forward, self.coded.split.backward
+
+    def forward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
+        return boxed(module) if self.coded is None else self.coded.forward
+
+    def backward(self) -> Backward:
+        assert self.coded is not None
+        return self.coded.backward
+
+    def program(self, run: Callable[..., Any]) -> Program:
+        planned, graph = self.planned, self.joint
+        assert planned is not None
+        assert graph is not None
+        sizes, bindings = self.graph.sizes(self.args), graph.bindings()
+        plan = planned.plan
+        if self.around is not None and self.around.always:
+            always = self.around.always
+            plan = replace(
+                plan,
+                budget=plan.budget + always,
+                predicted_peak=plan.predicted_peak + always,
+                resident=plan.resident + always,
+            )
+        if self.around is not None:
+            _tell(self.graph.number, plan)
+        return Program(
+            next(_numbers),
+            run,
+            plan,
+            planned,
+            self.around,
+            part_of(planned.line, planned.graph, bindings),
+            part_of(planned.before, planned.graph, bindings),
+            sizes,
+            self.validity,
+            self.places,
+        )
+
+    def _name_sizes(self, graph: JointGraph) -> None:
+        """Every size that Dynamo passes is a symbol of the graph; those have the names of inputs."""
+        nodes = list(graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT))
+        for place, i in enumerate(self.graph.size_places):
+            value = nodes[i].meta.get("val")
+            if not isinstance(value, torch.SymInt):
+                continue
+            name = self.graph.roles[i].name
+            symbol = Symbol(name, int(value.node.hint), name)
+            self.places[graph.symbols.setdefault(value.node.expr, symbol).name] = place
+
+
+def _tell(number: int, plan: Plan) -> None:
+    """Log a plan that is there to stay, and put it into torch's structured trace."""
+    if log.isEnabledFor(logging.INFO):
+        log.info("the plan of graph %d\n%s", number, Report(plan))
+    _torch.trace_artifact(f"fxmem_plan_{number}", lambda: json.dumps(plan.to_dict(), indent=1))
+
+
+def _surround(graph: JointGraph, around: Around | None) -> None:
+    """Let the graph's boundary hold what the graphs that follow hold; if unknown, more than all else."""
+    if around is not None and around.meanwhile is None:
+        return
+    nbytes = around.meanwhile if around is not None and around.meanwhile is not None else 0
+    if around is None:
+        every = {k: n for node in graph.nodes for k, n in storages_in(node.meta.get("val")).items()}
+        nbytes = sum(int(hint(n)) for n in every.values())
+    for tangent in graph.placeholders(Role.TANGENT):
+        tangent.meta[INSTEAD_OF_LOSS], nbytes = nbytes, 0
+
+
+def _references(values: Sequence[Any]) -> dict[int, weakref.ref[torch.Tensor]]:
+    return {id(v): weakref.ref(v) for v in values if isinstance(v, torch.Tensor)}
+
+
+def _bare(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph without what Dynamo hangs on it, to be copied and run on fake tensors."""
+    return fx.GraphModule(module, module.graph)
+
+
+def _concrete(args: Sequence[Any]) -> tuple[Any, ...]:
+    """The inputs as a step of its own would be given them: sizes as numbers, activations as leaves."""
+
+    def concrete(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value if value.is_leaf else value.detach().requires_grad_(value.requires_grad)
+        return int(hint(value)) if isinstance(value, torch.SymInt) else value
+
+    return tuple(map(concrete, args))
+
+
+_ROOT = re.compile(r"[LG]\['\w+'\]")
+_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+
+
+def _role(node: fx.Node, value: Any) -> Input:
+    source = _torch.dynamo_source_name(node)
+    name = ".".join(_STEP.findall(source)) or source
+    leaf = isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf
+    if isinstance(value, nn.Parameter):
+        return Input(Role.PARAMETER, name, leaf)
+    if "._buffers['" in source:
+        return Input(Role.BUFFER, name, leaf)
+    return Input(Role.INPUT, source, leaf)
+
+
+def _title(module: fx.GraphModule) -> str:
+    """The class of the outermost module whose forward is in the graph."""
+    for node in module.graph.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if _ROOT.fullmatch(path):
+                return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
+    return "graph"

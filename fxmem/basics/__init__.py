@@ -1,0 +1,1 @@
+"""Words and numbers: errors, units, sizes, budgets, devices, polynomials."""

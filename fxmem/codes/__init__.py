@@ -1,0 +1,1 @@
+"""Encodings: what a saved tensor may be kept as, without loss and with."""

@@ -1,0 +1,235 @@
+"""Derivatives of activations in 8, 4 or 2 bits, rounded at random without bias.
+
+The backward of y = f(x) multiplies the gradient by f'(x), whatever x was.  A code of f'(x) leaves the mean
+of the result alone, where one of x would not, for f' bends.  The range of f' is known, so that a code needs
+no scale.  Grids of 8 and 4 bits have points at 0 and 1, where f' is flat, so that what is far from zero has
+no error; two bits are too few for that, and span the range.
+
+One uint8 tensor holds a float32 that is added to every derivative, and codes in groups of 64 neighbours in
+memory, the last one filled up; byte j of a group has those of elements j, j + 8 bits, ..., the first one
+lowest.  The float32 is 0, or NaN where any derivative is not finite: then every gradient is NaN.
+
+The derivative is aten's own, computed in float32.  Where the gradient's type is narrower, what is unbiased
+is rounded to it, as aten's result is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmem.basics.errors import EncodingError
+from fxmem.basics.noise import Noise
+from fxmem.codes.packing import (
+    by_rows,
+    check_bits,
+    check_code,
+    check_dense,
+    check_float,
+    define,
+    fake_decoder,
+    flat,
+    group_count,
+    join,
+    laid_out,
+    over,
+    put,
+    rows,
+    split,
+    stretches,
+)
+
+aten = torch.ops.aten
+
+GROUP = 64
+_HEADER = 4
+
+
+@dataclass(frozen=True)
+class Activation:
+    """target: the backward, of the gradient, what is saved, and ``options``.  low, high: f' is within."""
+
+    target: Any
+    low: float
+    high: float
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def derivative(self, saved: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.target(torch.ones_like(saved), saved, **dict(self.options))
+        return found
+
+    def grid(self, bits: int) -> tuple[float, float]:
+        """``first`` and ``inside`` of points (code + first) / inside."""
+        points = 2**bits
+        if bits == 2 or self.high <= 1:
+            inside = (points - 1) / (self.high - self.low)
+            return self.low * inside, inside
+        # So many steps from 0 to 1 as leave enough points for what is outside.
+        whole = max(n for n in range(1, points) if n + 2 * self._outside(n) < points)
+        return -self._outside(whole), whole
+
+    def _outside(self, inside: int) -> int:
+        return -int(self.low * inside // 1)
+
+
+ACTIVATIONS = {
+    "gelu": Activation(aten.gelu_backward.default, -0.13, 1.13),
+    "gelu tanh": Activation(aten.gelu_backward.default, -0.13, 1.13, (("approximate", "tanh"),)),
+    "silu": Activation(aten.silu_backward.default, -0.1, 1.1),
+    "tanh": Activation(aten.tanh_backward.default, 0.0, 1.0),
+    "sigmoid": Activation(aten.sigmoid_backward.default, 0.0, 0.25),
+}
+"""By name.  The least derivative is -0.12890 of GELU, -0.12899 of its approximation, -0.09984 of SiLU."""
+
+
+def activation_of(node: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
+    """Gradient, saved tensor and name, if the node is the backward of one of these."""
+    grad, saved = (*node.args, None, None)[:2]
+    if not (isinstance(grad, fx.Node) and isinstance(saved, fx.Node)):
+        return None
+    options = {k: v for k, v in node.kwargs.items() if (k, v) != ("approximate", "none")}
+    for name, activation in ACTIVATIONS.items():
+        if node.target is activation.target and options == dict(activation.options):
+            return grad, saved, name
+    return None
+
+
+def _activation(name: str) -> Activation:
+    if name not in ACTIVATIONS:
+        raise EncodingError(f"an activation is one of {', '.join(ACTIVATIONS)}, not {name!r}")
+    return ACTIVATIONS[name]
+
+
+def _check(dtype: torch.dtype, name: str, bits: int) -> Activation:
+    check_float(dtype)
+    check_bits(bits)
+    return _activation(name)
+
+
+def _code_nbytes(x: torch.Tensor, bits: int) -> Any:
+    return _HEADER + group_count(x, GROUP) * (GROUP * bits // 8)
+
+
+def _encode(
+    x: torch.Tensor, activation: str, bits: int, seed: torch.Tensor | None, stream: int
+) -> torch.Tensor:
+    how, code = _check(x.dtype, activation, bits), _fake_encode(x, activation, bits, seed, stream)
+    check_dense(x)
+    noise, words = Noise(seed, stream, x.device), code[_HEADER:].view(-1, GROUP * bits // 8)
+    first, inside = how.grid(bits)
+    added = x.new_zeros((1,), dtype=torch.float32)
+    for at, end in stretches(len(words), GROUP, x.device):
+        steps = how.derivative(rows(flat(x), at, end, GROUP)).mul_(inside).sub_(first)
+        added += steps.sum() * 0.0  # NaN if any is not finite
+        below = steps.floor().nan_to_num_(0.0).clamp_(0, 2**bits - 2)
+        share = steps.sub_(below).view(-1)
+        above = torch.gt(share, noise.at(at * GROUP, len(share))).view_as(below)
+        words[at:end] = join(below.add_(above), bits)
+    code[:_HEADER] = added.view(torch.uint8)
+    return code
+
+
+def _values(code: torch.Tensor, how: Activation, bits: int, at: int, end: int) -> torch.Tensor:
+    """The derivatives of those groups: float32[end - at, GROUP]."""
+    words = code[_HEADER:].view(-1, GROUP * bits // 8)[at:end]
+    first, inside = how.grid(bits)
+    found = over(split(words, bits).add_(first), inside)
+    return found.add_(code[:_HEADER].view(torch.float32))
+
+
+def _decode(
+    code: torch.Tensor,
+    activation: str,
+    bits: int,
+    size: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    how, found = _check(dtype, activation, bits), code.new_empty_strided(size, stride, dtype=dtype)
+    check_dense(found)
+    check_code(code, _code_nbytes(found, bits), found)
+    for at, end in stretches(group_count(found, GROUP), GROUP, code.device):
+        put(_values(code, how, bits, at, end), flat(found), at, GROUP)
+    return found
+
+
+def _backward(
+    grad: torch.Tensor, code: torch.Tensor, order: list[int], activation: str, bits: int
+) -> torch.Tensor:
+    how, found = _check(grad.dtype, activation, bits), torch.empty_like(grad)
+    check_code(code, _code_nbytes(grad, bits), grad)
+    if not grad.permute(order).is_contiguous():
+        like = laid_out(grad, order)
+        size, stride = list(like.shape), list(like.stride())
+        derivative = _decode(code, activation, bits, size, stride, torch.float32)
+        return torch.mul(grad, derivative).to(grad.dtype)
+    for at, end in stretches(group_count(grad, GROUP), GROUP, grad.device):
+        part = flat(grad)[at * GROUP : end * GROUP]
+        values = _values(code, how, bits, at, end).view(-1)[: len(part)]
+        flat(found)[at * GROUP : end * GROUP] = values.mul_(part)
+    return found
+
+
+# -- Errors ------------------------------------------------------------------------------------------
+
+
+def derivative_variance(x: torch.Tensor, activation: str, bits: int) -> torch.Tensor:
+    """The expected squared error of each derivative, exactly: float32, laid out as ``x``."""
+    how = _check(x.dtype, activation, bits)
+    first, inside = how.grid(bits)
+
+    def of(part: torch.Tensor) -> torch.Tensor:
+        steps = how.derivative(part).mul_(inside).sub_(first)
+        share = steps - steps.floor()
+        return share.mul(1 - share).div_(inside**2)
+
+    check_dense(x)
+    return by_rows(x, GROUP, of)
+
+
+def derivative_variance_average(x: torch.Tensor, activation: str, bits: int) -> torch.Tensor:
+    """The same for a derivative at random between two points: step^2 / 6."""
+    _, inside = _check(x.dtype, activation, bits).grid(bits)
+    return torch.full_like(x, 1 / (6 * inside**2), dtype=torch.float32)
+
+
+# -- As operators ------------------------------------------------------------------------------------
+
+
+def _fake_encode(
+    x: torch.Tensor, activation: str, bits: int, seed: torch.Tensor | None, stream: int
+) -> torch.Tensor:
+    _check(x.dtype, activation, bits)
+    return x.new_empty((_code_nbytes(x, bits),), dtype=torch.uint8)
+
+
+def _fake_backward(
+    grad: torch.Tensor, code: torch.Tensor, order: list[int], activation: str, bits: int
+) -> torch.Tensor:
+    return torch.mul(grad, laid_out(grad, order))
+
+
+encode_derivative = define(
+    "encode_derivative(Tensor x, str activation, int bits, Tensor? seed, int stream) -> Tensor",
+    _encode,
+    _fake_encode,
+)
+"""What the backward saves, name, bits, seed (one int64; None: to the nearest), stream -> code."""
+
+decode_derivative = define(
+    "decode_derivative(Tensor code, str activation, int bits, SymInt[] size, SymInt[] stride, "
+    "ScalarType dtype) -> Tensor",
+    _decode,
+    fake_decoder,
+)
+"""The derivative, laid out as what was saved."""
+
+derivative_backward = define(
+    "derivative_backward(Tensor grad, Tensor code, int[] order, str activation, int bits) -> Tensor",
+    _backward,
+    _fake_backward,
+)
+"""The gradient times the derivative.  order: the dimensions in which the codes lie, the outermost first."""

@@ -1,0 +1,232 @@
+"""How much noise that travels upstream adds to gradients: a run of the step, differentiated.
+
+Noise in an operand of a product whose result goes on reaches every gradient upstream.  To first order
+gradients are linear in it, and the variance that a code of a tensor x adds is
+
+    V = sum over elements of  (expected squared error of the element) * ||its column||^2
+
+as for noise that stays, but a column is now all that a change of the element changes in all gradients.
+For signs r at random, one for each element of the gradients g, the expected square of the derivative of
+r.g by the element is that norm (Hutchinson 1990, doi:10.1080/03610919008812866).  So one differentiation
+of the backward estimates it for all tensors and all encodings at once, and no tensor needs runs of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fxmem._torch import fake_tensors_off
+from fxmem.basics.sizes import tensors_in
+from fxmem.codes.gradient_noise import (
+    Sensitivity,
+    Variances,
+    encodings_of,
+    given,
+    parameter_gradients,
+)
+from fxmem.codes.seeds import step_seed
+from fxmem.graphs.consumers import Reader, Saved
+from fxmem.graphs.graph import JointGraph, is_backward
+from fxmem.graphs.untouched import copies, untouched
+
+log = logging.getLogger(__name__)
+
+PROBES = 4
+"""Directions, each of which takes one more backward than the run itself."""
+
+ALL = ""
+"""Where variances are by parameter: of all gradients, where it is not known of which."""
+
+
+def sensitivities(
+    graph: JointGraph, examples: Mapping[str, Any], model: nn.Module, saved: Sequence[Saved]
+) -> tuple[Sensitivity, ...]:
+    """What each encoding of these values adds to the variance of all gradients.
+
+    graph: of the step, without codes.  None where an operator's derivative is not known.
+    """
+    with fake_tensors_off(), untouched(model, copies(model)):
+        run = _Differentiated(graph, saved)
+        try:
+            columns = run.squared_columns(examples)
+        except (RuntimeError, NotImplementedError) as error:
+            log.info("noise that travels is not known: %s", str(error).splitlines()[0])
+            return ()
+        found = []
+        for s in saved:
+            x, squares = run.leaves[s.node.name].detach(), columns[s.node.name]
+            variances = {
+                e.name: {ALL: float((e.variance(x) * squares).sum(dtype=torch.float64))}
+                for e in encodings_of(s)
+            }
+            found.append(Sensitivity(s.node.name, s.use, variances))
+        return tuple(found)
+
+
+class _Differentiated(fx.Interpreter):
+    """Runs the step so that its gradients have derivatives by what readers of saved values read."""
+
+    def __init__(self, graph: JointGraph, saved: Sequence[Saved]) -> None:
+        super().__init__(graph.module)
+        self.joint = graph
+        self.leaves: dict[str, torch.Tensor] = {}
+        self.sources = {s.node.name for s in saved}
+        self.read: dict[str, list[tuple[str, Reader]]] = defaultdict(list)
+        for s in saved:
+            for reader in s.readers:
+                self.read[reader.node.name].append((s.node.name, reader))
+
+    def squared_columns(self, examples: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """For each saved value, an estimate of what ``columns`` are in this file's first lines."""
+        constants = [t.detach() for t in given(self.joint, examples)]
+        results = self.run(*constants, enable_io_processing=False)
+        gradients = parameter_gradients(self.joint, results)
+        noisy = [g for g in gradients.values() if g.requires_grad]
+        found = {name: torch.zeros_like(x, dtype=torch.float32) for name, x in self.leaves.items()}
+        for seed in range(PROBES if noisy else 0):
+            directions = [_signs(g, seed, n) for n, g in enumerate(noisy)]
+            columns = torch.autograd.grad(
+                noisy, list(self.leaves.values()), directions, retain_graph=True, allow_unused=True
+            )
+            for name, column in zip(self.leaves, columns, strict=True):
+                if column is not None:
+                    found[name] += column.float().square() / PROBES
+        return found
+
+    def run_node(self, node: fx.Node) -> Any:
+        with torch.set_grad_enabled(is_backward(node)):
+            result = super().run_node(node)
+        if _is_attention(node.target) and any(t.requires_grad for t in tensors_in(result)):
+            shapes = node.meta["val"]
+            result = tuple(_laid_out(t, like) for t, like in zip(result, shapes, strict=False))
+        if node.name in self.sources:
+            self.leaves[node.name] = result.detach().requires_grad_()
+        return result
+
+    def fetch_args_kwargs_from_env(self, node: fx.Node) -> Any:
+        """Readers of saved values read the leaves in their place."""
+        mine = self.read.get(node.name)
+        if not mine:
+            return super().fetch_args_kwargs_from_env(node)
+        seen = {}
+        for name, reader in mine:
+            leaf, operand = self.leaves[name], name
+            for view in reader.views:
+                leaf, operand = self._again(view, leaf), view.name
+            seen[operand] = leaf
+        known = {n: seen.get(n.name, self.env[n]) for n in node.all_input_nodes}
+        return fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
+
+    def _again(self, view: fx.Node, x: torch.Tensor) -> torch.Tensor:
+        """The view of what is given, in place of what the graph has there."""
+        args, kwargs = fx.node.map_arg((view.args, dict(view.kwargs)), lambda n: x)
+        with torch.enable_grad():
+            found: torch.Tensor = view.target(*args, **kwargs)  # type: ignore[operator]
+        return found
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        differentiated = torch.is_grad_enabled() and any(
+            t.requires_grad for t in tensors_in((args, kwargs))
+        )
+        if not differentiated or not isinstance(target, torch._ops.OpOverload):
+            return super().call_function(target, args, kwargs)
+        if target.namespace != "aten":
+            raise NotImplementedError(f"the derivative of {target}")
+        if target is torch.ops.aten.silu_backward.default:
+            grad, x = args
+            return grad * target(torch.ones_like(x), x.detach())
+        if _is_attention(target):
+            return _attention_backward(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _signs(like: torch.Tensor, seed: int, n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + n)
+    signs = torch.randint(2, like.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    return signs.to(like)
+
+
+def _is_attention(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and "dot_product" in target._schema.name
+
+
+def _laid_out(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """With its dimensions in memory in the order of another tensor's."""
+    strides = like.stride()
+    order = sorted(range(x.ndim), key=lambda d: (-strides[d], d))
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+
+
+def _attention_backward(target: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """By operators that have derivatives."""
+    names = (a.name for a in target._schema.arguments)
+    all_given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if all_given.get("dropout_p"):
+        raise NotImplementedError("the derivative of attention with dropout")
+    q, k, v = (all_given[name].detach().requires_grad_() for name in ("query", "key", "value"))
+    mask = all_given.get("attn_mask", all_given.get("attn_bias"))
+    with sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask.detach(),
+            is_causal=all_given["is_causal"],
+            scale=all_given.get("scale"),
+        )
+    grad = all_given.get("grad_out", all_given.get("grad_out_"))
+    return torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
+
+
+# -- Drawn -------------------------------------------------------------------------------------------
+
+DRAWS = 2
+"""Steps with the codes of a plan, each of which takes one backward."""
+
+
+def drawn(
+    exact: JointGraph,
+    coded: JointGraph,
+    examples: Mapping[str, Any],
+    model: nn.Module,
+    draws: int = DRAWS,
+) -> dict[str, float]:
+    """Parameter -> the mean squared distance of its gradient with codes from the one without."""
+    found: Variances = defaultdict(float)
+    with fake_tensors_off(), torch.no_grad(), untouched(model, copies(model)):
+        state = torch.get_rng_state()
+        right = _gradients(exact, examples)
+        for seed in range(draws):
+            torch.set_rng_state(state)
+            for name, gradient in _gradients(coded, examples, seed).items():
+                error = gradient.double() - right[name].double()
+                found[name] += float(error.square().sum()) / draws
+    return dict(found)
+
+
+def _gradients(
+    graph: JointGraph, examples: Mapping[str, Any], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    results = _Seeded(graph.module, seed).run(*given(graph, examples), enable_io_processing=False)
+    return parameter_gradients(graph, results)
+
+
+class _Seeded(fx.Interpreter):
+    """Runs a step by a seed of ours, which the generator has no part in."""
+
+    def __init__(self, module: fx.GraphModule, seed: int) -> None:
+        super().__init__(module)
+        self.seed = seed
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is step_seed:
+            return torch.tensor(self.seed)
+        return super().call_function(target, args, kwargs)

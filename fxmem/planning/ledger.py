@@ -1,0 +1,138 @@
+"""One budget for all the graphs of a step: what each of them holds while the others run.
+
+A step in several graphs is nested: the backward of the first graph ends last, so all that it saved is
+there while the others run.  Seen from the first graph, the others are what a loss outside of it is: at
+the boundary between its forward and its backward they hold some bytes.  So each graph is planned like
+a step of its own, with less room, and with those bytes at its boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fxmem.analysis.liveness import MemoryTimeline
+from fxmem.basics.sizes import evaluate, storages_in
+from fxmem.graphs.graph import (
+    LOSS_OUTSIDE,
+    JointGraph,
+    bytes_of_scalars,
+    is_held_tangent,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a step.  Bytes beside its parameters, buffers and inputs, which are ``resident``.
+
+    held: from its forward's end until its backward, saved or returned.  gradients: of parameters, which
+    stay.  forward, boundary, backward: the most that is there in each; boundary: if no more graphs follow,
+    while the caller computes the loss.  tangents: the gradients that come in.
+    """
+
+    resident: int
+    held: int
+    gradients: int
+    forward: int
+    boundary: int
+    backward: int
+    tangents: int
+
+    @property
+    def least(self) -> int:
+        return max(self.forward, self.backward)
+
+
+def part_of(line: MemoryTimeline, graph: JointGraph, sizes: Mapping[Any, int]) -> Part:
+    """The bytes of a graph that runs by this timeline, at these values of its shape symbols."""
+    bindings = dict(sizes)
+    live, cut = line.live_bytes(bindings), line.boundary
+    resident = line.resident(bindings)
+
+    def total(storages: Any) -> int:
+        return sum(evaluate(s.nbytes, bindings) for s in storages)
+
+    kept = _gradients_that_stay(graph)
+    tangents = [s for s in line.storages if s.born == cut]
+    sent = [s for s in tangents if not is_held_tangent(s.node)]
+    loss = LOSS_OUTSIDE * total(sent)
+    loss += max((bytes_of_scalars(s.node.meta["val"].device) for s in sent), default=0)
+    at_boundary = int(live[cut]) - evaluate(line.steps[cut].workspace, bindings) - resident
+    return Part(
+        resident=resident,
+        held=total(s for s in line.storages if 0 <= s.born < cut < s.dies),
+        gradients=total(s for s in line.storages if s.key in kept and not s.resident),
+        forward=int(live[:cut].max(initial=resident)) - resident,
+        boundary=at_boundary + loss,
+        backward=int(live[cut + 1 :].max(initial=resident)) - resident,
+        tangents=total(tangents),
+    )
+
+
+def _gradients_that_stay(graph: JointGraph) -> set[int]:
+    """Keys of the storages that autograd keeps in ``.grad``."""
+    return {
+        key
+        for node, source in zip(graph.gradients(), graph.leaves(), strict=True)
+        if node is not None and graph.inputs[source.name].keeps_gradient
+        for key in storages_in(node.meta.get("val"))
+    }
+
+
+def step_peak(parts: Sequence[Part], resident: int) -> int:
+    """Bytes at the peak of a step of these graphs, in forward order; resident: what is always there."""
+    return resident + beyond(parts)
+
+
+def beyond(parts: Sequence[Part]) -> int:
+    """The most that these graphs hold, beside what is always there and what is held when they begin."""
+    before, peak = 0, 0
+    after = sum(part.gradients for part in parts)
+    for part in parts:
+        after -= part.gradients
+        peak = max(peak, before + part.forward, before + after + part.backward)
+        before += part.held
+    if parts:
+        peak = max(peak, before - parts[-1].held + parts[-1].boundary)
+    return peak
+
+
+@dataclass(frozen=True)
+class Around:
+    """What the rest of a step holds, seen from one graph.  Bytes.
+
+    always: while this graph runs, beside its own residents.  meanwhile: at its boundary, beside that and
+    what it holds itself; None where no graph follows and the caller computes the loss there.
+    """
+
+    always: int = 0
+    meanwhile: int | None = None
+
+
+def around(
+    parts: Sequence[Part], place: int, earlier: Sequence[Part], resident: int, spare: int = 0
+) -> Around:
+    """What the graph at a place has around it.
+
+    parts: all graphs as they were first seen.  earlier: those before the place as they now run.
+    resident: of the whole step.  spare: bytes to leave for graphs that follow.
+    """
+    later = parts[place + 1 :]
+    after = sum(part.gradients for part in later)
+    always = sum(part.held for part in earlier) + after + resident - parts[place].resident
+    if not later:
+        return Around(always)
+    # The gradients are counted as there all along, so not once more while the others run.
+    needed = beyond(later) - after - parts[place].tangents + spare
+    return Around(always, max(needed, 0))
+
+
+def shares(parts: Sequence[Part], wanted: Sequence[int]) -> list[float]:
+    """Of the room that is left when every graph is as small as can be, each one's share.
+
+    wanted: bytes that each would use if it could.
+    """
+    more = [max(want - part.least, 0) for part, want in zip(parts, wanted, strict=True)]
+    total = sum(more)
+    return [one / total if total else 0.0 for one in more]

@@ -1,0 +1,1 @@
+"""One step from end to end: captured, planned, rewritten, run and checked."""

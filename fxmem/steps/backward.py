@@ -1,0 +1,115 @@
+"""The two halves of a step as code, and the backward that runs: one for each set of gradients that come."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import fx
+
+from fxmem import _torch
+from fxmem._torch.eager import compiling
+from fxmem.basics.errors import FxmemError
+from fxmem.graphs.emit import boxed
+from fxmem.graphs.graph import JointGraph, Role
+from fxmem.graphs.partition import Split
+from fxmem.steps.pipeline import Planned, backward_for
+
+
+class Code(Protocol):
+    """What makes code of a planned step.  split: the halves that a runtime pairs, for every tangent."""
+
+    @property
+    def split(self) -> Split: ...
+
+    def forward(self) -> _torch.BoxedCallable:
+        """The forward's code."""
+
+    def backward_for(self, undefined: tuple[str, ...]) -> fx.GraphModule:
+        """The backward to run when exactly these tangents are undefined."""
+
+    def backward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
+        """Code for such a backward."""
+
+
+@dataclass(frozen=True)
+class OpByOp:
+    """Operator by operator, as eager runs them."""
+
+    planned: Planned
+
+    @property
+    def split(self) -> Split:
+        return self.planned.split
+
+    def forward(self) -> _torch.BoxedCallable:
+        return boxed(self.split.forward)
+
+    def backward_for(self, undefined: tuple[str, ...]) -> fx.GraphModule:
+        return backward_for(self.planned, undefined)
+
+    def backward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
+        return boxed(module)
+
+
+class Backward:
+    """The backward of a program.
+
+    Called with the saved tensors and the tangents in a list; a tangent that nobody sent is None.
+    """
+
+    def __init__(self, planned: Planned, graph: JointGraph, code: Code | None = None) -> None:
+        self.code = code or OpByOp(planned)
+        placeholders = self.code.split.backward.graph.find_nodes(op="placeholder")
+        self.names = [n.name for n in placeholders]
+        tangents = {n.name for n in graph.placeholders(Role.TANGENT)}
+        self.tangents = [(i, name) for i, name in enumerate(self.names) if name in tangents]
+        self.variants: dict[tuple[str, ...], tuple[list[int], _torch.BoxedCallable]] = {}
+        self.module = self._prepare(planned.undefined)
+
+    def __call__(self, args: list[Any]) -> Any:
+        undefined = tuple(name for i, name in self.tangents if args[i] is None)
+        if undefined not in self.variants:
+            with compiling():
+                self._prepare(undefined)
+        places, run = self.variants[undefined]
+        wanted = [args[i] for i in places]
+        args.clear()  # what this variant does not read must not outlive this line
+        return run(wanted)
+
+    def _prepare(self, undefined: tuple[str, ...]) -> fx.GraphModule:
+        module = self.code.backward_for(undefined)
+        taken = module.graph.find_nodes(op="placeholder")
+        for node in [n for n in taken if not n.users]:
+            module.graph.erase_node(node)
+        module.recompile()
+        places = [self.names.index(n.name) for n in module.graph.find_nodes(op="placeholder")]
+        display = copy.copy(module)
+        self.variants[undefined] = (places, self.code.backward(module))
+        return display
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A planned step with its code.  split: the halves as they run."""
+
+    planned: Planned
+    split: Split
+    forward: _torch.BoxedCallable
+    backward: Backward
+
+
+def op_by_op(planned: Planned, graph: JointGraph) -> Coded:
+    code = OpByOp(planned)
+    return Coded(planned, code.split, code.forward(), Backward(planned, graph, code))
+
+
+def refuse_autocast() -> None:
+    """Eager's backward would be cast inside autocast; the captured one is as it is outside."""
+    if _torch.is_any_autocast_on():
+        raise FxmemError(
+            "backward() ran inside autocast; the step was captured for a backward outside it.\n"
+            "  try: leave the autocast context after the loss is computed, and call backward() "
+            "then, as PyTorch's manual advises"
+        )

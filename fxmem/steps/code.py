@@ -1,0 +1,32 @@
+"""Code for a planned step, by the compiler that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fxmem.graphs.graph import JointGraph
+from fxmem.steps.backward import Coded, op_by_op
+from fxmem.steps.pipeline import Analysis, Options, Planned
+from fxmem.steps.validity import Validity
+
+__all__ = ["Coded", "step_code"]
+
+
+def step_code(
+    analysis: Analysis,
+    options: Options,
+    graph: JointGraph,
+    found: tuple[Planned, Validity | None],
+    here: Mapping[str, int],
+) -> tuple[Coded, Validity | None]:
+    """The step that was decided on, ready to run, and the sizes that it holds for.
+
+    graph: as it was captured.  found, here: what was decided, and the sizes that may change as they
+    are now.  With Inductor the plan may be another one in the end, see ``fxmem.inductor``.
+    """
+    planned, validity = found
+    if not options.uses_inductor(analysis.device):
+        return op_by_op(planned, graph), validity
+    from fxmem.steps.inductor import inductor_step  # which takes a second to import
+
+    return inductor_step(analysis, options, graph, found, here)
