@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import fxmem
 from fxmem.codes.quantizers import dequantize_groups, quantize_groups
-from fxmem.steps import pipeline
+from fxmem.steps import choose
 
 HERE = Path(__file__).resolve().parent
 CEILING = 0.01
@@ -202,7 +202,7 @@ def ways(task: Task) -> list[Way]:
     found = []
     for name, allow in (("exact", ("lossless",)), ("codes", ("lossless", "quantize"))):
         model = task.build()
-        with mock.patch.object(pipeline, "_choose", all_codes):
+        with mock.patch.object(choose, "_choose", all_codes):
             step = fxmem.optimize(
                 model, "2x", (x,), allow=allow, noise=CEILING, loss_fn=F.cross_entropy,
                 loss_inputs=(y,), on_infeasible="best",

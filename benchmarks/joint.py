@@ -28,7 +28,8 @@ from steps import FAMILIES, SIZES, Step, keep_freed_memory, side_by_side
 
 import fxmem
 from fxmem.api import analyzed, options_of
-from fxmem.steps.pipeline import Analysis, decide
+from fxmem.steps.analyze import Analysis
+from fxmem.steps.pipeline import decide
 
 HERE = Path(__file__).resolve().parent
 

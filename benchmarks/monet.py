@@ -38,7 +38,8 @@ from fxmem.api import read_options  # noqa: E402
 from fxmem.basics.gpus import GPUS  # noqa: E402
 from fxmem.graphs.capture import StepCall, capture  # noqa: E402
 from fxmem.graphs.standins import without_meta  # noqa: E402
-from fxmem.steps.pipeline import analyze, decide, unchanged_step  # noqa: E402
+from fxmem.steps.analyze import analyze, unchanged_step  # noqa: E402
+from fxmem.steps.pipeline import decide  # noqa: E402
 
 PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
     "resnet50": ((10.01 / 15.06, 1.0322), (6.00 / 15.06, 1.0931), (4.99 / 15.06, 1.1195)),

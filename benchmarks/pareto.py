@@ -31,7 +31,9 @@ import fxmem
 from fxmem.analysis.cost import CostModel
 from fxmem.api import read_options
 from fxmem.graphs.capture import StepCall, capture
-from fxmem.steps.pipeline import Options, analyze, decide, unchanged_step
+from fxmem.steps.analyze import analyze, unchanged_step
+from fxmem.steps.options import Options
+from fxmem.steps.pipeline import decide
 
 Module = Callable[..., Any]
 

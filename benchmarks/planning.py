@@ -36,7 +36,7 @@ from optimum import distances  # noqa: E402
 from fxmem.analysis.dataflow import Dataflow, Operator, Value  # noqa: E402
 from fxmem.graphs.capture import StepCall, capture  # noqa: E402
 from fxmem.planning.planner import Planner  # noqa: E402
-from fxmem.steps.pipeline import analyze, unchanged_step  # noqa: E402
+from fxmem.steps.analyze import analyze, unchanged_step  # noqa: E402
 
 NODE = cast(fx.Node, None)
 """The planner looks at numbers alone."""

@@ -33,9 +33,10 @@ from fxmem.graphs.capture import StepCall, capture
 from fxmem.graphs.graph import Role
 from fxmem.graphs.standins import without_meta
 from fxmem.planning.plan import Plan
+from fxmem.steps.analyze import Analysis, analyze, device_of, unchanged_step
 from fxmem.steps.footprint import liveness_of
 from fxmem.steps.inventory import Liveness
-from fxmem.steps.pipeline import Analysis, Options, analyze, device_of, unchanged_step
+from fxmem.steps.options import Options
 from fxmem.steps.runtime import OptimizedModule, Session
 from fxmem.steps.validity import decided
 from fxmem.steps.verify import verify_step

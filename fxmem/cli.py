@@ -30,7 +30,7 @@ from fxmem.graphs.workspace import Entry, cache_path, device_at_hand
 from fxmem.planning.plan import Plan
 from fxmem.reports.fits import gpu_lines, gpu_rows
 from fxmem.reports.report import Report
-from fxmem.steps.pipeline import calibrate
+from fxmem.steps.analyze import calibrate
 
 FITS, ERROR, INFEASIBLE = 0, 1, 2
 

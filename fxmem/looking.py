@@ -24,8 +24,10 @@ from fxmem.graphs.workspace import device_at_hand
 from fxmem.planning.plan import Plan
 from fxmem.reports.fits import Alternative, Fit, Fits, usable
 from fxmem.reports.report import Report
+from fxmem.steps.analyze import Analysis
 from fxmem.steps.inventory import Liveness
-from fxmem.steps.pipeline import Analysis, Options, Planned, decide
+from fxmem.steps.options import Options
+from fxmem.steps.pipeline import Planned, decide
 from fxmem.steps.step_report import StepReport
 from fxmem.steps.validity import decided
 

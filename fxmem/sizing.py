@@ -21,9 +21,10 @@ from fxmem.graphs.boundary import largest
 from fxmem.graphs.capture import StepCall, capture
 from fxmem.graphs.standins import at_sizes, without_meta
 from fxmem.planning.plan import Plan
+from fxmem.steps.analyze import analyze, device_of, unchanged_step
 from fxmem.steps.footprint import liveness_of
 from fxmem.steps.inventory import Liveness
-from fxmem.steps.pipeline import analyze, decide, device_of, unchanged_step
+from fxmem.steps.pipeline import decide
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def device_of_ten_gib(monkeypatch):
     """A device with 10 GiB, 6 of them free."""
-    monkeypatch.setattr(fxmem.budget, "total_memory", lambda device: 10 * GIB)
-    monkeypatch.setattr(fxmem.budget, "free_memory", lambda device: 6 * GIB)
+    monkeypatch.setattr(fxmem.basics.budget, "total_memory", lambda device: 10 * GIB)
+    monkeypatch.setattr(fxmem.basics.budget, "free_memory", lambda device: 6 * GIB)
 
 
 def resolve(value, reserve=0):
@@ -142,14 +142,14 @@ def test_the_machine_has_memory_and_some_of_it_is_free():
 
 
 def test_free_memory_does_without_meminfo(monkeypatch, tmp_path):
-    monkeypatch.setattr(fxmem.device, "_MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(fxmem.basics.device, "_MEMINFO", tmp_path / "none")
     assert 0 < free_memory(CPU) <= total_memory(CPU)
 
 
 @pytest.mark.parametrize("find", [free_memory, total_memory])
 def test_a_device_that_does_not_tell_asks_for_bytes(find, monkeypatch):
-    monkeypatch.setattr(fxmem.device, "_mem_available", lambda: 0)
-    monkeypatch.setattr(fxmem.device, "_sysconf_bytes", lambda name: 0)
+    monkeypatch.setattr(fxmem.basics.device, "_mem_available", lambda: 0)
+    monkeypatch.setattr(fxmem.basics.device, "_sysconf_bytes", lambda name: 0)
     for device in (CPU, torch.device("meta")):
         with pytest.raises(BudgetError, match=r'cannot find the .* memory of .*\n.*"20GiB"'):
             find(device)

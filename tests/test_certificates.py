@@ -21,7 +21,7 @@ from fxmem.graphs.capture import StepCall, capture
 from fxmem.planning.certificates import LOSS_PARTS, MOST_TENSORS, Judge, certificate, scores
 from fxmem.planning.plan import LiveTensor, Remedy
 from fxmem.planning.planner import Planner
-from fxmem.steps.pipeline import Analysis, analyze, unchanged_step
+from fxmem.steps.analyze import Analysis, analyze, unchanged_step
 
 
 def analysed(model, args, kwargs=None, shapes=None) -> Analysis:

@@ -18,8 +18,10 @@ import fxmem
 from fxmem.basics.budget import Budget
 from fxmem.graphs.capture import Capture, StepCall, capture
 from fxmem.graphs.measure import cpu_allocations
+from fxmem.steps.analyze import Analysis, analyze, unchanged_step
 from fxmem.steps.backward import Backward
-from fxmem.steps.pipeline import Analysis, Options, Planned, analyze, decide, unchanged_step
+from fxmem.steps.options import Options
+from fxmem.steps.pipeline import Planned, decide
 from fxmem.steps.runtime import OptimizedModule, Program, Session
 
 T = TypeVar("T")

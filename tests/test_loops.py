@@ -41,9 +41,8 @@ def net():
 
 
 def sequential():
-    return nn.Sequential(
-        nn.Linear(8, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4)
-    )
+    wide = (nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(3))
+    return nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Dropout(0.1), *wide, nn.Linear(64, 4))
 
 
 def data(count=12):

@@ -22,8 +22,8 @@ from fxmem.passes.gradient_layouts import GradientLayoutsPass
 from fxmem.passes.identities import IdentitiesPass
 from fxmem.passes.in_place import InPlacePass
 from fxmem.passes.order import OrderPass
-from fxmem.steps import pipeline
-from fxmem.steps.pipeline import BEFORE_PLANNING
+from fxmem.steps import analyze
+from fxmem.steps.analyze import BEFORE_PLANNING
 
 
 def live_bytes(graph):
@@ -272,7 +272,7 @@ def test_an_order_in_which_the_step_peaks_higher_is_not_taken(monkeypatch):
     def planned(graph):
         for a_pass in BEFORE_PLANNING:
             graph = a_pass.apply(graph)
-        return pipeline._ordered(graph, Workspaces(), torch.device("cpu"))[0]
+        return analyze._ordered(graph, Workspaces(), torch.device("cpu"))[0]
 
     def body(m, x):
         return (x @ m.a).sin().sum() + m.w.sum()

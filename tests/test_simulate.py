@@ -15,7 +15,8 @@ from fxmem.analysis.liveness import MemoryTimeline, Step
 from fxmem.basics.sizes import storages_in
 from fxmem.graphs.graph import is_view, node_line, operator_name
 from fxmem.planning.planner import Choice
-from fxmem.steps.pipeline import Planned, rewrite
+from fxmem.steps.pipeline import Planned
+from fxmem.steps.rewrite import rewrite
 
 SHARES = (0.0, 0.2, 0.5, 0.8)
 """Of the candidates, how many are kept: one choice each."""

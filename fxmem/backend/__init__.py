@@ -25,7 +25,7 @@ from fxmem.backend.session import Session
 from fxmem.basics.errors import CaptureError, FxmemError
 from fxmem.basics.units import shown
 from fxmem.planning.plan import Plan
-from fxmem.steps.pipeline import Options
+from fxmem.steps.options import Options
 
 
 def fxmem(

@@ -27,9 +27,11 @@ from fxmem.graphs.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
 from fxmem.planning.ledger import Around, Part, part_of
 from fxmem.planning.plan import Plan
 from fxmem.reports.report import Report
+from fxmem.steps.analyze import Unchanged, analyze, unchanged_step
 from fxmem.steps.backward import Backward, refuse_autocast
 from fxmem.steps.code import Coded, step_code
-from fxmem.steps.pipeline import Options, Planned, Unchanged, analyze, unchanged_step
+from fxmem.steps.options import Options
+from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity, decided
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from fxmem.basics.sizes import storages_in
 from fxmem.basics.units import format_bytes
 from fxmem.graphs.capture import StepCall
 from fxmem.planning.ledger import Around, Part, around, shares, step_peak
-from fxmem.steps.pipeline import Options, device_of
+from fxmem.steps.analyze import device_of
+from fxmem.steps.options import Options
 
 if TYPE_CHECKING:
     from fxmem.backend.graph import Graph, Program

@@ -19,7 +19,7 @@ from fxmem.graphs.graph import (
 from fxmem.graphs.lifetimes import BeforeAfter, Lifetime, Memory, Point
 
 if TYPE_CHECKING:
-    from fxmem.steps.pipeline import Analysis
+    from fxmem.steps.analyze import Analysis
 
 
 def memory_of(analysis: Analysis, before: MemoryTimeline, line: MemoryTimeline) -> BeforeAfter:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fxmem.graphs.graph import JointGraph
+from fxmem.steps.analyze import Analysis
 from fxmem.steps.backward import Coded, op_by_op
-from fxmem.steps.pipeline import Analysis, Options, Planned
+from fxmem.steps.options import Options
+from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity
 
 __all__ = ["Coded", "step_code"]
@@ -22,7 +24,7 @@ def step_code(
     """The step that was decided on, ready to run, and the sizes that it holds for.
 
     graph: as it was captured.  found, here: what was decided, and the sizes that may change as they
-    are now.  With Inductor the plan may be another one in the end, see ``fxmem.inductor``.
+    are now.  With Inductor the plan may be another one in the end, see ``inductor.py``.
     """
     planned, validity = found
     if not options.uses_inductor(analysis.device):

@@ -41,7 +41,8 @@ from fxmem.reports.report import least_text, line_of, remedy_lines
 from fxmem.reports.words import Words, type_of
 
 if TYPE_CHECKING:
-    from fxmem.steps.pipeline import Analysis, Options
+    from fxmem.steps.analyze import Analysis
+    from fxmem.steps.options import Options
 
 
 def explain(

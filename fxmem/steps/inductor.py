@@ -35,8 +35,10 @@ from fxmem.graphs.graph import (
 from fxmem.graphs.measure import cpu_allocations, measure
 from fxmem.graphs.partition import Split, split
 from fxmem.passes.tangents import UndefinedTangentsPass
+from fxmem.steps.analyze import Analysis
 from fxmem.steps.backward import Backward, Coded, op_by_op
-from fxmem.steps.pipeline import Analysis, Options, Planned
+from fxmem.steps.options import Options
+from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity, decided
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ ROOM = 0.1
 
 
 class Inductor:
-    """Code for both halves of a planned step; see ``fxmem.backward.Code``."""
+    """Code for both halves of a planned step; see ``Code`` in backward.py."""
 
     def __init__(self, planned: Planned) -> None:
         self.graph = _in_inductors_operators(planned)

@@ -27,9 +27,10 @@ from fxmem.graphs.readable import readable
 from fxmem.graphs.standins import at_sizes
 from fxmem.planning.plan import Plan
 from fxmem.reports.report import Report
+from fxmem.steps.analyze import analyze, unchanged_step
 from fxmem.steps.backward import refuse_autocast
 from fxmem.steps.code import step_code
-from fxmem.steps.pipeline import Options, analyze, unchanged_step
+from fxmem.steps.options import Options
 from fxmem.steps.validity import Validity, decided
 
 

@@ -11,7 +11,8 @@ from fxmem.analysis.dynamic import Bounds, Names, marked
 from fxmem.graphs.capture import StepCall, capture
 from fxmem.graphs.standins import at_sizes, stand_in_call
 from fxmem.graphs.workspace import load_workspaces, save_workspaces
-from fxmem.steps.pipeline import as_run, cleaned
+from fxmem.steps.analyze import cleaned
+from fxmem.steps.rewrite import as_run
 from fxmem.steps.symbolic import SMALLEST, Trace, traced
 
 

@@ -12,8 +12,11 @@ from fxmem.graphs.boundary import largest
 from fxmem.graphs.workspace import Workspaces, save_workspaces
 from fxmem.planning.plan import Plan
 from fxmem.planning.ranks import agreed
+from fxmem.steps.analyze import Analysis
 from fxmem.steps.decisions import infeasible, too_large
-from fxmem.steps.pipeline import Analysis, Options, Planned, as_run, decide, limit_for
+from fxmem.steps.options import Options
+from fxmem.steps.pipeline import Planned, decide, limit_for
+from fxmem.steps.rewrite import as_run
 from fxmem.steps.symbolic import Trace, traced
 
 UNSURE = (0.8, 1.25)
