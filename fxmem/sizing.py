@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxmem.analysis.dynamic import Bounds, Names
+from fxmem.analysis.dynamic import Bounds, Names, sizes_by_name
 from fxmem.api import named_call, read_options
 from fxmem.basics.budget import Budget, read_reserve
 from fxmem.basics.device import library_memory
@@ -89,11 +89,15 @@ def min_budget(
 
 @dataclass(frozen=True)
 class _Question:
-    """A step, the sizes that stay, and what may be done to it."""
+    """A step, its sizes where no others are asked for, those that stay, and what may be done to it.
+
+    sizes: the example's, which need not be the ones that its forms were traced at.
+    """
 
     call: StepCall
     names: Names
     liveness: Liveness
+    sizes: dict[str, int]
     given: dict[str, int]
     bounds: Bounds
     allow: tuple[str, ...]
@@ -110,15 +114,21 @@ class _Question:
         call, names, bounds = named_call(model, inputs, kwargs, shapes, loss_fn, loss_inputs)
         with torch.enable_grad():
             found = liveness_of(call, names, device_of(call), bounds)
-        given = found.sizes(sizes or {})
-        return cls(call, names, found, {n: given[n] for n in sizes or {}}, bounds, allow)
+        found.sizes(sizes or {})  # which refuses what is none
+        given = dict(sizes or {})
+        example = sizes_by_name(call, names)
+        return cls(call, names, found, {**example, **given}, given, bounds, allow)
 
     def largest(self, symbol: str, budget: Budget, reserve: int) -> int:
-        here = self.liveness.sizes({symbol: 1, **self.given})
+        self.liveness.sizes({symbol: 1})
+        if symbol in self.given:
+            raise FxmemError(
+                f"{symbol} is what is asked for, and sizes fixes it at {self.given[symbol]}\n"
+                f"  try: no {symbol} among the sizes, or another symbol="
+            )
         if symbol in self.liveness.fixed:
             raise self.liveness.fixed[symbol]
         info = self.liveness.symbols[symbol]
-        here[symbol] = info.hint
         peak = self._memo(symbol)
         limit = budget.resolve(
             device=device_of(self.call),
@@ -144,7 +154,7 @@ class _Question:
 
     def _grows(self, symbol: str, hint: int) -> None:
         """Raises ``FxmemError`` where the step takes the same bytes for every size."""
-        sizes = {**self.liveness.hint, **self.given}
+        sizes = {**self.liveness.hint, **self.sizes}
         form = self.liveness.form_at
         if form({**sizes, symbol: hint}) == form({**sizes, symbol: 2 * hint}):
             raise FxmemError(
@@ -158,13 +168,14 @@ class _Question:
         if self.allow:
             return hint
         exact = self.peak_at({symbol: hint})
-        return self.liveness.largest(symbol, limit, sizes=self.given, peak=exact) or 1
+        others = {name: size for name, size in self.sizes.items() if name != symbol}
+        return self.liveness.largest(symbol, limit, sizes=others, peak=exact) or 1
 
     # -- One shape -------------------------------------------------------------------------------------
 
     def peak_at(self, sizes: Mapping[str, int]) -> int:
         """Bytes at the peak of what is asked about."""
-        whole = {**self.liveness.hint, **self.given, **sizes}
+        whole = {**self.sizes, **sizes}
         if self.allow:
             return self._planned(whole).predicted_peak
         try:

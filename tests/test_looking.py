@@ -575,3 +575,21 @@ def test_the_table_of_gpus():
     assert [line.split("  ")[0] for line in lines[2 : 2 + len(GPUS)]] == [one.name for one in GPUS]
     assert {row["name"] for row in gpu_rows()} == {one.name for one in GPUS}
     assert all(row["source"] for row in gpu_rows())
+
+
+# -- Questions at the example's own sizes --------------------------------------------------------------
+
+
+def test_an_example_of_one_row_is_answered_for_one_row():
+    """Forms are traced at a larger batch, which is nobody's question."""
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)), torch.randn(1, 64)
+    named = fxmem.min_budget(model, (x,), sizes={"B": 1})
+    assert fxmem.min_budget(model, (x,)) == named < fxmem.min_budget(model, (x,), sizes={"B": 3})
+    assert fxmem.min_budget(model, (x,)) == fxmem.plan(model, "1TiB", (x,)).baseline_peak
+    assert fxmem.max_batch(model, "1x", (x,)) == 1
+
+
+def test_a_size_that_is_asked_for_cannot_be_given():
+    model, x = nn.Linear(8, 8), torch.randn(4, 8)
+    with pytest.raises(fxmem.FxmemError, match="B is what is asked for, and sizes fixes it at 4"):
+        fxmem.max_batch(model, "1GiB", (x,), sizes={"B": 4})

@@ -27,6 +27,29 @@ def model(body, **parts):
     return Model(lambda m, *inputs: body(m, *inputs), **parts)
 
 
+# -- A weight that is read twice ------------------------------------------------------------------------
+
+
+@program
+def a_weight_of_two_layers():
+    """The first gradient is a view, so the engine adds the second one out of place."""
+
+    def body(m, x):
+        return torch.sigmoid(F.linear(torch.sigmoid(F.linear(x, m.w)), m.w)).square().mean()
+
+    return model(body, w=torch.randn(128, 128)), torch.randn(8, 128)
+
+
+@program
+def a_weight_of_two_products():
+    """The first gradient is its own storage's only tensor, so the engine adds in place."""
+
+    def body(m, x):
+        return torch.sigmoid(torch.sigmoid(x @ m.w) @ m.w).square().mean()
+
+    return model(body, w=torch.randn(128, 128)), torch.randn(8, 128)
+
+
 # -- Gradients that .grad does not keep as they come -------------------------------------------------
 
 

@@ -95,11 +95,13 @@ def _accumulates(func: Any, args: Any) -> bool:
     """May this be autograd's engine, which adds a second gradient to a first one?
 
     Under a dispatch mode it makes a new tensor.  Without one it adds in place if the first one is
-    dense and nobody else has it.
+    dense and nobody else has its storage, as the tensor that a view is of has.
+    Source: torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace.
     """
     if func is not aten.add.Tensor or not _torch.is_called_by_engine():
         return False
-    return isinstance(args[0], torch.Tensor) and is_dense(args[0])
+    first = args[0]
+    return isinstance(first, torch.Tensor) and is_dense(first) and not first._is_view()
 
 
 @dataclass(frozen=True)

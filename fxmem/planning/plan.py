@@ -388,6 +388,8 @@ def _read(path: str | os.PathLike[str]) -> Any:
     Only a regular file is read, and no more of it than a plan could have: a pipe or a device may never
     end.
     """
+    if os.path.isdir(path):
+        raise ValueError("it is a directory")
     # Opening a pipe waits for a writer, unless told not to.
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(number, "rb") as file:
@@ -410,7 +412,9 @@ def _refuse_constant(text: str) -> Any:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError(f"an object names a field twice: {[k for k, _ in pairs]!r:.200}")
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"an object names a field twice: {twice!r:.200}")
     return found
 
 
