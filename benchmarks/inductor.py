@@ -12,58 +12,37 @@ that a peer reaches (``activation_memory_budget``, compiled checkpoints by block
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import with_checkpoints
-from steps import FAMILIES, HERE, Step, keep_freed_memory, loss_of
+from steps import FAMILIES, HERE, Step, keep_freed_memory, side_by_side
 from torch import nn
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_inductor_cache
 
 import fxmem
-from fxmem.graphs.measure import cpu_allocations
 
 RESULTS = HERE / "results" / "inductor-cpu.json"
 BUDGETS = ("0.6x", "0.4x")
 SHARES = (0.5, 0.2)
 EVERY = (1, 2)
 
-Run = Callable[[], Any]
+Clock = Callable[[], float]
 
 
-def added_peak(model: nn.Module, run: Run) -> int:
-    """Bytes that a step adds at its peak to what is there before it."""
-    model.zero_grad(set_to_none=True)
-    peak = max(accumulate(cpu_allocations(run)[0]), default=0)
-    model.zero_grad(set_to_none=True)
-    return peak
-
-
-def training(module: Any, step: Step) -> Run:
-    def run() -> Any:
-        outputs = module(*step.args, **step.kwargs)
-        loss_of(outputs).backward()
-        return outputs
-
-    return run
-
-
-def gradients(model: nn.Module, run: Run) -> list[torch.Tensor]:
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    run()
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return found
+def gradients(step: Step, module: Any) -> list[torch.Tensor]:
+    """Of one step from the start."""
+    seen = step.seen(module)[1 : 1 + len(list(step.model.parameters()))]
+    return [g for g in seen if g is not None]
 
 
 def distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
@@ -88,7 +67,7 @@ class Warned(logging.Handler):
 def optimized(step: Step, budget: Any) -> tuple[fxmem.OptimizedModule, bool]:
     """The step by Inductor, and whether it fell back to running operator by operator."""
     handler = Warned()
-    logger = logging.getLogger("fxmem.inductor")
+    logger = logging.getLogger("fxmem")
     logger.addHandler(handler)
     try:
         module = fxmem.optimize(
@@ -105,7 +84,7 @@ def optimized(step: Step, budget: Any) -> tuple[fxmem.OptimizedModule, bool]:
 def keep(family: str, size: str) -> Iterator[dict[str, Any]]:
     """One row a budget: what was measured beside the budget and the prediction."""
     eager = Step(family, size, "cpu")
-    want = gradients(eager.model, training(eager.model, eager))
+    want = gradients(eager, eager.model)
     for budget in BUDGETS:
         row: dict[str, Any] = {"family": family, "size": size, "budget": budget}
         step = Step(family, size, "cpu")
@@ -115,10 +94,9 @@ def keep(family: str, size: str) -> Iterator[dict[str, Any]]:
         except fxmem.BudgetInfeasibleError:
             yield {**row, "refused": True}
             continue
-        run = training(module, step)
         row["seconds_to_compile"] = round(time.perf_counter() - start, 1)
-        row["gradients_off"] = distance(want, gradients(step.model, run))
-        peak = added_peak(step.model, run) + module.plan.resident
+        row["gradients_off"] = distance(want, gradients(step, module))
+        peak = step.added_peak(module) + module.plan.resident
         plan = module.plan
         row["of_budget"], row["of_predicted"] = peak / plan.budget, peak / plan.predicted_peak
         row["predicted_overhead"], row["op_by_op"] = plan.predicted_overhead, fell_back
@@ -140,19 +118,18 @@ def variant(step: Step, kind: str, value: Any) -> Iterator[Any]:
         yield torch.compile(step.model)
 
 
-def in_turns(left: Run, right: Run, rounds: int) -> tuple[float, float]:
+def in_turns(left: Clock, right: Clock, rounds: int) -> tuple[float, float]:
     """Median seconds of the left one, and the median ratio of the right one's beside them."""
-    for run in (left, right):
-        run()
-    pairs = []
-    for n in range(rounds):
-        seconds = {}
-        for run in (left, right) if n % 2 else (right, left):
-            start = time.process_time()
-            run()
-            seconds[run] = time.process_time() - start
-        pairs.append((seconds[left], seconds[right] / seconds[left]))
-    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+    pairs = side_by_side([left, right], rounds + 1)[1:]  # the first round warms up
+    return statistics.median(a for a, _ in pairs), statistics.median(b / a for a, b in pairs)
+
+
+def processor_seconds(step: Step, module: Any) -> float:
+    """Of one step."""
+    step.reset()
+    began = time.process_time()
+    step.run(module)
+    return time.process_time() - began
 
 
 def speed(family: str, size: str, rounds: int) -> Iterator[dict[str, Any]]:
@@ -165,9 +142,8 @@ def speed(family: str, size: str, rounds: int) -> Iterator[dict[str, Any]]:
         theirs, mine = Step(family, size, "cpu"), Step(family, size, "cpu")
         row: dict[str, Any] = {"family": family, "size": size, "peer": kind, "value": value}
         with variant(theirs, kind, value) as compiled:
-            their_run = training(compiled, theirs)
-            their_run()
-            peak = added_peak(theirs.model, their_run)
+            theirs.run(compiled)  # compiles
+            peak = theirs.added_peak(compiled)
             if peak in seen:
                 continue
             seen.add(peak)
@@ -181,10 +157,13 @@ def speed(family: str, size: str, rounds: int) -> Iterator[dict[str, Any]]:
             except fxmem.BudgetInfeasibleError as error:
                 yield {**row, "refused": True, "smallest_peak": error.smallest_peak - resident}
                 continue
-            my_run = training(module, mine)
-            my_run()
-            row["added_peak"] = added_peak(mine.model, my_run)
-            row["seconds"], row["time_beside"] = in_turns(their_run, my_run, rounds)
+            mine.run(module)
+            row["added_peak"] = mine.added_peak(module)
+            clocks = [
+                functools.partial(processor_seconds, theirs, compiled),
+                functools.partial(processor_seconds, mine, module),
+            ]
+            row["seconds"], row["time_beside"] = in_turns(*clocks, rounds)
         yield row
 
 
@@ -212,7 +191,7 @@ def compilation(family: str, size: str) -> dict[str, Any]:
         with fresh_inductor_cache(), inductor_config.patch(compile_threads=1):
             start = cpu_seconds()
             try:
-                training(make(step), step)()
+                step.run(make(step))
                 row[name] = round(cpu_seconds() - start, 1)
             except fxmem.BudgetInfeasibleError:
                 row[name] = None

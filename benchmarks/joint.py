@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steps import FAMILIES, SIZES, Step, keep_freed_memory, side_by_side
+from steps import FAMILIES, HERE, SIZES, Step, keep_freed_memory, side_by_side
 
 import fxmem
 from fxmem.api import analyzed, options_of
 from fxmem.steps.analyze import Analysis
 from fxmem.steps.pipeline import decide
-
-HERE = Path(__file__).resolve().parent
 
 WAYS = {
     "exact": ("recompute", "lossless"),

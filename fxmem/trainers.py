@@ -18,9 +18,8 @@ from fxmem import _torch, backend
 from fxmem.basics.budget import read_reserve
 from fxmem.basics.errors import FxmemError
 
-_BACKEND: Any = (
-    backend.fxmem
-)  # not by its name: a checkout that is not installed has no entry point
+# Not by its name: a checkout that is not installed has no entry point.
+_BACKEND: Any = backend.fxmem
 
 
 def transformers_callback(budget: Any, **options: Any) -> Any:

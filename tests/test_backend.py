@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamo import fresh_dynamo
 from families import FAMILIES, loss_of
 from hazards import differences
 from torch import nn
@@ -23,12 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:fxmem. no plan fits")
 
 @pytest.fixture(autouse=True)
 def _clean():
-    if "fxmem" not in torch._dynamo.list_backends(()):  # a checkout that is not installed
-        torch._dynamo.register_backend(backend.fxmem, name="fxmem")
-    torch._dynamo.reset()
-    with torch.random.fork_rng(devices=[]):
+    with fresh_dynamo():
         yield
-    torch._dynamo.reset()
 
 
 def compiled(model, budget="min", *, options=None, **how):

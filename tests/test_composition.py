@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dynamo import fresh_dynamo
 from hazards import differences, mlp, train
 from torch import nn
 from torch.utils.checkpoint import (
@@ -20,10 +21,8 @@ X = (16, 8)
 
 @pytest.fixture(autouse=True)
 def _clean():
-    torch._dynamo.reset()
-    with torch.random.fork_rng(devices=[]):
+    with fresh_dynamo():
         yield
-    torch._dynamo.reset()
 
 
 def optimized(model, inputs):

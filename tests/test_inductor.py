@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamo import fresh_dynamo
 from test_backend import Net, batch, seeded, stepped
 from torch import nn
 
@@ -23,12 +24,8 @@ from fxmem.steps import inductor
 
 @pytest.fixture(autouse=True)
 def _clean():
-    if "fxmem" not in torch._dynamo.list_backends(()):  # a checkout that is not installed
-        torch._dynamo.register_backend(backend.fxmem, name="fxmem")
-    torch._dynamo.reset()
-    with torch.random.fork_rng(devices=[]):
+    with fresh_dynamo():
         yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamo import fresh_dynamo
 from torch import nn
 
 import fxmem
@@ -15,11 +16,9 @@ from fxmem.trainers import lightning_callback, transformers_callback
 
 @pytest.fixture(autouse=True)
 def _clean():
-    torch._dynamo.reset()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with fresh_dynamo(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning|torch.utils.data|accelerate")
         yield
-    torch._dynamo.reset()
 
 
 def package(name):

@@ -126,7 +126,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     with (
         static,
         _metrics_kept_to_themselves(),
-        _unread_draws_kept(),
+        random_as_in_eager(),
         _function_modes_noted(),
         _compiling_not_exporting(),
         get_metrics_context(),
@@ -135,10 +135,11 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return fullgraph_capture(function, args, {})
 
 
-def _unread_draws_kept() -> contextlib.AbstractContextManager[Any]:
-    """While tracing, torch takes random operators whose result nobody reads for dead code.
+def random_as_in_eager() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what torch traces and compiles draws the numbers that eager draws.
 
-    Without them, all later operators would draw other numbers than in eager.
+    Else torch takes random operators whose result nobody reads for dead code, and all later ones would
+    draw other numbers; and Inductor's code would draw by a generator of its own.
     """
     patch: contextlib.AbstractContextManager[Any] = inductor_config.patch(fallback_random=True)
     return patch
@@ -255,7 +256,7 @@ def joint_export(output: Any) -> Iterator[Any]:
     context.tensor_to_context = backend_input.tensor_to_context
     # Autocast is for the forward: users leave it before they call backward().
     outside = torch._functorch.config.patch(backward_pass_autocast="off")
-    with tracing(context), _unread_draws_kept(), outside, contextlib.ExitStack() as stack:
+    with tracing(context), random_as_in_eager(), outside, contextlib.ExitStack() as stack:
         with _wrappers_of_no_bytes():
             exported = aot_export_joint_with_descriptors(
                 stack, backend_input.graph_module, tuple(backend_input.example_inputs)
@@ -328,7 +329,7 @@ def aot_compile(
         bw_compiler=compile_backward,
         partition_fn=partition,
     )
-    with as_in_capture, _unread_draws_kept():
+    with as_in_capture, random_as_in_eager():
         run: Callable[..., Any] = backend(module, list(example_inputs))
     return run
 
@@ -528,7 +529,8 @@ def is_fake(value: object) -> bool:
 
 
 def new_fake_mode() -> FakeTensorMode:
-    # Tensors that hide in a model's lists and dictionaries stay real, and are only read.
+    # Tensors that hide in a model's lists and dictionaries stay real and are only read, as a learning
+    # rate is that is a tensor.
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -610,7 +612,7 @@ def _is_tracker(hook: Any) -> bool:
 
 @contextlib.contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
-    """Keep torch from logging the trace of an operator that refuses fake tensors: we raise it."""
+    """Keep torch from logging the trace of an operator that refuses fake tensors: we raise or handle it."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
 
     def other(record: logging.LogRecord) -> bool:

@@ -22,7 +22,6 @@ from torch._functorch.partitioners import (
     reordering_to_mimic_autograd_engine,
 )
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -32,19 +31,12 @@ from torch._prims import rng_prims
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxmem._torch import BoxedCallable, as_in_a_step
+from fxmem._torch import BoxedCallable, as_in_a_step, random_as_in_eager
 
 Strides = dict[str, tuple[Any, ...]]
 """Name of a value -> the strides that it is given by."""
 
 _graphs = itertools.count()
-
-
-@contextlib.contextmanager
-def _settings() -> Iterator[None]:
-    """Random operators are eager's, from the generator that eager draws from."""
-    with config.patch(fallback_random=True):
-        yield
 
 
 @contextlib.contextmanager
@@ -76,7 +68,7 @@ def decomposed(module: fx.GraphModule) -> fx.GraphModule:
     values = [node.meta.get("val") for node in given]
     table = _without_random(select_decomp_table())
     with (
-        _settings(),
+        random_as_in_eager(),
         _fake_generator_states(_fake_mode(module)),
         fx.traceback.preserve_node_meta(),
         enable_python_dispatcher(),
@@ -104,7 +96,7 @@ def _without_random(table: dict[Any, Any]) -> dict[Any, Any]:
 
 def optimize_joint(module: fx.GraphModule) -> None:
     """Inductor's own rewrites of a joint graph, in place: constants, patterns of attention."""
-    with _settings(), V.set_fake_mode(_fake_mode(module)):
+    with random_as_in_eager(), V.set_fake_mode(_fake_mode(module)):
         joint_graph_passes(module)
 
 
@@ -123,7 +115,7 @@ def min_cut(
             node.meta["partitioner_tag"] = "must_be_in_backward"
     # Values that are made twice would be merged into one, which would then live all along.
     as_planned = functorch_config.patch(cse=False, activation_memory_budget=1.0)
-    with _settings(), as_planned, V.set_fake_mode(_fake_mode(module)):
+    with random_as_in_eager(), as_planned, V.set_fake_mode(_fake_mode(module)):
         forward, _ = min_cut_rematerialization_partition(
             module,
             [],
@@ -163,7 +155,7 @@ def inductor(
     output.meta["user_visible_output_idxs"] = list(visible)
     context = TracingContext(mode)
     with (
-        _settings(),
+        random_as_in_eager(),
         _disable_current_modes(),
         tracing(context),
         V.set_fake_mode(mode),

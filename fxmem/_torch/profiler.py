@@ -8,12 +8,11 @@ address, which the public event list leaves out.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +24,6 @@ from torch._C._profiler import (
     _EventType,
     _ExperimentalConfig,
 )
-from torch._subclasses import FakeTensorMode
 
 Result = TypeVar("Result")
 
@@ -36,22 +34,6 @@ class Event(NamedTuple):
     nbytes: int
     address: int
     mark: str
-
-
-def fake_tensor_mode() -> AbstractContextManager[Any]:
-    """Tensors made within hold no memory; real ones may be read (a tensor learning rate)."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-@contextmanager
-def fake_errors_unlogged() -> Iterator[None]:
-    """torch logs an operator that fails on fake tensors, also where somebody handles that."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 # Two sessions in two threads crash the process, so ours take turns.

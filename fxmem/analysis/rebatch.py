@@ -19,8 +19,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxmem._torch import storage_key
-from fxmem._torch.profiler import fake_errors_unlogged, fake_tensor_mode
+from fxmem._torch import new_fake_mode, quiet_fake_tensors, storage_key
 from fxmem.analysis.dataflow import Dataflow, Operator
 from fxmem.basics.sizes import as_expr, evaluate, storages_in, tensors_in
 from fxmem.codes.encodings import avg_pool2d_backward, max_pool2d_backward, pool_backward
@@ -50,7 +49,7 @@ def at_batch(graph: JointGraph, flow: Dataflow, batch: int, smaller: int) -> Dat
     try:
         sizes = _symbolic(graph, flow, batch, smaller)
         if sizes is None:
-            with fake_errors_unlogged():
+            with quiet_fake_tensors():
                 sizes = _static(graph, flow, batch, smaller)
     # Operators may refuse a shape in any way.
     except Exception as error:
@@ -148,7 +147,7 @@ class _Resizing:
 
     def run(self) -> Ratios:
         nodes = self.graph.nodes
-        with fake_tensor_mode(), torch.no_grad():
+        with new_fake_mode(), torch.no_grad():
             for node in nodes:
                 if node.op in ("placeholder", "get_attr") and not is_backward(node):
                     self._add(node, self._source(node))

@@ -28,8 +28,8 @@ from fxmem.planning.ledger import Around, Part, part_of
 from fxmem.planning.plan import Plan
 from fxmem.reports.report import Report
 from fxmem.steps.analyze import Unchanged, analyze, unchanged_step
-from fxmem.steps.backward import Backward, refuse_autocast
-from fxmem.steps.code import Coded, step_code
+from fxmem.steps.backward import Backward, Coded, refuse_autocast
+from fxmem.steps.code import step_code
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity, decided

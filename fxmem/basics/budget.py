@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from fxmem._torch.profiler import fake_tensor_mode
+from fxmem._torch import new_fake_mode
 from fxmem.basics.device import free_memory, total_memory
 from fxmem.basics.errors import BudgetError
 from fxmem.basics.units import NUMBER, format_bytes, parse_bytes, shown
@@ -272,7 +272,7 @@ def _in_8_bits(tensor: torch.Tensor) -> int:
 
 def _state_after_one_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> object:
     """The state that ``optimizer`` would have for ``group``: fake tensors, by a copy's own step."""
-    with fake_tensor_mode(), torch.no_grad():
+    with new_fake_mode(), torch.no_grad():
         fakes = [_fake_with_grad(parameter) for parameter in group["params"]]
         copy = object.__new__(type(optimizer))
         # Only what every optimizer saves of itself: a learning-rate schedule, for one, replaces

@@ -11,8 +11,6 @@ from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity
 
-__all__ = ["Coded", "step_code"]
-
 
 def step_code(
     analysis: Analysis,
