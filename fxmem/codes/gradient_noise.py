@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from fxmem._torch import autocast_off, fake_tensors_off, is_fake
 from fxmem.basics.errors import FxmemError
 from fxmem.basics.sizes import is_dense, tensors_in
-from fxmem.codes.lossy import LossyEncoding, encodings
+from fxmem.codes.lossy import DERIVATIVES, LossyEncoding, encodings
 from fxmem.graphs.capture import StepCall, training_step
 from fxmem.graphs.consumers import CASTS, Product, Saved, Use, saved_values
 from fxmem.graphs.graph import JointGraph, Role, is_backward
@@ -104,7 +104,8 @@ def candidates(graph: JointGraph) -> list[Saved]:
 def encodings_of(saved: Saved) -> list[LossyEncoding]:
     """Those that leave the mean of the gradients alone."""
     dtype = saved.node.meta["val"].dtype
-    return [e for e in encodings() if e.unbiased and dtype in e.dtypes]
+    known = DERIVATIVES[saved.activation] if saved.activation else encodings()
+    return [e for e in known if e.unbiased and dtype in e.dtypes]
 
 
 def _is_worth_it(node: fx.Node) -> bool:

@@ -3,6 +3,7 @@
     x is an operand of                                   its use is
     a product that only makes a parameter's gradient     linear: noise in x stays in that gradient
     another product                                      travelling: noise goes upstream, unbiased
+    the backward of an activation and nothing else       travelling: noise of the derivative there is
     anything else, or a product with itself              nonlinear: noise is biased
 
 Views and casts are looked through.  Only operators that are known to be linear in an operand count as
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmem.basics.sizes import storages_in
+from fxmem.basics.sizes import hint, is_dense, storages_in
+from fxmem.graphs.activations import activation_of
 from fxmem.graphs.graph import JointGraph, Role, is_backward, is_view
 
 aten = torch.ops.aten
@@ -54,12 +56,14 @@ class Reader:
     """One operator of the backward that reads a saved value.
 
     views: from the value to what it reads, in order.  products: what it feeds, itself or behind casts.
+    activation: of which it is the backward, so that it is linear in the derivative at what it reads.
     """
 
     node: fx.Node
     views: tuple[fx.Node, ...]
     use: Use
     products: tuple[Product, ...] = ()
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,13 @@ class Saved:
         if worst is Use.LINEAR and len(set(reached)) < len(reached):
             return Use.TRAVELLING
         return worst
+
+    @property
+    def activation(self) -> str | None:
+        """The one whose derivative at the value is all that the backward needs, if there is one."""
+        if self.use is not Use.TRAVELLING:
+            return None
+        return self.readers[0].activation
 
 
 def saved_values(graph: JointGraph) -> list[Saved]:
@@ -176,10 +187,13 @@ class _Consumers:
                 yield Reader(user, views, Use.NONLINEAR)
             elif is_backward(user):
                 products = self._products(value, user, node, views)
+                name = None if products else _activation(user, node, value)
+                if name is not None:
+                    products = (Product(user, node, views),)
                 known = products is not None
                 travels = known and not all(p.parameters for p in products or ())
                 use = Use.TRAVELLING if travels else Use.LINEAR if known else Use.NONLINEAR
-                yield Reader(user, views, use, products or ())
+                yield Reader(user, views, use, products or (), name)
 
     def _products(
         self, value: fx.Node, reader: fx.Node, operand: fx.Node, path: tuple[fx.Node, ...]
@@ -187,7 +201,7 @@ class _Consumers:
         """The products that a reader is, or feeds; None if it is none, or feeds something else."""
         if reader.target in CASTS:
             behind = tuple(self._readers(reader, reader, ()))
-            if any(r.use is Use.NONLINEAR for r in behind):
+            if any(r.use is Use.NONLINEAR or r.activation for r in behind):
                 return None
             inner = [p for r in behind for p in r.products]
             return tuple(replace(p, path=(*path, reader, *p.path)) for p in inner)
@@ -201,10 +215,15 @@ class _Consumers:
 
     def _settled(self, saved: Saved) -> Saved:
         """With nonlinear for travelling where noise would not keep its mean."""
-        if saved.use is not Use.TRAVELLING or self._keeps_mean(saved):
+        named = {(r.activation, r.activation and r.views) for r in saved.readers}
+        alike = len(named) == 1
+        if saved.use is not Use.TRAVELLING or (alike and self._keeps_mean(saved)):
             return saved
         worse = [
-            replace(r, use=Use.NONLINEAR) if r.use is Use.TRAVELLING else r for r in saved.readers
+            replace(r, use=Use.NONLINEAR)
+            if r.use is Use.TRAVELLING and (alike or r.activation)
+            else r
+            for r in saved.readers
         ]
         return replace(saved, readers=tuple(worse))
 
@@ -260,6 +279,18 @@ class _Consumers:
                     return []
                 names.append(leaf.name)
         return names
+
+
+def _activation(node: fx.Node, saved: fx.Node, value: fx.Node) -> str | None:
+    """The activation at ``value``, seen as ``saved``, whose backward the node is."""
+    found = activation_of(node)
+    if found is None or found[1] is not saved:
+        return None
+    grad, seen = found[0].meta["val"], saved.meta["val"]
+    whole = is_dense(seen) and hint(seen.numel()) == hint(value.meta["val"].numel())
+    own = set(storages_in(seen)) & set(storages_in(grad))
+    same = grad.shape == seen.shape and grad.dtype == seen.dtype
+    return found[2] if whole and same and not own and is_backward(found[0]) else None
 
 
 def _is_linear(node: fx.Node, noisy: set[fx.Node], views: set[fx.Node]) -> bool:

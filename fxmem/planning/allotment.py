@@ -18,13 +18,13 @@ from fxmem.basics.errors import PlanMismatchError
 from fxmem.basics.sizes import hint
 from fxmem.codes.gradient_noise import Sensitivity, Statistics
 from fxmem.codes.lossless import ELEMENTS
-from fxmem.codes.lossy import LossyEncoding, encodings
+from fxmem.codes.lossy import LossyEncoding, all_encodings
 from fxmem.graphs.consumers import Use
 from fxmem.graphs.graph import JointGraph
 
 
 def encoding_named(name: str) -> LossyEncoding:
-    return next(encoding for encoding in encodings() if encoding.name == name)
+    return next(encoding for encoding in all_encodings() if encoding.name == name)
 
 
 @dataclass(frozen=True)
