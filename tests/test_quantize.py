@@ -17,7 +17,7 @@ import fxmem
 from fxmem._torch import fake_tensors_off
 from fxmem.analysis.dataflow import NOISE_CEILING
 from fxmem.api import analyzed, read_options
-from fxmem.codes import travelling
+from fxmem.codes import derivatives, travelling
 from fxmem.codes.gradient_noise import Sensitivity, Statistics
 from fxmem.codes.lossless import ELEMENTS
 from fxmem.graphs.consumers import Use, saved_values
@@ -182,6 +182,35 @@ def test_a_code_that_is_not_kept_is_none():
     assert not [n for n in plain.nodes if "quant" in str(n.target)]
     assert [n.target for n in plain.nodes if "seed" not in n.name] == [
         n.target for n in graph.nodes
+    ]
+
+
+def test_an_activation_leaves_a_code_of_its_derivative():
+    """Also where the backward sees what is saved through a view; a code that is not kept is none."""
+
+    def body(m, x):
+        h = (x @ m.w).view(4, 16, 64)
+        return F.gelu(h, approximate="tanh").sin().sum()
+
+    graph = captured(body, tensor(64, 64), w=tensor(64, 64))
+    code = Code("mm", encoding_named("gelu tanh' 4"), 7)
+    after, text = changed(graph, QuantizePass((code,)))
+    assert_expected_inline(
+        text,
+        """\
++ step_seed: i64[] = step_seed(primals_1)
++ view_quantized: u8[2052] = encode_derivative(view, gelu tanh, 4, step_seed, 7)
+- gelu_backward: f32[4, 16, 64] = gelu_backward(mul, view, approximate=tanh)
++ gelu_backward_quantized: f32[4, 16, 64] = derivative_backward(mul, view_quantized, [0, 1, 2], gelu tanh, 4)
+- view_1: f32[64, 64] = view(gelu_backward, [64, 64])
++ view_1: f32[64, 64] = view(gelu_backward_quantized, [64, 64])""",
+    )
+    reader = next(n for n in after.nodes if n.target is derivatives.derivative_backward)
+    kept = {n.name for n in after.nodes if n.op == "call_function"} - {"view_quantized"}
+    again = RecomputePass((Recompute("view_quantized", reader.name),), frozenset(kept)).apply(after)
+    plain = UncodePass().apply(again)
+    assert [(n.target, n.kwargs) for n in plain.nodes if "seed" not in n.name] == [
+        (n.target, n.kwargs) for n in graph.nodes
     ]
 
 
@@ -596,6 +625,33 @@ def test_noise_that_travels_is_drawn_and_measured():
     assert any(g.added for g in noise.parameters if g.parameters.endswith("gate.bias"))
     measured = sum(step.report().noise.values())
     assert measured == pytest.approx(added, rel=0.25)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.wide, self.back = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return x + self.back(F.gelu(self.wide(self.norm(x))))
+
+
+def test_plans_take_codes_of_derivatives():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Mlp() for _ in range(3)), nn.Linear(64, 4))
+    x, y = torch.randn(2048, 64), torch.randint(4, (2048,))
+    loss = {"loss_fn": F.cross_entropy, "loss_inputs": (y,)}
+    exact = fxmem.plan(model, "min", (x,), allow="lossless", **loss)
+    step = fxmem.optimize(model, "min", (x,), allow=CODES, verify=True, **loss)
+    codes = [c.encoding for c in step.plan.noise.codes]
+    assert sum("gelu'" in name for name in codes) == 3
+    assert step.plan.predicted_peak < 0.7 * exact.predicted_peak
+    assert step.report().measured_peak <= step.plan.predicted_peak
+    added = sum(g.added for g in step.plan.noise.parameters)
+    assert sum(step.report().noise.values()) == pytest.approx(added, rel=0.25)
+    grown = fxmem.plan(model, step.plan.predicted_peak + 150_000, (x,), allow=ALLOW, **loss)
+    assert grown.predicted_peak <= step.plan.predicted_peak + 150_000
 
 
 def test_noise_that_travels_too_much_stays_out(monkeypatch):

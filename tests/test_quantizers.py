@@ -488,6 +488,9 @@ def test_a_gradient_times_a_derivative(activation, channels_last):
         assert torch.equal(got, grad * derivative)
         want = ACTIVATIONS[activation].target(grad, x, **dict(ACTIVATIONS[activation].options))
         assert got.stride() == want.stride()
+        over = grad.clone()
+        given = (over, code, order, activation, 8)
+        assert torch.equal(derivatives.derivative_backward_out(*given, grad_input=over), got)
         step = 1 / encoding_inside(encoding)
         assert float((got - want).abs().max()) <= step * float(grad.abs().max()) * 1.01
 

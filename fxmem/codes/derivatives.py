@@ -122,18 +122,40 @@ def _decode(
 def _backward(
     grad: torch.Tensor, code: torch.Tensor, order: list[int], activation: str, bits: int
 ) -> torch.Tensor:
-    how, found = _check(grad.dtype, activation, bits), torch.empty_like(grad)
+    if grad.permute(order).is_contiguous():
+        return _backward_out(grad, code, order, activation, bits, grad_input=torch.empty_like(grad))
+    _check(grad.dtype, activation, bits)
+    return torch.mul(grad, _decoded(grad, code, order, activation, bits)).to(grad.dtype)
+
+
+def _decoded(
+    grad: torch.Tensor, code: torch.Tensor, order: list[int], activation: str, bits: int
+) -> torch.Tensor:
+    """The derivatives in float32, in their own order."""
     check_code(code, _code_nbytes(grad, bits), grad)
+    like = laid_out(grad, order)
+    size, stride = list(like.shape), list(like.stride())
+    return _decode(code, activation, bits, size, stride, torch.float32)
+
+
+def _backward_out(
+    grad: torch.Tensor,
+    code: torch.Tensor,
+    order: list[int],
+    activation: str,
+    bits: int,
+    *,
+    grad_input: torch.Tensor,
+) -> torch.Tensor:
+    how = _check(grad.dtype, activation, bits)
     if not grad.permute(order).is_contiguous():
-        like = laid_out(grad, order)
-        size, stride = list(like.shape), list(like.stride())
-        derivative = _decode(code, activation, bits, size, stride, torch.float32)
-        return torch.mul(grad, derivative).to(grad.dtype)
+        return grad_input.copy_(torch.mul(grad, _decoded(grad, code, order, activation, bits)))
+    check_code(code, _code_nbytes(grad, bits), grad)
     for at, end in stretches(group_count(grad, GROUP), GROUP, grad.device):
         part = flat(grad)[at * GROUP : end * GROUP]
         values = _values(code, how, bits, at, end).view(-1)[: len(part)]
-        flat(found)[at * GROUP : end * GROUP] = values.mul_(part)
-    return found
+        flat(grad_input)[at * GROUP : end * GROUP] = values.mul_(part)
+    return grad_input
 
 
 # -- Errors ------------------------------------------------------------------------------------------
@@ -196,3 +218,10 @@ derivative_backward = define(
     _fake_backward,
 )
 """The gradient times the derivative.  order: the dimensions in which the codes lie, the outermost first."""
+
+derivative_backward_out = define(
+    "derivative_backward.grad_input(Tensor grad, Tensor code, int[] order, str activation, int bits, *, "
+    "Tensor(a!) grad_input) -> Tensor(a!)",
+    _backward_out,
+    lambda grad, code, order, activation, bits, *, grad_input: grad_input,
+)
