@@ -57,7 +57,7 @@ def test_consumers_of_a_block():
         uses(graph),
         """\
 getitem travelling: bmm_5 travelling, bmm_4 travelling, mm_7 linear
-_softmax nonlinear: _softmax_backward_data nonlinear, bmm_2 travelling
+_softmax smooth: _softmax_backward_data smooth, bmm_2 travelling
 mm travelling: bmm_3 travelling
 bmm_1 linear: mm_5 linear
 mm_1 travelling: gelu_backward travelling
@@ -654,11 +654,67 @@ def test_plans_take_codes_of_derivatives():
     assert grown.predicted_peak <= step.plan.predicted_peak + 150_000
 
 
+class Mixer(Mlp):
+    """Normalizations and a softmax are read in ways that are not linear."""
+
+    def forward(self, x):
+        p = torch.softmax(self.norm(x), -1)
+        return super().forward(x + p * x)
+
+
+def mixers():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Mixer() for _ in range(3)), nn.Linear(64, 4))
+    x, y = torch.randn(2048, 64), torch.randint(4, (2048,))
+    return model, x, {"loss_fn": F.cross_entropy, "loss_inputs": (y,), "allow": CODES}
+
+
+def test_what_moves_means_is_taken_where_it_is_allowed(tmp_path):
+    model, x, given = mixers()
+    unbiased = fxmem.plan(model, "min", (x,), **given)
+    bounded = fxmem.Noise(0.01, bounded=0.02)
+    step = fxmem.optimize(model, "min", (x,), noise=bounded, verify=True, **given)
+    noise = step.plan.noise
+    assert (unbiased.noise.tier, noise.tier) == ("unbiased", "bounded")
+    assert step.plan.predicted_peak < 0.9 * unbiased.predicted_peak
+    assert 0 < max(group.error for group in noise.parameters) <= 0.02
+    assert all(group.error == 0 for group in unbiased.noise.parameters)
+    assert noise.backwards <= 20
+    text = str(step.report())
+    assert re.search(
+        r"NOISE  bounded: adds .* moves their mean by [\d.]+ %, 2 % allowed", text, re.S
+    )
+    assert "The mean over many steps is the exact gradient" not in text
+    step.plan.save(tmp_path / "plan.json")
+    file = str(tmp_path / "plan.json")
+    with pytest.raises(fxmem.PlanMismatchError, match="would make its gradients wrong"):
+        fxmem.plan(model, "min", (x,), plan=file, **given)
+    again = fxmem.plan(model, "min", (x,), plan=file, noise=bounded, **given)
+    assert again.predicted_peak == step.plan.predicted_peak
+
+
+def test_means_that_move_too_far_are_left_alone(monkeypatch):
+    """What is seen has the last word: less of it is tried once, then none."""
+    model, x, given = mixers()
+    calls = []
+
+    def distances(self, coded, draws=2):
+        calls.append(draws)
+        self.backwards += draws
+        return {"0.norm.weight": 1e9} if draws == 1 else {}
+
+    monkeypatch.setattr(travelling.Draws, "distances", distances)
+    plan = fxmem.plan(model, "min", (x,), noise=fxmem.Noise(0.01, bounded=0.02), **given)
+    assert calls == [1, 1, 2]
+    assert plan.noise.tier == "unbiased"
+    assert plan.noise.backwards <= 20
+
+
 def test_noise_that_travels_too_much_stays_out(monkeypatch):
     """The draws have the last word."""
     model, x, loss = gated_perceptron(layers=2)
     loud = fxmem.plan(model, "min", (x,), allow=CODES, **loss)
-    monkeypatch.setattr(travelling, "drawn", lambda *args: {"0.gate.weight": 1e9})
+    monkeypatch.setattr(travelling.Draws, "distances", lambda *_: {"0.gate.weight": 1e9})
     quiet = fxmem.plan(model, "min", (x,), allow=CODES, **loss)
     assert any(g.added for g in loud.noise.parameters if g.parameters.endswith("bias"))
     assert loud.predicted_peak < quiet.predicted_peak
@@ -697,6 +753,7 @@ def test_what_cannot_be_measured_is_refused():
     refused("should be a tuple of 2", model, (x,), noise=fxmem.Noise(0.01, ((x,),)), **loss)
     refused("from 0 to below 1", model, (x,), noise=1.5, **loss)
     refused("from 0 to below 1", model, (x,), noise=fxmem.Noise(-1), **loss)
+    refused("bounded should be", model, (x,), noise=fxmem.Noise(bounded=1), **loss)
     meta = {"loss_fn": F.cross_entropy, "loss_inputs": (y.to("meta"),)}
     refused("real parameters", model.to("meta"), (x.to("meta"),), **meta)
 

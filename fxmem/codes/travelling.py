@@ -208,31 +208,34 @@ DRAWS = 2
 """Steps with the codes of a plan, each of which takes one backward."""
 
 
-def drawn(
-    exact: JointGraph,
-    coded: JointGraph,
-    examples: Mapping[str, Any],
-    model: nn.Module,
-    draws: int = DRAWS,
-) -> dict[str, float]:
-    """Parameter -> the mean squared distance of its gradient with codes from the one without."""
-    found: Variances = defaultdict(float)
-    with fake_tensors_off(), torch.no_grad(), untouched(model, copies(model)):
-        state = torch.get_rng_state()
-        right = _gradients(exact, examples)
+class Draws:
+    """Gradients of steps with codes, beside those of the step without, for one state of the generator.
+
+    backwards: that it took so far.
+    """
+
+    def __init__(self, exact: JointGraph, examples: Mapping[str, Any], model: nn.Module) -> None:
+        self.examples, self.model, self.backwards = examples, model, 0
+        self.state = torch.get_rng_state()
+        self.right = self._gradients(exact)
+
+    def distances(self, coded: JointGraph, draws: int = DRAWS) -> dict[str, float]:
+        """Parameter -> the mean squared distance of its gradient with codes from the one without."""
+        found: Variances = defaultdict(float)
         for seed in range(draws):
-            torch.set_rng_state(state)
-            for name, gradient in _gradients(coded, examples, seed).items():
-                error = gradient.double() - right[name].double()
-                found[name] += float(error.square().sum()) / draws
-    return dict(found)
+            for name, gradient in self._gradients(coded, seed).items():
+                with fake_tensors_off():
+                    error = gradient.double() - self.right[name].double()
+                    found[name] += float(error.square().sum()) / draws
+        return dict(found)
 
-
-def _gradients(
-    graph: JointGraph, examples: Mapping[str, Any], seed: int = 0
-) -> dict[str, torch.Tensor]:
-    results = _Seeded(graph.module, seed).run(*given(graph, examples), enable_io_processing=False)
-    return parameter_gradients(graph, results)
+    def _gradients(self, graph: JointGraph, seed: int = 0) -> dict[str, torch.Tensor]:
+        self.backwards += 1
+        with fake_tensors_off(), torch.no_grad(), untouched(self.model, copies(self.model)):
+            torch.set_rng_state(self.state)
+            run = _Seeded(graph.module, seed)
+            results = run.run(*given(graph, self.examples), enable_io_processing=False)
+            return parameter_gradients(graph, results)
 
 
 class _Seeded(fx.Interpreter):

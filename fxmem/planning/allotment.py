@@ -53,7 +53,7 @@ class Allotment:
     ceiling: share of the minibatch's variance that the codes which are kept may add.  bounded: share of
     the gradient's length that those of them may come to which do not keep its mean.  drawn: by parameter,
     the variance that some codes were seen to add, all together; for plans that keep these.  moved: the same
-    of those alone that do not keep the mean.
+    of those alone that do not keep the mean.  tightened: share of their room that they may take.
     """
 
     statistics: Statistics = field(repr=False)
@@ -63,6 +63,7 @@ class Allotment:
     drawn: Mapping[str, float] | None = field(default=None, repr=False)
     bounded: float = 0.0
     moved: Mapping[str, float] | None = field(default=None, repr=False)
+    tightened: float = 1.0
 
     @classmethod
     def of(
@@ -73,9 +74,12 @@ class Allotment:
         bounded: float = 0.0,
     ) -> Allotment:
         """What may be kept all at once."""
-        candidates = tuple(c for c in candidates if bounded or not c.is_biased)
-        finest = tuple(c.choices[0][0] for c in candidates)
-        whole = cls(statistics, ceiling, candidates, finest, bounded=bounded)
+        return cls(statistics, ceiling, tuple(candidates), (), bounded=bounded).anew()
+
+    def anew(self) -> Allotment:
+        """The same of all candidates, as if nothing had been chosen or seen."""
+        candidates = tuple(c for c in self.candidates if self.bounded or not c.is_biased)
+        whole = replace(self, candidates=candidates, encodings=(), drawn=None, moved=None)
         return whole.among({c.source for c in candidates})
 
     def among(self, kept: Collection[str]) -> Allotment:
@@ -113,10 +117,13 @@ class Allotment:
     def harmless(self, candidates: Collection[Candidate]) -> Allotment:
         """Anew, with less than all of these.
 
-        Where means moved too far, without what moves them; else with what stays in one gradient.
+        Where means moved too far, with less of what moves them, once, and then without; else with what
+        stays in one gradient.
         """
         if self.drawn is None:
-            return Allotment.of(self.statistics, self.ceiling, candidates)
+            less = sum((self.moved or {}).values()) / self._room / self._farthest() ** 2
+            tighter = replace(self, candidates=tuple(candidates), tightened=less)
+            return (tighter if self.tightened == 1 else replace(tighter, bounded=0.0)).anew()
         staying = [c for c in candidates if c.sensitivity.use is Use.LINEAR]
         return Allotment.of(self.statistics, self.ceiling, staying)
 
@@ -135,11 +142,6 @@ class Allotment:
             moved[NoiseOf.group_of(parameter)] += (self.moved or {}).get(parameter, 0.0)
             squares[NoiseOf.group_of(parameter)] += square
         return max((relative_error(moved[g], squares[g]) for g in squares), default=0.0)
-
-    def after(self, backwards: int) -> Allotment:
-        """The same, after so many more backwards."""
-        known = replace(self.statistics, backwards=self.statistics.backwards + backwards)
-        return replace(self, statistics=known)
 
     def given(self, wanted: Mapping[str, str]) -> Allotment:
         """These encodings, by source.  Raises ``PlanMismatchError`` for what may not be encoded so."""
@@ -171,15 +173,19 @@ class Allotment:
     def _cost_of(self, candidate: Candidate, name: str) -> float:
         """What a code takes of the ceiling: a share of the minibatch's variance.
 
-        Of one that moves the mean, as much as it takes of what those may come to, if that is more: half
-        the square of ``bounded``, for groups of parameters are not all hit alike.
+        Of one that moves the mean, as much as it takes of what those may come to, if that is more.
         """
         variance = candidate.sensitivity.variance(name)
         share = self.statistics.share(variance)
         if not candidate.is_biased:
             return share
-        room = self.bounded**2 / 2 * sum(self.statistics.squares.values())
+        room = self.tightened * self.bounded**2 * self._room
         return max(share, self.ceiling * variance / room if room else math.inf)
+
+    @property
+    def _room(self) -> float:
+        """Half the square of the gradient's length, for groups of parameters are not all hit alike."""
+        return sum(self.statistics.squares.values()) / 2
 
     def _gain(self, candidate: Candidate, level: int) -> float:
         """Bytes that the next step saves, a share of the noise that it adds."""

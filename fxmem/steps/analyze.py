@@ -88,6 +88,7 @@ class Analysis:
     allotment: Allotment | None = None
     base: Analysis | None = field(default=None, repr=False)
     _allotted: tuple[Noise, Allotment] | None = field(default=None, repr=False)
+    _draws: travelling.Draws | None = field(default=None, repr=False)
 
     @cached_property
     def split(self) -> Analysis:
@@ -107,11 +108,10 @@ class Analysis:
         """Encodings for what may be a lossy code, all of which may be kept; found out once."""
         if self._allotted is None or self._allotted[0] is not noise:
             saved = [s for s in self._saved if noise.bounded or s.use is not Use.SMOOTH]
-            runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
             if not saved:
                 return Allotment(Statistics({}, (), 0), noise.ceiling, (), ())
-            known = self._statistics(runs, noise, saved)
-            found = candidates_of(known, runs)
+            known = self._statistics(self._runs, noise, saved)
+            found = candidates_of(known, self._runs)
             self._allotted = noise, Allotment.of(known, noise.ceiling, found, noise.bounded)
         return self._allotted[1]
 
@@ -139,10 +139,22 @@ class Analysis:
         self, allotment: Allotment, kept: Collection[str], draws: int = travelling.DRAWS
     ) -> dict[str, float]:
         """Parameter -> the variance that the kept codes are seen to add to its gradient."""
-        runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
         codes = tuple(code for code in codes_of(allotment) if code.source in kept)
-        coded = QuantizePass(codes).apply(runs)
-        return travelling.drawn(runs, coded, self.examples, self.call.model, draws)
+        coded = QuantizePass(codes).apply(self._runs)
+        if self._draws is None:
+            self._draws = travelling.Draws(self._runs, self.examples, self.call.model)
+        return self._draws.distances(coded, draws)
+
+    @cached_property
+    def _runs(self) -> JointGraph:
+        """The step as it runs when the tangents come that are expected."""
+        return UndefinedTangentsPass(self.undefined).apply(self.graph)
+
+    @property
+    def backwards(self) -> int:
+        """That were run to find out about noise."""
+        found = 0 if self._allotted is None else self._allotted[1].statistics.backwards
+        return found + (0 if self._draws is None else self._draws.backwards)
 
     def quantized(self, allotment: Allotment) -> Analysis:
         """The step with these codes, if kept."""

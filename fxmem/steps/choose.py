@@ -9,7 +9,6 @@ from dataclasses import replace
 from fxmem.analysis.rebatch import resized
 from fxmem.analysis.simulate import Simulator
 from fxmem.basics.errors import PlanMismatchError
-from fxmem.codes import travelling
 from fxmem.codes.gradient_noise import check_measurable
 from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.planning.allotment import Allotment
@@ -51,11 +50,10 @@ def _drawn(base: Analysis, allotment: Allotment, kept: frozenset[str]) -> Allotm
     biased = allotment.biased(kept)
     if biased:
         moved = base.drawn(allotment, biased, draws=1)
-        allotment = replace(allotment.after(2), moved=moved)
+        allotment = replace(allotment, moved=moved)
         if not allotment.is_allowed(_MARGIN):
             return allotment
-    drawn = base.drawn(allotment, kept)
-    return replace(allotment.after(travelling.DRAWS + 1), drawn=drawn)
+    return replace(allotment, drawn=base.drawn(allotment, kept))
 
 
 def _choose(

@@ -115,7 +115,9 @@ def _noise(analysis: Analysis, choice: Choice) -> GradientNoise | None:
         codes=tuple(
             CodeOf(names[source], encoding) for source, (_, encoding) in allotment.chosen.items()
         ),
-        backwards=allotment.statistics.backwards,
+        backwards=allotment.statistics.backwards
+        if analysis.base is None
+        else analysis.base.backwards,
         bounded=allotment.bounded,
     )
 
