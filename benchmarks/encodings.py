@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 import fxmem  # noqa: E402
-from fxmem.codes.derivatives import ACTIVATIONS  # noqa: E402
 from fxmem.codes.lossy import DERIVATIVES, LOSSY, LossyEncoding  # noqa: E402
+from fxmem.graphs.activations import ACTIVATIONS  # noqa: E402
 
 SAMPLES = ("normal", "heavy-tailed")
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16)}

@@ -4,6 +4,7 @@ python benchmarks/joint.py floors [--families llama gpt2 vit] [--size small]
 python benchmarks/joint.py budgets [--families ...] [--size small] [--shares 0.6 0.25] [--clock llama ...]
 
 ways          what plans may do beside lossless codes
+recompute     recompute, without lossless codes
 exact         recompute
 codes         store tensors with noise
 joint         both
@@ -32,6 +33,7 @@ from fxmem.steps.analyze import Analysis
 from fxmem.steps.pipeline import decide
 
 WAYS = {
+    "recompute": ("recompute",),
     "exact": ("recompute", "lossless"),
     "codes": ("lossless", "quantize"),
     "joint": ("recompute", "lossless", "quantize"),

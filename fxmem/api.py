@@ -351,6 +351,9 @@ def _read_noise(noise: Any) -> Noise:
     ceiling: Any = found.ceiling
     if isinstance(ceiling, bool) or not isinstance(ceiling, (int, float)) or not 0 <= ceiling < 1:
         raise FxmemError(f"noise should be a number from 0 to below 1, not {ceiling!r}")
+    bounded: Any = found.bounded
+    if isinstance(bounded, bool) or not isinstance(bounded, (int, float)) or not 0 <= bounded < 1:
+        raise FxmemError(f"bounded should be a number from 0 to below 1, not {bounded!r}")
     return found
 
 

@@ -29,7 +29,7 @@ Source of the idea: Jain et al. 2018, doi:10.1109/ISCA.2018.00070.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
@@ -97,6 +97,7 @@ class Plain:
 
     target: Any
     args: Any
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
     def given(self, reader: fx.Node, source: fx.Node) -> Any:
         """The arguments that read ``source``, and what else the reader of the code reads now."""
@@ -106,13 +107,14 @@ class Plain:
         )
 
 
-def _plain(node: fx.Node, source: fx.Node, coded: fx.Node) -> Plain:
+def plain_call(node: fx.Node, source: fx.Node, coded: fx.Node) -> Plain:
+    """``node``, which reads ``source``, in the place of ``coded``, which reads all else that it does."""
     read = coded.all_input_nodes
     args = fx.node.map_arg(
         tuple(node.args),
         lambda n: Operand(None if n is source else read.index(n)),  # type: ignore[arg-type,return-value]
     )
-    return Plain(node.target, args)
+    return Plain(node.target, args, dict(node.kwargs))
 
 
 class _Codes:
@@ -144,7 +146,7 @@ def _replace(node: fx.Node, how: Reading, code: fx.Node) -> None:
     args = tuple(code if a is None else a for a in how.arguments)
     ours = _insert(node, how.reader, args, "coded")
     ours.meta[INSTEAD_OF] = node.name
-    ours.meta[PLAIN] = _plain(node, how.source, ours)
+    ours.meta[PLAIN] = plain_call(node, how.source, ours)
     replace_uses(node, ours)
     node.graph.erase_node(node)
 

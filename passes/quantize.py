@@ -7,8 +7,11 @@ before                          after
   # backward                      y = mm(a, v)
   at = t(a)                       # backward
   gv = mm(at, g)                  a1 = dequantize_groups(q, 4, 64, ...)
-                                  at = t(a1)
+  gh = gelu_backward(ga, h)       at = t(a1)
                                   gv = mm(at, g)
+                                  gh = derivative_backward(ga, d, ...)
+
+where d = encode_derivative(h, 'gelu', 4, s, 1) is made right after h, which the backward reads no more.
 
 Codes are rounded at random, so that their mean over steps is the tensor; each tensor draws from a
 stream of its own.  A code is a value like any other; where it is not kept, its readers read the tensor.
@@ -26,13 +29,14 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxmem.analysis.dataflow import INSTEAD_OF, NOISE
+from fxmem.basics.sizes import by_stride
 from fxmem.codes.lossy import LossyEncoding
 from fxmem.codes.seeds import step_seed
 from fxmem.graphs.consumers import Reader, saved_values
-from fxmem.graphs.fakes import fake_value
+from fxmem.graphs.fakes import fake_value, replace_uses
 from fxmem.graphs.graph import JointGraph, Role, has_effect
 from fxmem.passes.base import insert_like
-from fxmem.passes.encode import PLAIN, Plain
+from fxmem.passes.encode import PLAIN, Plain, plain_call
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class QuantizePass:
         readers = {saved.node.name: saved.readers for saved in saved_values(graph)}
         seed = _seed(graph)
         for code in self.codes:
-            source = graph.node(code.source)
+            source = _encoded(graph.node(code.source), code, readers[code.source])
             q = _encode(graph.module.graph, source, code, seed)
-            _read_decoded(readers[code.source], source, code, q)
+            read = _read_decoded if code.encoding.reader is None else _read_derivative
+            read(readers[code.source], source, code, q)
         graph.module.graph.eliminate_dead_code(has_effect)
         return graph.verified()
 
@@ -77,6 +82,11 @@ def _seed(graph: JointGraph) -> fx.Node:
     )
     seed.meta[INSTEAD_OF] = ""
     return seed
+
+
+def _encoded(value: fx.Node, code: Code, readers: Sequence[Reader]) -> fx.Node:
+    """The value; as its readers see it, if they are to read a code in its place."""
+    return value if code.encoding.reader is None else readers[0].products[0].operand
 
 
 def _encode(graph: fx.Graph, source: fx.Node, code: Code, seed: fx.Node) -> fx.Node:
@@ -105,6 +115,19 @@ def _read_decoded(readers: Sequence[Reader], source: fx.Node, code: Code, q: fx.
             for view in ways:
                 shown, now = view, _view_again(view, shown, now, reader)
             reader.replace_input_with(shown, now)
+
+
+def _read_derivative(readers: Sequence[Reader], source: fx.Node, code: Code, q: fx.Node) -> None:
+    """Each reader, the backward of an activation, becomes one that reads the code."""
+    for node in dict.fromkeys(r.node for r in readers):
+        (grad, *_), value = node.args, source.meta["val"]
+        order = by_stride(value.shape, value.stride())
+        args = (grad, q, order, *code.encoding.settings)
+        ours = _insert(node, code.encoding.reader, args, {}, "quantized")
+        ours.meta[INSTEAD_OF] = node.name
+        ours.meta[PLAIN] = plain_call(node, source, ours)
+        replace_uses(node, ours)
+        node.graph.erase_node(node)
 
 
 def _view_again(view: fx.Node, source: fx.Node, other: fx.Node, reader: fx.Node) -> fx.Node:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxmem.codes.encodings import ENCODERS
-from fxmem.codes.lossy import encodings
+from fxmem.codes.lossy import all_encodings
 from fxmem.graphs.fakes import replace_uses
 from fxmem.graphs.graph import JointGraph, is_backward, is_view
 from fxmem.passes.base import insert_like
@@ -27,7 +27,7 @@ from fxmem.passes.encode import PLAIN
 
 def lossy_coders() -> frozenset[Any]:
     """Operators whose result is a code, with errors, of their first operand."""
-    return frozenset(encoding.encoder for encoding in encodings())
+    return frozenset(encoding.encoder for encoding in all_encodings())
 
 
 def coders() -> frozenset[Any]:
@@ -101,7 +101,9 @@ def _read_plain(graph: fx.Graph, reader: fx.Node, source: Any) -> None:
         return
     args = plain.given(reader, source)
     with graph.inserting_before(reader):
-        ours = insert_like(graph, reader, plain.target, args, suffix=_SUFFIX, backward=True)
+        ours = insert_like(
+            graph, reader, plain.target, args, plain.kwargs, suffix=_SUFFIX, backward=True
+        )
     del ours.meta["fxmem_origin"], ours.meta[PLAIN]  # it is made once
     replace_uses(reader, ours)
     graph.erase_node(reader)

@@ -78,7 +78,7 @@ def coded_flow(seed: int, forward: int | None = None) -> Dataflow:
 
 
 def noisy_flow(seed: int, forward: int | None = None) -> Dataflow:
-    """The same where some of it may be read as a lossy code, which is decoded right before each reader."""
+    """The same where some of it may be read as a lossy code: by the reader itself, or decoded before it."""
     rng = random.Random(f"noise {seed}")
     flow = random_flow(seed, forward)
     values, backward = flow.values, flow.operators[flow.num_forward :]
@@ -96,10 +96,16 @@ def noisy_flow(seed: int, forward: int | None = None) -> Dataflow:
             values.append(Value(size, NODE, code=True, keeping=keeping, noise=noise))
     operators: list[Operator] = [Operator(NODE, False, (), seeds, 0, 0.0, False, remakes=seeds)]
     for op in flow.operators:
-        for v in sorted(codes.keys() & set(op.reads)) if op.backward else ():
+        coded = sorted(codes.keys() & set(op.reads)) if op.backward else []
+        if coded and rng.random() < 0.3:
+            v = coded.pop()
+            op.reads = tuple(sorted({codes[v], *op.reads} - {v}))
+        for v in coded:
             values.append(Value(values[v].nbytes, NODE))
             decoded = (len(values) - 1,)
-            operators.append(Operator(NODE, True, (codes[v],), decoded, _workspace(rng), 0.0))
+            operators.append(
+                Operator(NODE, True, (codes[v],), decoded, _workspace(rng), 0.0, decodes=True)
+            )
             op.reads = tuple(sorted({*decoded, *op.reads} - {v}))
         operators.append(op)
         for v in sorted(codes.keys() & set(op.makes)):

@@ -377,7 +377,7 @@ def test_a_file_with_another_certificate_is_refused(change, tmp_path, a_plan):
     assert fxmem.Plan.load(path) == a_plan
     change(data)
     path.write_text(json.dumps(data))
-    with pytest.raises(fxmem.PlanMismatchError, match="schema 4"):
+    with pytest.raises(fxmem.PlanMismatchError, match="schema 5"):
         fxmem.Plan.load(path)
 
 

@@ -133,7 +133,7 @@ def changed(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"schema": 1}, "schema should be 4, not 1"),
+        ({"schema": 1}, "schema should be 5, not 1"),
         ({"budget": -1}, "budget should be at least 0, not -1"),
         ({"budget": True}, "budget should be integer, not boolean"),
         ({"budget": "1GiB"}, "budget should be integer, not string"),
@@ -216,11 +216,11 @@ def refused(path):
         b"__import__('os').system('touch owned')",
         b"[" * 100_000,
         b'{"a":' * 100_000,
-        b'{"schema": 4, "schema": 4}',
+        b'{"schema": 5, "schema": 5}',
         b"NaN",
         b'{"schema": NaN}',
         b"9" * 5000,
-        b'{"schema": 4, "decisions": "keep"}',
+        b'{"schema": 5, "decisions": "keep"}',
     ],
 )
 def test_other_content_is_refused(path, content, monkeypatch):

@@ -12,10 +12,10 @@ from fxmem.basics import noise
 from fxmem.basics.errors import EncodingError
 from fxmem.basics.sizes import by_stride
 from fxmem.codes import derivatives, lossy, narrow_floats, packing, quantizers
-from fxmem.codes.derivatives import ACTIVATIONS
 from fxmem.codes.encoding_trials import check_encoding
 from fxmem.codes.lossy import DERIVATIVES, LOSSY
 from fxmem.codes.packing import FLOATS, is_proven
+from fxmem.graphs.activations import ACTIVATIONS, activation_of
 
 aten = torch.ops.aten
 
@@ -488,13 +488,16 @@ def test_a_gradient_times_a_derivative(activation, channels_last):
         assert torch.equal(got, grad * derivative)
         want = ACTIVATIONS[activation].target(grad, x, **dict(ACTIVATIONS[activation].options))
         assert got.stride() == want.stride()
+        over = grad.clone()
+        given = (over, code, order, activation, 8)
+        assert torch.equal(derivatives.derivative_backward_out(*given, grad_input=over), got)
         step = 1 / encoding_inside(encoding)
         assert float((got - want).abs().max()) <= step * float(grad.abs().max()) * 1.01
 
 
 def encoding_inside(encoding):
     activation, bits = encoding.settings
-    return ACTIVATIONS[activation].grid(bits)[1]
+    return derivatives.grid(ACTIVATIONS[activation], bits)[1]
 
 
 @pytest.mark.parametrize("encoding", DERIVED, ids=lambda e: e.name)
@@ -520,7 +523,7 @@ def test_derivatives_are_within_their_range(activation):
     assert how.low <= float(found.min()) <= how.low + 0.002
     assert how.high - 0.002 <= float(found.max()) <= how.high
     for bits in (8, 4, 2):
-        first, inside = how.grid(bits)
+        first, inside = derivatives.grid(how, bits)
         assert first / inside <= how.low
         assert (first + 2**bits - 1) / inside >= how.high - 1e-9
 
@@ -546,11 +549,11 @@ def test_which_backward_has_a_derivative():
     }
     for name, (target, options) in calls.items():
         node = graph.call_function(target, (g, x), options)
-        assert derivatives.activation_of(node) == (g, x, name)
+        assert activation_of(node) == (g, x, name)
     plain = graph.call_function(aten.gelu_backward.default, (g, x), {"approximate": "none"})
-    assert derivatives.activation_of(plain) == (g, x, "gelu")
+    assert activation_of(plain) == (g, x, "gelu")
     other = graph.call_function(aten.threshold_backward.default, (g, x, 0))
-    assert derivatives.activation_of(other) is None
+    assert activation_of(other) is None
 
 
 # -- Fake kernels ------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Operator:
     remakes: what a second run makes, which may leave out what only the first one returns.
     rng_state: bytes of generator state to keep if the operator is to run again; 0 if not random.
     writes_over: of these forward values, the first that nobody reads again gives its bytes to the
-    result of a forward operator.
+    result of a forward operator.  decodes: does it make again, of a code, what the code is made of?
     """
 
     node: fx.Node
@@ -86,6 +86,7 @@ class Operator:
     rng_state: int = 0
     remakes: tuple[int, ...] = ()
     writes_over: tuple[int, ...] = ()
+    decodes: bool = False
 
 
 @dataclass
@@ -184,7 +185,7 @@ def with_codes(flow: Dataflow, plain: Dataflow, cost: Cost, encoders: Container[
         for v in op.makes if encodes else keeping.keys() & op.reads:
             keeping[v] = keeping.get(v, 0.0) + op.seconds - seconds + waits
         waiting -= waits
-        operators[i] = replace(op, seconds=seconds)
+        operators[i] = replace(op, seconds=seconds, decodes=op.backward and other is None)
     for v, more in keeping.items():
         noise = values[v].node.meta.get(NOISE, 0)
         values[v] = replace(values[v], code=True, keeping=max(more, 0.0), noise=noise)

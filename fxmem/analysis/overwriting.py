@@ -13,7 +13,7 @@ from torch import fx
 
 from fxmem._torch import run_and_save_rng_state
 from fxmem.basics.sizes import storage_keys, storages_in
-from fxmem.codes import encodings
+from fxmem.codes import derivatives, encodings
 from fxmem.graphs.fakes import look
 from fxmem.graphs.graph import JointGraph, is_backward, is_view
 from fxmem.graphs.workspace import LAYOUT
@@ -52,6 +52,7 @@ DESTINATIONS: dict[Any, tuple[Any, str | None]] = {
     aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
     encodings.threshold_backward: (encodings.threshold_backward_out, "grad_input"),
     encodings.leaky_relu_backward: (encodings.leaky_relu_backward_out, "grad_input"),
+    derivatives.derivative_backward: (derivatives.derivative_backward_out, "grad_input"),
 }
 
 

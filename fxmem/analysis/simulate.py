@@ -72,7 +72,11 @@ class Simulator:
         # A code that is not kept costs a moment's bytes here, and none when the step runs.
         self.codes = frozenset(v for v, value in enumerate(flow.values) if value.code)
         self.lossy = frozenset(v for v in self.codes if flow.values[v].noise)
-        self.decoded = self._decoded()
+        slots = self._lossy_slots()
+        self.decoded = {j: v for j, v in slots.items() if self._decodes(j)}
+        self.read_plain = {
+            j: (v, self.operand(v)) for j, v in slots.items() if not self._decodes(j)
+        }
         made = [*self._result_values(), *self._random_values(), *self.codes]
         self._base = self._forward_slice(made)
         self._static = _Static(flow, self._base)
@@ -133,7 +137,7 @@ class Simulator:
         A slot that decodes holds what is decoded; or what it stands for, if there is no code.
         """
         found = np.array(self.numbers.static_at, dtype=np.int64)
-        for j in self.decoded:
+        for j in (*self.decoded, *self.read_plain):
             found[j] -= self.flow.operators[self.flow.num_forward + j].workspace
         return found
 
@@ -185,10 +189,11 @@ class Simulator:
             reads[-1] = tuple(dict.fromkeys((*reads[-1], *late)))
         return reads
 
-    def _decoded(self) -> dict[int, int]:
-        """Slot -> the lossy code that it decodes.
+    def _lossy_slots(self) -> dict[int, int]:
+        """Slot -> the lossy code that it reads.
 
-        Where the code is not kept, the slot does nothing: its readers read what the code is made of.
+        Where the code is not kept, a slot that decodes it does nothing, for its readers read what the
+        code is made of (``decoded``); any other reads that itself (``read_plain``, with what it reads).
         """
         found = {}
         for j, reads in enumerate(self.read_by_backward):
@@ -196,6 +201,9 @@ class Simulator:
             if lossy:
                 (found[j],) = lossy
         return found
+
+    def _decodes(self, j: int) -> bool:
+        return self.flow.operators[self.flow.num_forward + j].decodes
 
     def _readable(self) -> frozenset[int]:
         """Forward values that a backward operator, or an operator made again for one, may read."""
@@ -346,13 +354,25 @@ class _Walk:
         self.backward_position.append(now)
         idle = self.simulator.decoded.get(j, -1) in self.alive
         self.idle.append(idle)
+        plain = self._read_plain(j, now)
         workspace = self.flow.operators[self.flow.num_forward + j].workspace
-        self.workspace.append(0 if idle else workspace)
+        self.workspace.append(0 if idle or plain else workspace)
         self.now = now + 1
         for v in (*self.drops.get(j, ()), *self.simulator.lossy.intersection(reads)):
             if v in self.alive:
                 self._close(v)
                 del self.alive[v]
+
+    def _read_plain(self, j: int, now: int) -> bool:
+        """Does the slot read, in place of a code that is not kept, what that is made of?"""
+        code, operand = self.simulator.read_plain.get(j, (-1, -1))
+        if code not in self.alive:
+            return False
+        if operand in self.kept:
+            self.kept_last[operand] = now
+        else:
+            self.alive[operand][1] = now
+        return True
 
     def _close(self, v: int) -> None:
         born, last = self.alive[v]
@@ -460,7 +480,8 @@ class Numbers:
     random operator i counts as a value: number ``len(flow.values) + i``, kept while i runs again.
 
     reads: forward values, by slot; read_last: the same, to look one up.  static_before, static_at:
-    bytes that no choice changes, while a slot makes values again and while its operator runs.
+    bytes that no choice changes, while a slot makes values again and while its operator runs, with
+    ``workspace_at``.
     inputs, remakes, workspace (where it runs again), seconds: by forward operator.  producer, nbytes,
     saved_nbytes (none for what the caller holds), remade_nbytes (none for a lossy code): by value.
     """
@@ -469,6 +490,7 @@ class Numbers:
     read_last: list[frozenset[int]]
     static_before: list[int]
     static_at: list[int]
+    workspace_at: list[int]
     inputs: list[tuple[int, ...]]
     remakes: list[tuple[int, ...]]
     workspace: list[int]
@@ -492,6 +514,7 @@ def _numbers(simulator: Simulator) -> Numbers:
         read_last=[sets[reads] for reads in simulator.read_by_backward],
         static_before=before.tolist(),
         static_at=at.tolist(),
+        workspace_at=simulator._static.workspace.tolist(),
         inputs=[
             (
                 *(v for v in op.reads if flow.values[v].producer >= 0),

@@ -15,11 +15,9 @@ is rounded to it, as aten's result is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from fxmem.basics.errors import EncodingError
 from fxmem.basics.noise import Noise
@@ -41,60 +39,25 @@ from fxmem.codes.packing import (
     split,
     stretches,
 )
-
-aten = torch.ops.aten
+from fxmem.graphs.activations import ACTIVATIONS, Activation
 
 GROUP = 64
 _HEADER = 4
 
 
-@dataclass(frozen=True)
-class Activation:
-    """target: the backward, of the gradient, what is saved, and ``options``.  low, high: f' is within."""
+def grid(how: Activation, bits: int) -> tuple[float, float]:
+    """``first`` and ``inside`` of points (code + first) / inside."""
+    points = 2**bits
+    if bits == 2 or how.high <= 1:
+        inside = (points - 1) / (how.high - how.low)
+        return how.low * inside, inside
 
-    target: Any
-    low: float
-    high: float
-    options: tuple[tuple[str, Any], ...] = ()
+    def outside(whole: int) -> int:
+        return -int(how.low * whole // 1)
 
-    def derivative(self, saved: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.target(torch.ones_like(saved), saved, **dict(self.options))
-        return found
-
-    def grid(self, bits: int) -> tuple[float, float]:
-        """``first`` and ``inside`` of points (code + first) / inside."""
-        points = 2**bits
-        if bits == 2 or self.high <= 1:
-            inside = (points - 1) / (self.high - self.low)
-            return self.low * inside, inside
-        # So many steps from 0 to 1 as leave enough points for what is outside.
-        whole = max(n for n in range(1, points) if n + 2 * self._outside(n) < points)
-        return -self._outside(whole), whole
-
-    def _outside(self, inside: int) -> int:
-        return -int(self.low * inside // 1)
-
-
-ACTIVATIONS = {
-    "gelu": Activation(aten.gelu_backward.default, -0.13, 1.13),
-    "gelu tanh": Activation(aten.gelu_backward.default, -0.13, 1.13, (("approximate", "tanh"),)),
-    "silu": Activation(aten.silu_backward.default, -0.1, 1.1),
-    "tanh": Activation(aten.tanh_backward.default, 0.0, 1.0),
-    "sigmoid": Activation(aten.sigmoid_backward.default, 0.0, 0.25),
-}
-"""By name.  The least derivative is -0.12890 of GELU, -0.12899 of its approximation, -0.09984 of SiLU."""
-
-
-def activation_of(node: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
-    """Gradient, saved tensor and name, if the node is the backward of one of these."""
-    grad, saved = (*node.args, None, None)[:2]
-    if not (isinstance(grad, fx.Node) and isinstance(saved, fx.Node)):
-        return None
-    options = {k: v for k, v in node.kwargs.items() if (k, v) != ("approximate", "none")}
-    for name, activation in ACTIVATIONS.items():
-        if node.target is activation.target and options == dict(activation.options):
-            return grad, saved, name
-    return None
+    # So many steps from 0 to 1 as leave enough points for what is outside.
+    whole = max(n for n in range(1, points) if n + 2 * outside(n) < points)
+    return -outside(whole), whole
 
 
 def _activation(name: str) -> Activation:
@@ -119,7 +82,7 @@ def _encode(
     how, code = _check(x.dtype, activation, bits), _fake_encode(x, activation, bits, seed, stream)
     check_dense(x)
     noise, words = Noise(seed, stream, x.device), code[_HEADER:].view(-1, GROUP * bits // 8)
-    first, inside = how.grid(bits)
+    first, inside = grid(how, bits)
     added = x.new_zeros((1,), dtype=torch.float32)
     for at, end in stretches(len(words), GROUP, x.device):
         steps = how.derivative(rows(flat(x), at, end, GROUP)).mul_(inside).sub_(first)
@@ -135,7 +98,7 @@ def _encode(
 def _values(code: torch.Tensor, how: Activation, bits: int, at: int, end: int) -> torch.Tensor:
     """The derivatives of those groups: float32[end - at, GROUP]."""
     words = code[_HEADER:].view(-1, GROUP * bits // 8)[at:end]
-    first, inside = how.grid(bits)
+    first, inside = grid(how, bits)
     found = over(split(words, bits).add_(first), inside)
     return found.add_(code[:_HEADER].view(torch.float32))
 
@@ -159,18 +122,40 @@ def _decode(
 def _backward(
     grad: torch.Tensor, code: torch.Tensor, order: list[int], activation: str, bits: int
 ) -> torch.Tensor:
-    how, found = _check(grad.dtype, activation, bits), torch.empty_like(grad)
+    if grad.permute(order).is_contiguous():
+        return _backward_out(grad, code, order, activation, bits, grad_input=torch.empty_like(grad))
+    _check(grad.dtype, activation, bits)
+    return torch.mul(grad, _decoded(grad, code, order, activation, bits)).to(grad.dtype)
+
+
+def _decoded(
+    grad: torch.Tensor, code: torch.Tensor, order: list[int], activation: str, bits: int
+) -> torch.Tensor:
+    """The derivatives in float32, in their own order."""
     check_code(code, _code_nbytes(grad, bits), grad)
+    like = laid_out(grad, order)
+    size, stride = list(like.shape), list(like.stride())
+    return _decode(code, activation, bits, size, stride, torch.float32)
+
+
+def _backward_out(
+    grad: torch.Tensor,
+    code: torch.Tensor,
+    order: list[int],
+    activation: str,
+    bits: int,
+    *,
+    grad_input: torch.Tensor,
+) -> torch.Tensor:
+    how = _check(grad.dtype, activation, bits)
     if not grad.permute(order).is_contiguous():
-        like = laid_out(grad, order)
-        size, stride = list(like.shape), list(like.stride())
-        derivative = _decode(code, activation, bits, size, stride, torch.float32)
-        return torch.mul(grad, derivative).to(grad.dtype)
+        return grad_input.copy_(torch.mul(grad, _decoded(grad, code, order, activation, bits)))
+    check_code(code, _code_nbytes(grad, bits), grad)
     for at, end in stretches(group_count(grad, GROUP), GROUP, grad.device):
         part = flat(grad)[at * GROUP : end * GROUP]
         values = _values(code, how, bits, at, end).view(-1)[: len(part)]
-        flat(found)[at * GROUP : end * GROUP] = values.mul_(part)
-    return found
+        flat(grad_input)[at * GROUP : end * GROUP] = values.mul_(part)
+    return grad_input
 
 
 # -- Errors ------------------------------------------------------------------------------------------
@@ -179,7 +164,7 @@ def _backward(
 def derivative_variance(x: torch.Tensor, activation: str, bits: int) -> torch.Tensor:
     """The expected squared error of each derivative, exactly: float32, laid out as ``x``."""
     how = _check(x.dtype, activation, bits)
-    first, inside = how.grid(bits)
+    first, inside = grid(how, bits)
 
     def of(part: torch.Tensor) -> torch.Tensor:
         steps = how.derivative(part).mul_(inside).sub_(first)
@@ -192,7 +177,7 @@ def derivative_variance(x: torch.Tensor, activation: str, bits: int) -> torch.Te
 
 def derivative_variance_average(x: torch.Tensor, activation: str, bits: int) -> torch.Tensor:
     """The same for a derivative at random between two points: step^2 / 6."""
-    _, inside = _check(x.dtype, activation, bits).grid(bits)
+    _, inside = grid(_check(x.dtype, activation, bits), bits)
     return torch.full_like(x, 1 / (6 * inside**2), dtype=torch.float32)
 
 
@@ -233,3 +218,10 @@ derivative_backward = define(
     _fake_backward,
 )
 """The gradient times the derivative.  order: the dimensions in which the codes lie, the outermost first."""
+
+derivative_backward_out = define(
+    "derivative_backward.grad_input(Tensor grad, Tensor code, int[] order, str activation, int bits, *, "
+    "Tensor(a!) grad_input) -> Tensor(a!)",
+    _backward_out,
+    lambda grad, code, order, activation, bits, *, grad_input: grad_input,
+)

@@ -28,7 +28,8 @@ from torch.utils import _pytree as pytree
 from fxmem._torch import autocast_off, fake_tensors_off, is_fake
 from fxmem.basics.errors import FxmemError
 from fxmem.basics.sizes import is_dense, tensors_in
-from fxmem.codes.lossy import LossyEncoding, encodings
+from fxmem.codes.lossless import ELEMENTS
+from fxmem.codes.lossy import DERIVATIVES, LossyEncoding, encodings
 from fxmem.graphs.capture import StepCall, training_step
 from fxmem.graphs.consumers import CASTS, Product, Saved, Use, saved_values
 from fxmem.graphs.graph import JointGraph, Role, is_backward
@@ -53,11 +54,14 @@ class Noise:
 
     ceiling: variance that codes may add to the gradient, as a share of the minibatch's own.
     batches: more arguments like the example's, ``(*inputs, *loss_inputs)`` each, to find the latter
-    from; without them the example is cut into parts along its first dimension.
+    from; without them the example is cut into parts along its first dimension.  bounded: how far codes
+    whose mean gradients do not keep may move the gradient of any group of parameters, as a share of its
+    length; at 0 none are taken.
     """
 
     ceiling: float = 0.01
     batches: tuple[tuple[Any, ...], ...] = ()
+    bounded: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,15 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Statistics:
-    """minibatch: the gradients' own variances.  backwards: how many it took to find all of this."""
+    """minibatch: the gradients' own variances.  backwards: how many it took to find all of this.
+
+    squares: of the lengths of the example's gradients.
+    """
 
     minibatch: Variances
     sensitivities: tuple[Sensitivity, ...]
     backwards: int
+    squares: Variances = field(default_factory=dict)
 
     @property
     def variance(self) -> float:
@@ -97,14 +105,21 @@ LEAST = 4096
 
 
 def candidates(graph: JointGraph) -> list[Saved]:
-    """Saved values of floats whose noise has mean zero wherever it goes."""
-    return [s for s in saved_values(graph) if s.use <= Use.TRAVELLING and _is_worth_it(s.node)]
+    """Saved values of floats whose noise goes where it is known what it does."""
+    return [s for s in saved_values(graph) if s.use <= Use.SMOOTH and _is_worth_it(s.node)]
 
 
 def encodings_of(saved: Saved) -> list[LossyEncoding]:
-    """Those that leave the mean of the gradients alone."""
+    """Those that leave the mean of the gradients alone; where none does, those of 8 bits and more."""
     dtype = saved.node.meta["val"].dtype
-    return [e for e in encodings() if e.unbiased and dtype in e.dtypes]
+    known = DERIVATIVES[saved.activation] if saved.activation else encodings()
+    fine = saved.use is Use.SMOOTH
+    return [e for e in known if dtype in e.dtypes and (_is_fine(e) if fine else e.unbiased)]
+
+
+def _is_fine(encoding: LossyEncoding) -> bool:
+    """Has it a byte for each element?"""
+    return bool(encoding.nbytes.subs(ELEMENTS, LEAST) >= LEAST)
 
 
 def _is_worth_it(node: fx.Node) -> bool:
@@ -134,7 +149,8 @@ def statistics(
         run = _Recorder(graph, saved)
         full = run.gradients(examples)
         minibatch, backwards = _minibatch(call, noise, full)
-    return Statistics(minibatch, tuple(run.sensitivities()), backwards + 1)
+        squares = {name: float(g.double().square().sum()) for name, g in full.items()}
+    return Statistics(minibatch, tuple(run.sensitivities()), backwards + 1, squares)
 
 
 def check_measurable(

@@ -18,6 +18,7 @@ from fxmem.codes import derivatives, narrow_floats, quantizers
 from fxmem.codes.encoding_trials import check_encoding
 from fxmem.codes.lossless import ELEMENTS
 from fxmem.codes.packing import FLOATS
+from fxmem.graphs.activations import ACTIVATIONS
 
 ErrorModel: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Expected squared error of each element of a tensor, in float32 and laid out as the tensor is."""
@@ -31,7 +32,9 @@ class LossyEncoding:
     ``settings`` and, where ``seeded``, a seed and the tensor's own stream, to the code.  decoder: operator
     from the code, ``settings``, size, strides and type to the tensor.  dtypes: what it saves bytes of.
     unbiased: is the mean over seeds the tensor?  variance: the expected squared error given the tensor,
-    exactly; average: the same for elements that lie at random between the points of a grid.
+    exactly; average: the same for elements that lie at random between the points of a grid.  reader: where
+    the code is of a derivative, the operator that reads it in place of the activation's backward, from the
+    gradient, the code, the order in which its elements lie, and ``settings``.
     """
 
     name: str
@@ -44,6 +47,7 @@ class LossyEncoding:
     variance: ErrorModel = field(kw_only=True, repr=False)
     average: ErrorModel = field(kw_only=True, repr=False)
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    reader: Any = None
 
     def to_encode(self, x: Any, seed: Any, stream: int) -> tuple[Any, ...]:
         """The encoder's arguments, of tensors or of nodes."""
@@ -132,12 +136,13 @@ def _derivative(activation: str, bits: int) -> LossyEncoding:
         (activation, bits),
         variance=lambda x: derivatives.derivative_variance(x, activation, bits),
         average=lambda x: derivatives.derivative_variance_average(x, activation, bits),
+        reader=derivatives.derivative_backward,
     )
 
 
 DERIVATIVES: dict[str, tuple[LossyEncoding, ...]] = {
     activation: tuple(_derivative(activation, bits) for bits in (8, 4, 2))
-    for activation in derivatives.ACTIVATIONS
+    for activation in ACTIVATIONS
 }
 """By activation: codes of the derivative at what its backward saves, which is what they decode to.
 
@@ -156,14 +161,18 @@ def encodings() -> tuple[LossyEncoding, ...]:
     return (*LOSSY, *_REGISTERED.values())
 
 
+def all_encodings() -> tuple[LossyEncoding, ...]:
+    """Those of tensors, and those of derivatives."""
+    return (*encodings(), *(e for row in DERIVATIVES.values() for e in row))
+
+
 def register_encoding(encoding: LossyEncoding) -> LossyEncoding:
     """Let plans choose an encoding of your own.  It is tried first, on small tensors on the CPU.
 
     Raises ``EncodingError`` where it is not what it says: bytes, layout, fake kernels, repeatability,
     errors, and the mean over seeds.  Sampled: a rare mistake may pass.
     """
-    taken = [e.name for e in (*encodings(), *(e for row in DERIVATIVES.values() for e in row))]
-    if encoding.name in taken:
+    if encoding.name in [e.name for e in all_encodings()]:
         raise EncodingError(f"there is an encoding {encoding.name!r} already")
     check_encoding(encoding)
     _REGISTERED[encoding.name] = encoding

@@ -53,7 +53,8 @@ def define(signature: str, real: Callable[..., Any], fake: Callable[..., Any]) -
     name = signature.partition("(")[0]
     _LIBRARY.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxmem::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fxmem, name).default
+    operator, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.fxmem, operator), overload or "default")
 
 
 # -- What has a code -----------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from fxmem.codes.gradient_noise import (
     parameter_gradients,
 )
 from fxmem.codes.seeds import step_seed
+from fxmem.graphs.activations import ACTIVATIONS
 from fxmem.graphs.consumers import Reader, Saved
 from fxmem.graphs.graph import JointGraph, is_backward
 from fxmem.graphs.untouched import copies, untouched
@@ -62,7 +63,7 @@ def sensitivities(
             return ()
         found = []
         for s in saved:
-            x, squares = run.leaves[s.node.name].detach(), columns[s.node.name]
+            x, squares = run.values[s.node.name], columns[s.node.name]
             variances = {
                 e.name: {ALL: float((e.variance(x) * squares).sum(dtype=torch.float64))}
                 for e in encodings_of(s)
@@ -77,8 +78,9 @@ class _Differentiated(fx.Interpreter):
     def __init__(self, graph: JointGraph, saved: Sequence[Saved]) -> None:
         super().__init__(graph.module)
         self.joint = graph
+        self.values: dict[str, torch.Tensor] = {}
         self.leaves: dict[str, torch.Tensor] = {}
-        self.sources = {s.node.name for s in saved}
+        self.sources = {s.node.name: s for s in saved}
         self.read: dict[str, list[tuple[str, Reader]]] = defaultdict(list)
         for s in saved:
             for reader in s.readers:
@@ -103,13 +105,27 @@ class _Differentiated(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         with torch.set_grad_enabled(is_backward(node)):
-            result = super().run_node(node)
+            multiplies = any(reader.activation for _, reader in self.read.get(node.name, ()))
+            result = self._multiplied(node) if multiplies else super().run_node(node)
         if _is_attention(node.target) and any(t.requires_grad for t in tensors_in(result)):
             shapes = node.meta["val"]
             result = tuple(_laid_out(t, like) for t, like in zip(result, shapes, strict=False))
         if node.name in self.sources:
-            self.leaves[node.name] = result.detach().requires_grad_()
+            self.values[node.name] = result
+            self.leaves[node.name] = self._leaf(result, self.sources[node.name]).requires_grad_()
         return result
+
+    def _leaf(self, x: torch.Tensor, saved: Saved) -> torch.Tensor:
+        """What the backward is linear in: the value, or an activation's derivative there."""
+        if saved.activation is None:
+            return x.detach()
+        return ACTIVATIONS[saved.activation].derivative(x.float())
+
+    def _multiplied(self, node: fx.Node) -> torch.Tensor:
+        """An activation's backward, of the derivative in the place of what it is computed from."""
+        (grad, derivative, *_), _ = self.fetch_args_kwargs_from_env(node)
+        found: torch.Tensor = torch.mul(grad, derivative).to(grad.dtype)
+        return found
 
     def fetch_args_kwargs_from_env(self, node: fx.Node) -> Any:
         """Readers of saved values read the leaves in their place."""
@@ -192,31 +208,34 @@ DRAWS = 2
 """Steps with the codes of a plan, each of which takes one backward."""
 
 
-def drawn(
-    exact: JointGraph,
-    coded: JointGraph,
-    examples: Mapping[str, Any],
-    model: nn.Module,
-    draws: int = DRAWS,
-) -> dict[str, float]:
-    """Parameter -> the mean squared distance of its gradient with codes from the one without."""
-    found: Variances = defaultdict(float)
-    with fake_tensors_off(), torch.no_grad(), untouched(model, copies(model)):
-        state = torch.get_rng_state()
-        right = _gradients(exact, examples)
+class Draws:
+    """Gradients of steps with codes, beside those of the step without, for one state of the generator.
+
+    backwards: that it took so far.
+    """
+
+    def __init__(self, exact: JointGraph, examples: Mapping[str, Any], model: nn.Module) -> None:
+        self.examples, self.model, self.backwards = examples, model, 0
+        self.state = torch.get_rng_state()
+        self.right = self._gradients(exact)
+
+    def distances(self, coded: JointGraph, draws: int = DRAWS) -> dict[str, float]:
+        """Parameter -> the mean squared distance of its gradient with codes from the one without."""
+        found: Variances = defaultdict(float)
         for seed in range(draws):
-            torch.set_rng_state(state)
-            for name, gradient in _gradients(coded, examples, seed).items():
-                error = gradient.double() - right[name].double()
-                found[name] += float(error.square().sum()) / draws
-    return dict(found)
+            for name, gradient in self._gradients(coded, seed).items():
+                with fake_tensors_off():
+                    error = gradient.double() - self.right[name].double()
+                    found[name] += float(error.square().sum()) / draws
+        return dict(found)
 
-
-def _gradients(
-    graph: JointGraph, examples: Mapping[str, Any], seed: int = 0
-) -> dict[str, torch.Tensor]:
-    results = _Seeded(graph.module, seed).run(*given(graph, examples), enable_io_processing=False)
-    return parameter_gradients(graph, results)
+    def _gradients(self, graph: JointGraph, seed: int = 0) -> dict[str, torch.Tensor]:
+        self.backwards += 1
+        with fake_tensors_off(), torch.no_grad(), untouched(self.model, copies(self.model)):
+            torch.set_rng_state(self.state)
+            run = _Seeded(graph.module, seed)
+            results = run.run(*given(graph, self.examples), enable_io_processing=False)
+            return parameter_gradients(graph, results)
 
 
 class _Seeded(fx.Interpreter):

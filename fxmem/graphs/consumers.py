@@ -3,11 +3,14 @@
     x is an operand of                                   its use is
     a product that only makes a parameter's gradient     linear: noise in x stays in that gradient
     another product                                      travelling: noise goes upstream, unbiased
-    anything else, or a product with itself              nonlinear: noise is biased
+    the backward of an activation and nothing else       travelling: noise of the derivative there is
+    an operator that is smooth in it                     smooth: noise is biased, by little if it is small
+    anything else                                        nonlinear: noise may do anything
 
 Views and casts are looked through.  Only operators that are known to be linear in an operand count as
-products; all others are nonlinear.  Noise that travels has mean zero wherever it arrives if all on its
-way is linear in it and no product meets noise of its own operand again; else the use is nonlinear, too.
+products, or as smooth; all others are nonlinear.  Noise that travels has mean zero wherever it arrives
+if all on its way is linear in it and no product meets noise of its own operand again; else the use is
+nonlinear, too.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmem.basics.sizes import storages_in
+from fxmem.basics.sizes import hint, is_dense, storages_in
+from fxmem.graphs.activations import activation_of
 from fxmem.graphs.graph import JointGraph, Role, is_backward, is_view
 
 aten = torch.ops.aten
@@ -32,7 +36,8 @@ class Use(enum.IntEnum):
 
     LINEAR = 0
     TRAVELLING = 1
-    NONLINEAR = 2
+    SMOOTH = 2
+    NONLINEAR = 3
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,14 @@ class Reader:
     """One operator of the backward that reads a saved value.
 
     views: from the value to what it reads, in order.  products: what it feeds, itself or behind casts.
+    activation: of which it is the backward, so that it is linear in the derivative at what it reads.
     """
 
     node: fx.Node
     views: tuple[fx.Node, ...]
     use: Use
     products: tuple[Product, ...] = ()
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,13 @@ class Saved:
         if worst is Use.LINEAR and len(set(reached)) < len(reached):
             return Use.TRAVELLING
         return worst
+
+    @property
+    def activation(self) -> str | None:
+        """The one whose derivative at the value is all that the backward needs, if there is one."""
+        if self.use is not Use.TRAVELLING:
+            return None
+        return self.readers[0].activation
 
 
 def saved_values(graph: JointGraph) -> list[Saved]:
@@ -135,6 +149,34 @@ _ONE_OF_TWO: dict[Any, tuple[int, ...]] = {
 """Operators that noise comes by, and where it may come in."""
 
 
+_SMOOTH = {
+    aten.native_layer_norm_backward.default,
+    aten.native_group_norm_backward.default,
+    aten.native_batch_norm_backward.default,
+    aten._softmax_backward_data.default,
+    aten._log_softmax_backward_data.default,
+    aten.gelu_backward.default,
+    aten.silu_backward.default,
+    aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
+    aten.softplus_backward.default,
+    aten.mish_backward.default,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.pow.Tensor_Scalar,
+    aten.exp.default,
+    aten.sin.default,
+    aten.cos.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+}
+"""Operators that are smooth in each of their operands, with derivatives that torch knows.
+
+Not the backward of fused attention, which exponentiates what it reads and divides by what was summed
+before.
+"""
+
+
 class _Consumers:
     def __init__(self, graph: JointGraph) -> None:
         self.graph = graph
@@ -176,10 +218,13 @@ class _Consumers:
                 yield Reader(user, views, Use.NONLINEAR)
             elif is_backward(user):
                 products = self._products(value, user, node, views)
+                name = None if products else _activation(user, node, value)
+                if name is not None:
+                    products = (Product(user, node, views),)
                 known = products is not None
                 travels = known and not all(p.parameters for p in products or ())
-                use = Use.TRAVELLING if travels else Use.LINEAR if known else Use.NONLINEAR
-                yield Reader(user, views, use, products or ())
+                use = Use.TRAVELLING if travels else Use.LINEAR if known else _other_use(user)
+                yield Reader(user, views, use, products or (), name)
 
     def _products(
         self, value: fx.Node, reader: fx.Node, operand: fx.Node, path: tuple[fx.Node, ...]
@@ -187,7 +232,7 @@ class _Consumers:
         """The products that a reader is, or feeds; None if it is none, or feeds something else."""
         if reader.target in CASTS:
             behind = tuple(self._readers(reader, reader, ()))
-            if any(r.use is Use.NONLINEAR for r in behind):
+            if any(r.use > Use.TRAVELLING or r.activation for r in behind):
                 return None
             inner = [p for r in behind for p in r.products]
             return tuple(replace(p, path=(*path, reader, *p.path)) for p in inner)
@@ -200,13 +245,16 @@ class _Consumers:
         return (Product(reader, operand, path, self._reached(reader)),)
 
     def _settled(self, saved: Saved) -> Saved:
-        """With nonlinear for travelling where noise would not keep its mean."""
-        if saved.use is not Use.TRAVELLING or self._keeps_mean(saved):
+        """With worse uses for travelling where noise would not keep its mean."""
+        named = {(r.activation, r.activation and r.views) for r in saved.readers}
+        alike = len(named) == 1
+        if saved.use is not Use.TRAVELLING or (alike and self._keeps_mean(saved)):
             return saved
-        worse = [
-            replace(r, use=Use.NONLINEAR) if r.use is Use.TRAVELLING else r for r in saved.readers
-        ]
-        return replace(saved, readers=tuple(worse))
+        worse = Use.NONLINEAR if alike else Use.SMOOTH
+        doubtful = [r.use is Use.TRAVELLING and (alike or r.activation) for r in saved.readers]
+        pairs = zip(saved.readers, doubtful, strict=True)
+        readers = tuple(replace(r, use=worse) if doubt else r for r, doubt in pairs)
+        return replace(saved, readers=readers)
 
     def _keeps_mean(self, saved: Saved) -> bool:
         """Is all that the products' noise reaches linear in it, without any of the products?"""
@@ -260,6 +308,23 @@ class _Consumers:
                     return []
                 names.append(leaf.name)
         return names
+
+
+def _other_use(reader: fx.Node) -> Use:
+    """Of an operand that the reader is not linear in."""
+    return Use.SMOOTH if reader.target in _SMOOTH else Use.NONLINEAR
+
+
+def _activation(node: fx.Node, saved: fx.Node, value: fx.Node) -> str | None:
+    """The activation at ``value``, seen as ``saved``, whose backward the node is."""
+    found = activation_of(node)
+    if found is None or found[1] is not saved:
+        return None
+    grad, seen = found[0].meta["val"], saved.meta["val"]
+    whole = is_dense(seen) and hint(seen.numel()) == hint(value.meta["val"].numel())
+    own = set(storages_in(seen)) & set(storages_in(grad))
+    same = grad.shape == seen.shape and grad.dtype == seen.dtype
+    return found[2] if whole and same and not own and is_backward(found[0]) else None
 
 
 def _is_linear(node: fx.Node, noisy: set[fx.Node], views: set[fx.Node]) -> bool:

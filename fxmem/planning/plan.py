@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -27,7 +28,7 @@ from fxmem.graphs.graph import (
 )
 from fxmem.planning.schema import plan_schema, problems
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ACTIONS = ("keep", "recompute", "encode")
 TIERS = ("exact", "unbiased", "bounded")
 _MAX_FILE_BYTES = 64 << 20
@@ -153,12 +154,21 @@ class NoiseOf:
     """Variances of the gradients of alike parameters, added up over all of them.
 
     parameters: their name, with ``*`` for what differs.  added: by codes.  own: the minibatch's.
+    moved: square of how far codes that do not keep the mean move the gradients on the example's batch.
+    square: of their length there.
     """
 
     parameters: str
     n: int
     added: float
     own: float
+    moved: float
+    square: float
+
+    @property
+    def error(self) -> float:
+        """How far codes move the mean of these gradients, as a share of their length."""
+        return relative_error(self.moved, self.square)
 
     @staticmethod
     def group_of(parameter: str) -> str:
@@ -172,7 +182,8 @@ class GradientNoise:
 
     predicted: variance that they add / the minibatch's own; at most ``ceiling``.  tier: "exact" where
     no lossy code is kept, "unbiased" where the mean of many steps is the exact gradient, else
-    "bounded".  parameters: by group.  codes: all that was weighed, kept or not.  backwards: that it took.
+    "bounded": no group's mean moves farther than ``bounded`` times its length.  parameters: by
+    group.  codes: all that was weighed, kept or not.  backwards: that it took.
     """
 
     ceiling: float
@@ -181,6 +192,12 @@ class GradientNoise:
     parameters: tuple[NoiseOf, ...]
     codes: tuple[CodeOf, ...]
     backwards: int
+    bounded: float
+
+
+def relative_error(added: float, square: float) -> float:
+    """Of a gradient of length sqrt(square) that is off by sqrt(added)."""
+    return math.sqrt(added / square) if square else math.inf if added else 0.0
 
 
 @dataclass(frozen=True)

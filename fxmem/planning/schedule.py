@@ -96,7 +96,7 @@ class Schedule:
 
     def _at_operator(self, j: int) -> int:
         """Bytes while the slot's operator runs, without the copies that pass through."""
-        reads = self.step.reads[j]
+        reads = self._read_last(j)
         made = (v for i in self.remade[j] for v in self.step.remakes[i])
         total = self._static_at(j)
         for v in {*reads, *made}:
@@ -414,6 +414,7 @@ class Schedule:
     def _local_peak(self, j: int) -> int:
         """Bytes at the fullest step of a slot, without the copies that pass through."""
         step, remade = self.step, self.remade[j]
+        read_last = self._read_last(j)
         if not remade:
             return step.static_at[j] + self._dying[j]
         self.work += len(remade)
@@ -421,14 +422,14 @@ class Schedule:
         delta = [0] * (len(remade) + 1)
         delta[0] = self._dying[j]
         for v, p in last.items():
-            if v not in step.read_last[j]:
+            if v not in read_last:
                 delta[p + 1] -= self._ending(v, j)
         for p, i in enumerate(remade):
             for v in step.remakes[i]:
                 delta[p] += step.remade_nbytes[v]
                 if v in self.kept:  # a copy that nobody reads
                     delta[p + 1] -= step.remade_nbytes[v]
-                elif v not in step.read_last[j] and self._dies_at(v, j) == j:
+                elif v not in read_last and self._dies_at(v, j) == j:
                     delta[last.get(v, p) + 1] -= step.remade_nbytes[v]
         return self._fullest(j, delta)
 
@@ -451,8 +452,19 @@ class Schedule:
     def _static_at(self, j: int) -> int:
         """Bytes while the slot's operator runs that no choice changes, but for codes to decode."""
         code = self.simulator.decoded.get(j, -1)
-        idle = code >= 0 and code not in self.kept
-        return (self.step.static_before if idle else self.step.static_at)[j]
+        if code >= 0 and code not in self.kept:
+            return self.step.static_before[j]
+        return self.step.static_at[j] - (self._plain(j) is not None) * self.step.workspace_at[j]
+
+    def _plain(self, j: int) -> int | None:
+        """What the slot reads in place of a lossy code that is not kept."""
+        code, operand = self.simulator.read_plain.get(j, (-1, None))
+        return None if code in self.kept else operand
+
+    def _read_last(self, j: int) -> frozenset[int]:
+        """What the slot's own operator reads."""
+        plain = self._plain(j)
+        return self.step.read_last[j] if plain is None else self.step.read_last[j] | {plain}
 
     def _fullest(self, j: int, delta: list[int]) -> int:
         step, remade = self.step, self.remade[j]

@@ -212,11 +212,15 @@ def _noise_parts(plan: Plan) -> list[str]:
     assert noise is not None
     if noise.tier == "exact":
         return ["exact: no tensor is stored with noise", f"ceiling {_share(noise.ceiling)}"]
-    return [
+    parts = [
         f"{noise.tier}: adds {_share(noise.predicted)} to the variance of gradients",
         f"ceiling {_share(noise.ceiling)}",
         "sampled, not worst case",
     ]
+    if noise.tier == "bounded":
+        farthest = max(group.error for group in noise.parameters)
+        parts.insert(2, f"moves their mean by {_share(farthest)}, {_share(noise.bounded)} allowed")
+    return parts
 
 
 def _share(value: float) -> str:
@@ -231,23 +235,37 @@ def _noise(report: Report) -> list[str]:
     measured: dict[str, float] = defaultdict(float)
     for name, variance in (report.noise or {}).items():
         measured[NoiseOf.group_of(name)] += variance
+    moved = noise.tier == "bounded"
+    headers = ("gradients of", "n", "predicted", "measured", "moved by")[: 5 if moved else 4]
     cells = []
     for group in sorted(noise.parameters, key=lambda g: -g.added):
         if group.added:
             seen = measured[group.parameters] / group.own if report.noise and group.own else None
             own = group.added / group.own if group.own else math.inf
-            cells.append(
-                (group.parameters, str(group.n), _share(own), "" if seen is None else _share(seen))
+            measured_share = "" if seen is None else _share(seen)
+            cell = (
+                group.parameters,
+                str(group.n),
+                _share(own),
+                measured_share,
+                _share(group.error),
             )
+            cells.append(cell[: len(headers)])
     exact = sum(group.n for group in noise.parameters if not group.added)
-    headers = ("gradients of", "n", "predicted", "measured")
     rest = f"Those of the other {exact} parameters are exact. " if exact else ""
     notes = (
         f"{rest}Each share is of the variance that the group's gradients have from minibatch to "
         f"minibatch, found with {noise.backwards} backwards on your batch: sampled, not worst case. "
-        "The mean over many steps is the exact gradient."
+        + (_MOVED if moved else "The mean over many steps is the exact gradient.")
     )
-    return ["Noise in gradients", *table(headers, cells, "lrrr", {0: 40}), *wrapped(notes)]
+    aligned = "l" + "r" * (len(headers) - 1)
+    return ["Noise in gradients", *table(headers, cells, aligned, {0: 40}), *wrapped(notes)]
+
+
+_MOVED = (
+    "Some codes are read in ways that do not keep the mean of gradients: what they move one by is a "
+    "share of its length, seen once on your batch."
+)
 
 
 # -- Live at the peak ---------------------------------------------------------------------------

@@ -88,6 +88,7 @@ class Analysis:
     allotment: Allotment | None = None
     base: Analysis | None = field(default=None, repr=False)
     _allotted: tuple[Noise, Allotment] | None = field(default=None, repr=False)
+    _draws: travelling.Draws | None = field(default=None, repr=False)
 
     @cached_property
     def split(self) -> Analysis:
@@ -106,36 +107,54 @@ class Analysis:
     def allotted(self, noise: Noise) -> Allotment:
         """Encodings for what may be a lossy code, all of which may be kept; found out once."""
         if self._allotted is None or self._allotted[0] is not noise:
-            runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
-            if not self._saved:
+            saved = [s for s in self._saved if noise.bounded or s.use is not Use.SMOOTH]
+            if not saved:
                 return Allotment(Statistics({}, (), 0), noise.ceiling, (), ())
-            known = self._statistics(runs, noise)
-            self._allotted = noise, Allotment.of(known, noise.ceiling, candidates_of(known, runs))
+            known = self._statistics(self._runs, noise, saved)
+            found = candidates_of(known, self._runs)
+            self._allotted = noise, Allotment.of(known, noise.ceiling, found, noise.bounded)
         return self._allotted[1]
 
-    def _statistics(self, runs: JointGraph, noise: Noise) -> Statistics:
+    def _statistics(self, runs: JointGraph, noise: Noise, saved: list[Saved]) -> Statistics:
         """What codes of all that may be one add to gradients, and what these have anyway."""
-        linear = [s for s in self._saved if s.use is Use.LINEAR]
-        others = [s for s in self._saved if s.use is Use.TRAVELLING]
+        linear = [s for s in saved if s.use is Use.LINEAR]
+        others = [s for s in saved if s.use is not Use.LINEAR]
         known = statistics(runs, self.examples, self.call, noise, linear)
         if not others:
             return known
-        found = travelling.sensitivities(
-            without_codes(runs), self.examples, self.call.model, others
-        )
+        plain = without_codes(runs)
+        for most in (Use.SMOOTH, Use.TRAVELLING):
+            others = [s for s in others if s.use <= most]
+            found = travelling.sensitivities(plain, self.examples, self.call.model, others)
+            if found:
+                break
         more = known.backwards + 1 + travelling.PROBES
         return replace(known, sensitivities=(*known.sensitivities, *found), backwards=more)
 
-    def stay(self, noise: Noise) -> None:
-        """From now on without codes whose noise travels."""
-        self._allotted = noise, self.allotted(noise).staying()
+    def retreat(self, noise: Noise, refused: Allotment) -> None:
+        """From now on with less harmful codes than those of which some were refused."""
+        self._allotted = noise, refused.harmless(self.allotted(noise).candidates)
 
-    def drawn(self, allotment: Allotment, kept: Collection[str]) -> dict[str, float]:
+    def drawn(
+        self, allotment: Allotment, kept: Collection[str], draws: int = travelling.DRAWS
+    ) -> dict[str, float]:
         """Parameter -> the variance that the kept codes are seen to add to its gradient."""
-        runs = UndefinedTangentsPass(self.undefined).apply(self.graph)
         codes = tuple(code for code in codes_of(allotment) if code.source in kept)
-        coded = QuantizePass(codes).apply(runs)
-        return travelling.drawn(runs, coded, self.examples, self.call.model)
+        coded = QuantizePass(codes).apply(self._runs)
+        if self._draws is None:
+            self._draws = travelling.Draws(self._runs, self.examples, self.call.model)
+        return self._draws.distances(coded, draws)
+
+    @cached_property
+    def _runs(self) -> JointGraph:
+        """The step as it runs when the tangents come that are expected."""
+        return UndefinedTangentsPass(self.undefined).apply(self.graph)
+
+    @property
+    def backwards(self) -> int:
+        """That were run to find out about noise."""
+        found = 0 if self._allotted is None else self._allotted[1].statistics.backwards
+        return found + (0 if self._draws is None else self._draws.backwards)
 
     def quantized(self, allotment: Allotment) -> Analysis:
         """The step with these codes, if kept."""

@@ -9,9 +9,9 @@ from dataclasses import replace
 from fxmem.analysis.rebatch import resized
 from fxmem.analysis.simulate import Simulator
 from fxmem.basics.errors import PlanMismatchError
-from fxmem.codes import travelling
 from fxmem.codes.gradient_noise import check_measurable
 from fxmem.passes.tangents import UndefinedTangentsPass
+from fxmem.planning.allotment import Allotment
 from fxmem.planning.plan import Plan, fingerprint, keys
 from fxmem.planning.planner import Choice, Planner
 from fxmem.steps.analyze import Analysis
@@ -27,23 +27,33 @@ _MARGIN = 1.25
 def choose(
     analysis: Analysis, options: Options, budget: int | None
 ) -> tuple[Analysis, Choice, int | None]:
-    """As ``_choose``, with noise that travels confirmed by draws; without it where it is too much."""
+    """As ``_choose``, with noise that travels confirmed by draws; with less of it where it is too much."""
     form, choice, floor = _choose(analysis, options, budget)
     allotment = form.allotment
     kept = kept_codes(form.planner.simulator, choice.kept)
     if allotment is None or form.base is None or not allotment.travels(kept):
         return form, choice, floor
-    drawn = form.base.drawn(allotment, kept)
-    if allotment.statistics.share(sum(drawn.values())) <= _MARGIN * allotment.ceiling:
-        known = allotment.confirmed(drawn, travelling.DRAWS + 1)
+    known = _drawn(form.base, allotment, kept)
+    if known.is_allowed(_MARGIN):
         return replace(form, allotment=known), choice, floor
     if options.plan is not None:
         raise PlanMismatchError(
             "the codes of the plan add more noise to gradients than is allowed, as drawn here\n"
             "  try: a higher noise=, or optimize without plan="
         )
-    form.base.stay(options.noise)
-    return _choose(analysis, options, budget)
+    form.base.retreat(options.noise, known)
+    return choose(analysis, options, budget)
+
+
+def _drawn(base: Analysis, allotment: Allotment, kept: frozenset[str]) -> Allotment:
+    """What the kept codes are seen to add to gradients; first, those alone that move their mean."""
+    biased = allotment.biased(kept)
+    if biased:
+        moved = base.drawn(allotment, biased, draws=1)
+        allotment = replace(allotment, moved=moved)
+        if not allotment.is_allowed(_MARGIN):
+            return allotment
+    return replace(allotment, drawn=base.drawn(allotment, kept))
 
 
 def _choose(

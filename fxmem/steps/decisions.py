@@ -100,21 +100,25 @@ def _noise(analysis: Analysis, choice: Choice) -> GradientNoise | None:
         return None
     kept = kept_codes(analysis.planner.simulator, choice.kept)
     names = {node.name: key for key, node in keys(analysis.expected).items()}
-    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for parameter, added, own in allotment.by_parameter(kept):
-        groups[NoiseOf.group_of(parameter)].append((added, own))
+    groups: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for parameter, numbers in allotment.by_parameter(kept):
+        groups[NoiseOf.group_of(parameter)].append(numbers)
+    biased = allotment.biased(kept)
     return GradientNoise(
         ceiling=allotment.ceiling,
         predicted=sum(map(allotment.share, sorted(kept))),
-        tier="unbiased" if kept else "exact",
+        tier="bounded" if biased else "unbiased" if kept else "exact",
         parameters=tuple(
-            NoiseOf(name, len(found), sum(a for a, _ in found), sum(o for _, o in found))
+            NoiseOf(name, len(found), *map(sum, zip(*found, strict=True)))
             for name, found in groups.items()
         ),
         codes=tuple(
             CodeOf(names[source], encoding) for source, (_, encoding) in allotment.chosen.items()
         ),
-        backwards=allotment.statistics.backwards,
+        backwards=allotment.statistics.backwards
+        if analysis.base is None
+        else analysis.base.backwards,
+        bounded=allotment.bounded,
     )
 
 
