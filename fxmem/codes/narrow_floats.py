@@ -236,8 +236,10 @@ class BlockFormat:
         if self.numbers is E4M3:
             return values.to(_E4M3).view(torch.uint8)
         size = values.abs()
-        index = torch.minimum(torch.minimum(size * 2, size + 2), size * 0.5 + 4)
-        return join(index.add_(values.signbit(), alpha=8).contiguous(), 4)
+        index = size * 2
+        torch.minimum(index, size + 2, out=index)
+        torch.minimum(index, size.mul_(0.5).add_(4), out=index)
+        return join(index.add_(values.signbit(), alpha=8), 4)
 
     def elements_of(self, words: torch.Tensor) -> torch.Tensor:
         if self.numbers is E4M3:
@@ -245,7 +247,9 @@ class BlockFormat:
         index = split(words, 4)
         negative = torch.ge(index, 8, out=torch.empty_like(index))
         size = index.sub_(negative, alpha=8)
-        found = torch.maximum(torch.maximum(size * 0.5, size - 2), size * 2 - 8)
+        found = size * 0.5
+        torch.maximum(found, size - 2, out=found)
+        torch.maximum(found, size.mul_(2).sub_(8), out=found)
         return found.mul_(negative.mul_(-2).add_(1))
 
 
@@ -310,14 +314,28 @@ def _quantize(x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: i
     for at, end in stretches(groups, how.block, x.device):
         part = rows(source, at, end, how.block)
         scale = _block_scale(part, whole, how, x.dtype)
-        size = part.abs()
-        low, high, a, b = _sides(size, scale * whole, how.numbers, x.dtype)
-        drawn = b.sub_(a).view(-1).mul_(noise.at(at * how.block, b.numel()))
-        above = size.sub_(a).view(-1) > drawn
-        values = torch.where(above.view_as(low), high, low).copysign_(part).nan_to_num_(0.0)
+        values = _drawn(part, scale * whole, how.numbers, x.dtype, noise, at * how.block)
         scales[at:end] = how.scale_bytes(scale)[:, 0]
         words[at:end] = how.element_bytes(values)
+        del values  # before the next stretch takes room
     return code
+
+
+def _drawn(
+    part: torch.Tensor,
+    scale: torch.Tensor,
+    numbers: Numbers,
+    dtype: torch.dtype,
+    noise: Noise,
+    start: int,
+) -> torch.Tensor:
+    """One of the two numbers beside each element, in units of the scale, by the draws from a place on."""
+    draws, size = noise.at(start, part.numel()), part.abs()
+    low, high, a, b = _sides(size, scale, numbers, dtype)
+    drawn = b.sub_(a).view(-1).mul_(draws)
+    above = size.sub_(a).view(-1) > drawn
+    found = torch.where(above.view_as(low), high, low, out=low)
+    return found.copysign_(part).nan_to_num_(0.0)
 
 
 def _dequantize(

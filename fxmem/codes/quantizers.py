@@ -113,7 +113,8 @@ def _sides(x: torch.Tensor, grid: Grid, bits: int, dtype: torch.dtype) -> tuple[
     """The code of the point at or below each element, that point, and the next one."""
     below = (x * grid.step.reciprocal()).sub_(grid.first).floor_()
     below.nan_to_num_(0.0).clamp_(0, 2**bits - 2)
-    return below, grid.points(below, dtype), grid.points(below + 1, dtype)
+    after = grid.points(below + 1, dtype)  # first, while there is less beside it
+    return below, grid.points(below, dtype), after
 
 
 # -- Groups ------------------------------------------------------------------------------------------
@@ -168,16 +169,24 @@ def quantize_by_torch(
     for at, end in stretches(groups, group, x.device):
         part = rows(source, at, end, group)
         grid = _fit(part, bits, x.dtype)
-        below, a, b = _sides(part, grid, bits, x.dtype)
-        drawn = b.sub_(a).view(-1).mul_(noise.at(at * group, b.numel()))
-        above = torch.gt((part - a).view(-1), drawn, out=drawn)
-        codes = join(below.add_(above.view_as(below)), bits)
-        constant = grid.constant.view(torch.uint8)
-        codes[:, :4] = torch.where(grid.step == 0, constant, codes[:, :4])
-        words[at:end] = codes
+        words[at:end] = _drawn_codes(part, grid, bits, x.dtype, noise, at * group)
         steps[at:end] = _step_word(grid.step)
         firsts[at:end] = grid.first[:, 0]
     return code
+
+
+def _drawn_codes(
+    part: torch.Tensor, grid: Grid, bits: int, dtype: torch.dtype, noise: Noise, start: int
+) -> torch.Tensor:
+    """Bytes of the codes of groups that begin at this place.  Draws come first: they take most room."""
+    draws = noise.at(start, part.numel())
+    below, a, b = _sides(part, grid, bits, dtype)
+    drawn = b.sub_(a).view(-1).mul_(draws)
+    above = torch.gt(torch.sub(part, a, out=a).view(-1), drawn, out=drawn)
+    codes = join(below.add_(above.view_as(below)), bits)
+    constant = grid.constant.view(torch.uint8)
+    codes[:, :4] = torch.where(grid.step == 0, constant, codes[:, :4])
+    return codes
 
 
 def _step_word(step: torch.Tensor) -> torch.Tensor:
@@ -259,9 +268,12 @@ def dequantize_by_torch(
     target, (steps, firsts, words) = flat(found), parts_of(code, groups, bits, group)
     for at, end in stretches(groups, group, code.device):
         grid = _stored(steps[at:end], firsts[at:end], words[at:end])
-        values = split(words[at:end], bits).add_(grid.first)
-        put(values.mul_(grid.step).add_(grid.constant), target, at, group)
+        put(_decoded(words[at:end], grid, bits), target, at, group)
     return found
+
+
+def _decoded(words: torch.Tensor, grid: Grid, bits: int) -> torch.Tensor:
+    return split(words, bits).add_(grid.first).mul_(grid.step).add_(grid.constant)
 
 
 def _stored(steps: torch.Tensor, firsts: torch.Tensor, words: torch.Tensor) -> Grid:
