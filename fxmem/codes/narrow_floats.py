@@ -29,6 +29,7 @@ import torch
 
 from fxmem.basics.errors import EncodingError
 from fxmem.basics.noise import Noise
+from fxmem.codes import native
 from fxmem.codes.packing import (
     by_rows,
     check_code,
@@ -305,6 +306,38 @@ def _block_scale(
 
 
 def _quantize(x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: int) -> torch.Tensor:
+    if format == _COMPILED and native.on_native(x, _native_agrees):
+        return _quantize_natively(x, format, seed, stream)
+    return quantize_by_torch(x, format, seed, stream)
+
+
+_COMPILED = "mxfp4"
+"""The format that there is a loop for."""
+
+
+def _quantize_natively(
+    x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: int
+) -> torch.Tensor:
+    code = _fake_quantize(x, format, seed, stream)
+    check_dense(x)
+    native.quantize_mxfp4(x, code, Noise(seed, stream, x.device))
+    return code
+
+
+def _native_agrees(device: torch.device) -> bool:
+    """With the torch code, with a last block that is not full?"""
+    seed, how = torch.full((1,), 3, dtype=torch.int64, device=device), ([5003], [1], torch.float32)
+    x = torch.linspace(-3, 2, 5003, device=device).square().sub_(2)
+    code = quantize_by_torch(x, _COMPILED, seed, 1)
+    back = dequantize_by_torch(code, _COMPILED, *how)
+    same = torch.equal(code, _quantize_natively(x, _COMPILED, seed, 1))
+    return same and torch.equal(back, _dequantize_natively(code, _COMPILED, *how))
+
+
+def quantize_by_torch(
+    x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: int
+) -> torch.Tensor:
+    """As the operator, on any device."""
     how, code = _format(format), _fake_quantize(x, format, seed, stream)
     check_dense(x)
     noise, source, groups = Noise(seed, stream, x.device), flat(x), group_count(x, how.block)
@@ -341,11 +374,38 @@ def _drawn(
 def _dequantize(
     code: torch.Tensor, format: str, size: list[int], stride: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
+    like = code.new_empty((0,), dtype=dtype)
+    if format == _COMPILED and native.on_native(like, _native_agrees):
+        return _dequantize_natively(code, format, size, stride, dtype)
+    return dequantize_by_torch(code, format, size, stride, dtype)
+
+
+def _dequantize_natively(
+    code: torch.Tensor, format: str, size: list[int], stride: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    found = _room(code, format, size, stride, dtype)
+    native.dequantize_mxfp4(code, found)
+    return found
+
+
+def _room(
+    code: torch.Tensor, format: str, size: list[int], stride: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Memory for what the code is of."""
     how, found = _format(format), code.new_empty_strided(size, stride, dtype=dtype)
     check_float(dtype)
     check_dense(found)
     groups = group_count(found, how.block)
     check_code(code, how.tensor_nbytes + groups * how.block_nbytes, found)
+    return found
+
+
+def dequantize_by_torch(
+    code: torch.Tensor, format: str, size: list[int], stride: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """As the operator, on any device."""
+    how, found = _format(format), _room(code, format, size, stride, dtype)
+    groups = group_count(found, how.block)
     once, scales, words = _parts(code, groups, how)
     whole = once.clone().view(torch.float32) if how.two_scales else 1.0
     for at, end in stretches(groups, how.block, code.device):
