@@ -176,7 +176,7 @@ def text_loss(model: nn.Module, seed: int) -> float:
 
 TASKS = {
     "mlp": Task("mlp", "points", 0.5, 120, 0.02, mlp, digit_batches, digit_accuracy),
-    "cnn": Task("cnn", "points", 0.5, 120, 0.02, cnn, digit_batches, digit_accuracy),
+    "cnn": Task("cnn", "points", 0.5, 240, 0.05, cnn, digit_batches, digit_accuracy),
     "lm": Task("lm", "nats", 0.01, 120, 3e-3, Characters, text_batches, text_loss),
 }
 

@@ -28,8 +28,8 @@ def keys(seed: torch.Tensor, stream: int, place: int) -> torch.Tensor:
 
 
 def uniform(places: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """float32 in [0, 1), a multiple of 2^-24, of each place, an int32."""
-    h = places ^ key[0]
+    """float32 in [0, 1), a multiple of 2^-24, of each place, an int32.  Overwrites the places."""
+    h = places.bitwise_xor_(key[0])
     for shift, factor, more in ((16, 0x7FEB352D, key[1]), (15, 0x846CA68B, None)):
         h ^= (h >> shift).bitwise_and_((1 << (32 - shift)) - 1)
         h *= _signed(factor, 32)
@@ -50,7 +50,6 @@ class Noise:
             )
         self.seed, self.stream = None if seed is None else seed.to(device), stream
         self._keys: dict[int, torch.Tensor] = {}
-        self._places: torch.Tensor | None = None
 
     def keys(self, count: int) -> torch.Tensor | None:
         """int32[., 2]: of every 2^32 places of so many; None without a seed."""
@@ -65,7 +64,5 @@ class Noise:
             return 0.5
         if start >> 32 not in self._keys:
             self._keys = {start >> 32: keys(self.seed, self.stream, start)}
-        if self._places is None or len(self._places) < count:
-            self._places = torch.arange(count, dtype=torch.int32, device=self.seed.device)
-        places = self._places[:count] + _signed(start, 32)
-        return uniform(places, self._keys[start >> 32])
+        places = torch.arange(count, dtype=torch.int32, device=self.seed.device)
+        return uniform(places.add_(_signed(start, 32)), self._keys[start >> 32])

@@ -29,6 +29,7 @@ import torch
 
 from fxmem.basics.errors import EncodingError
 from fxmem.basics.noise import Noise
+from fxmem.codes import native
 from fxmem.codes.packing import (
     by_rows,
     check_code,
@@ -236,8 +237,10 @@ class BlockFormat:
         if self.numbers is E4M3:
             return values.to(_E4M3).view(torch.uint8)
         size = values.abs()
-        index = torch.minimum(torch.minimum(size * 2, size + 2), size * 0.5 + 4)
-        return join(index.add_(values.signbit(), alpha=8).contiguous(), 4)
+        index = size * 2
+        torch.minimum(index, size + 2, out=index)
+        torch.minimum(index, size.mul_(0.5).add_(4), out=index)
+        return join(index.add_(values.signbit(), alpha=8), 4)
 
     def elements_of(self, words: torch.Tensor) -> torch.Tensor:
         if self.numbers is E4M3:
@@ -245,7 +248,9 @@ class BlockFormat:
         index = split(words, 4)
         negative = torch.ge(index, 8, out=torch.empty_like(index))
         size = index.sub_(negative, alpha=8)
-        found = torch.maximum(torch.maximum(size * 0.5, size - 2), size * 2 - 8)
+        found = size * 0.5
+        torch.maximum(found, size - 2, out=found)
+        torch.maximum(found, size.mul_(2).sub_(8), out=found)
         return found.mul_(negative.mul_(-2).add_(1))
 
 
@@ -301,6 +306,38 @@ def _block_scale(
 
 
 def _quantize(x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: int) -> torch.Tensor:
+    if format == _COMPILED and native.on_native(x, _native_agrees):
+        return _quantize_natively(x, format, seed, stream)
+    return quantize_by_torch(x, format, seed, stream)
+
+
+_COMPILED = "mxfp4"
+"""The format that there is a loop for."""
+
+
+def _quantize_natively(
+    x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: int
+) -> torch.Tensor:
+    code = _fake_quantize(x, format, seed, stream)
+    check_dense(x)
+    native.quantize_mxfp4(x, code, Noise(seed, stream, x.device))
+    return code
+
+
+def _native_agrees(device: torch.device) -> bool:
+    """With the torch code, with a last block that is not full?"""
+    seed, how = torch.full((1,), 3, dtype=torch.int64, device=device), ([5003], [1], torch.float32)
+    x = torch.linspace(-3, 2, 5003, device=device).square().sub_(2)
+    code = quantize_by_torch(x, _COMPILED, seed, 1)
+    back = dequantize_by_torch(code, _COMPILED, *how)
+    same = torch.equal(code, _quantize_natively(x, _COMPILED, seed, 1))
+    return same and torch.equal(back, _dequantize_natively(code, _COMPILED, *how))
+
+
+def quantize_by_torch(
+    x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: int
+) -> torch.Tensor:
+    """As the operator, on any device."""
     how, code = _format(format), _fake_quantize(x, format, seed, stream)
     check_dense(x)
     noise, source, groups = Noise(seed, stream, x.device), flat(x), group_count(x, how.block)
@@ -310,24 +347,65 @@ def _quantize(x: torch.Tensor, format: str, seed: torch.Tensor | None, stream: i
     for at, end in stretches(groups, how.block, x.device):
         part = rows(source, at, end, how.block)
         scale = _block_scale(part, whole, how, x.dtype)
-        size = part.abs()
-        low, high, a, b = _sides(size, scale * whole, how.numbers, x.dtype)
-        drawn = b.sub_(a).view(-1).mul_(noise.at(at * how.block, b.numel()))
-        above = size.sub_(a).view(-1) > drawn
-        values = torch.where(above.view_as(low), high, low).copysign_(part).nan_to_num_(0.0)
+        values = _drawn(part, scale * whole, how.numbers, x.dtype, noise, at * how.block)
         scales[at:end] = how.scale_bytes(scale)[:, 0]
         words[at:end] = how.element_bytes(values)
+        del values  # before the next stretch takes room
     return code
+
+
+def _drawn(
+    part: torch.Tensor,
+    scale: torch.Tensor,
+    numbers: Numbers,
+    dtype: torch.dtype,
+    noise: Noise,
+    start: int,
+) -> torch.Tensor:
+    """One of the two numbers beside each element, in units of the scale, by the draws from a place on."""
+    draws, size = noise.at(start, part.numel()), part.abs()
+    low, high, a, b = _sides(size, scale, numbers, dtype)
+    drawn = b.sub_(a).view(-1).mul_(draws)
+    above = size.sub_(a).view(-1) > drawn
+    found = torch.where(above.view_as(low), high, low, out=low)
+    return found.copysign_(part).nan_to_num_(0.0)
 
 
 def _dequantize(
     code: torch.Tensor, format: str, size: list[int], stride: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
+    like = code.new_empty((0,), dtype=dtype)
+    if format == _COMPILED and native.on_native(like, _native_agrees):
+        return _dequantize_natively(code, format, size, stride, dtype)
+    return dequantize_by_torch(code, format, size, stride, dtype)
+
+
+def _dequantize_natively(
+    code: torch.Tensor, format: str, size: list[int], stride: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    found = _room(code, format, size, stride, dtype)
+    native.dequantize_mxfp4(code, found)
+    return found
+
+
+def _room(
+    code: torch.Tensor, format: str, size: list[int], stride: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Memory for what the code is of."""
     how, found = _format(format), code.new_empty_strided(size, stride, dtype=dtype)
     check_float(dtype)
     check_dense(found)
     groups = group_count(found, how.block)
     check_code(code, how.tensor_nbytes + groups * how.block_nbytes, found)
+    return found
+
+
+def dequantize_by_torch(
+    code: torch.Tensor, format: str, size: list[int], stride: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """As the operator, on any device."""
+    how, found = _format(format), _room(code, format, size, stride, dtype)
+    groups = group_count(found, how.block)
     once, scales, words = _parts(code, groups, how)
     whole = once.clone().view(torch.float32) if how.two_scales else 1.0
     for at, end in stretches(groups, how.block, code.device):

@@ -36,13 +36,13 @@ def on_triton(x: torch.Tensor, agrees: Callable[[torch.device], bool]) -> bool:
 
 @cache
 def is_proven(agrees: Callable[[torch.device], bool], device: torch.device) -> bool:
-    """Tried once on each device, because drivers and versions of Triton are more than anybody tests."""
+    """Tried once on each device: there are more drivers, compilers and processors than anybody tests."""
     try:
         right, why = agrees(device), "give other bits than torch"
     except Exception as error:
         right, why = False, f"fail with {type(error).__name__}: {error}"
     if not right:
-        text = f"fxmem: Triton's kernels {why} on {device}; torch's run in their place"
+        text = f"fxmem: kernels for codes {why} on {device}; torch's run in their place"
         warnings.warn(text, stacklevel=2)
     return right
 

@@ -28,12 +28,13 @@ Source of the idea: Chen et al. 2021, arXiv:2104.14129 (ActNN).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fxmem.basics.errors import EncodingError
 from fxmem.basics.noise import Noise
+from fxmem.codes import native
 from fxmem.codes.packing import (
     FLOATS,
     by_rows,
@@ -113,7 +114,8 @@ def _sides(x: torch.Tensor, grid: Grid, bits: int, dtype: torch.dtype) -> tuple[
     """The code of the point at or below each element, that point, and the next one."""
     below = (x * grid.step.reciprocal()).sub_(grid.first).floor_()
     below.nan_to_num_(0.0).clamp_(0, 2**bits - 2)
-    return below, grid.points(below, dtype), grid.points(below + 1, dtype)
+    after = grid.points(below + 1, dtype)  # first, while there is less beside it
+    return below, grid.points(below, dtype), after
 
 
 # -- Groups ------------------------------------------------------------------------------------------
@@ -138,9 +140,20 @@ def parts_of(
 def _quantize(
     x: torch.Tensor, bits: int, group: int, seed: torch.Tensor | None, stream: int
 ) -> torch.Tensor:
-    if not on_triton(x, _triton_agrees):
-        return quantize_by_torch(x, bits, group, seed, stream)
-    return _quantize_by_triton(x, bits, group, seed, stream)
+    if on_triton(x, _triton_agrees):
+        return _quantize_by_triton(x, bits, group, seed, stream)
+    if native.on_native(x, _native_agrees):
+        return _quantize_natively(x, bits, group, seed, stream)
+    return quantize_by_torch(x, bits, group, seed, stream)
+
+
+def _quantize_natively(
+    x: torch.Tensor, bits: int, group: int, seed: torch.Tensor | None, stream: int
+) -> torch.Tensor:
+    code = _fake_quantize(x, bits, group, seed, stream)
+    check_dense(x)
+    native.quantize_groups(x, code, bits, group, Noise(seed, stream, x.device))
+    return code
 
 
 def _quantize_by_triton(
@@ -168,16 +181,24 @@ def quantize_by_torch(
     for at, end in stretches(groups, group, x.device):
         part = rows(source, at, end, group)
         grid = _fit(part, bits, x.dtype)
-        below, a, b = _sides(part, grid, bits, x.dtype)
-        drawn = b.sub_(a).view(-1).mul_(noise.at(at * group, b.numel()))
-        above = torch.gt((part - a).view(-1), drawn, out=drawn)
-        codes = join(below.add_(above.view_as(below)), bits)
-        constant = grid.constant.view(torch.uint8)
-        codes[:, :4] = torch.where(grid.step == 0, constant, codes[:, :4])
-        words[at:end] = codes
+        words[at:end] = _drawn_codes(part, grid, bits, x.dtype, noise, at * group)
         steps[at:end] = _step_word(grid.step)
         firsts[at:end] = grid.first[:, 0]
     return code
+
+
+def _drawn_codes(
+    part: torch.Tensor, grid: Grid, bits: int, dtype: torch.dtype, noise: Noise, start: int
+) -> torch.Tensor:
+    """Bytes of the codes of groups that begin at this place.  Draws come first: they take most room."""
+    draws = noise.at(start, part.numel())
+    below, a, b = _sides(part, grid, bits, dtype)
+    drawn = b.sub_(a).view(-1).mul_(draws)
+    above = torch.gt(torch.sub(part, a, out=a).view(-1), drawn, out=drawn)
+    codes = join(below.add_(above.view_as(below)), bits)
+    constant = grid.constant.view(torch.uint8)
+    codes[:, :4] = torch.where(grid.step == 0, constant, codes[:, :4])
+    return codes
 
 
 def _step_word(step: torch.Tensor) -> torch.Tensor:
@@ -193,23 +214,45 @@ def _dequantize(
     stride: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    if not on_triton(code, _triton_agrees):
-        return dequantize_by_torch(code, bits, group, size, stride, dtype)
-    return _dequantize_by_triton(code, bits, group, size, stride, dtype)
+    if on_triton(code, _triton_agrees):
+        return _dequantize_by_triton(code, bits, group, size, stride, dtype)
+    if native.on_native(code.new_empty((0,), dtype=dtype), _native_agrees):
+        return _dequantize_natively(code, bits, group, size, stride, dtype)
+    return dequantize_by_torch(code, bits, group, size, stride, dtype)
+
+
+def _dequantize_natively(
+    code: torch.Tensor,
+    bits: int,
+    group: int,
+    size: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    found = _room(code, bits, group, size, stride, dtype)
+    native.dequantize_groups(code, found, bits, group)
+    return found
 
 
 def _triton_agrees(device: torch.device) -> bool:
-    """Of each number of bits and each type, with a last group that is not full."""
+    return all(_agree(_quantize_by_triton, _dequantize_by_triton, d, device) for d in FLOATS)
+
+
+def _native_agrees(device: torch.device) -> bool:
+    return _agree(_quantize_natively, _dequantize_natively, torch.float32, device)
+
+
+def _agree(quantize: Any, dequantize: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """With the torch code, of each number of bits, with a last group that is not full?"""
     seed, how = torch.full((1,), 3, dtype=torch.int64, device=device), ([5003], [1])
-    for dtype in FLOATS:
-        x = torch.linspace(-3, 2, 5003, device=device).square().sub_(2).to(dtype)
-        for bits in (2, 4, 8):
-            code = quantize_by_torch(x, bits, 64, seed, 1)
-            again = dequantize_by_torch(code, bits, 64, *how, dtype)
-            if not torch.equal(code, _quantize_by_triton(x, bits, 64, seed, 1)):
-                return False
-            if not torch.equal(again, _dequantize_by_triton(code, bits, 64, *how, dtype)):
-                return False
+    x = torch.linspace(-3, 2, 5003, device=device).square().sub_(2).to(dtype)
+    for bits in (2, 4, 8):
+        code = quantize_by_torch(x, bits, 64, seed, 1)
+        again = dequantize_by_torch(code, bits, 64, *how, dtype)
+        if not torch.equal(code, quantize(x, bits, 64, seed, 1)):
+            return False
+        if not torch.equal(again, dequantize(code, bits, 64, *how, dtype)):
+            return False
     return True
 
 
@@ -259,9 +302,12 @@ def dequantize_by_torch(
     target, (steps, firsts, words) = flat(found), parts_of(code, groups, bits, group)
     for at, end in stretches(groups, group, code.device):
         grid = _stored(steps[at:end], firsts[at:end], words[at:end])
-        values = split(words[at:end], bits).add_(grid.first)
-        put(values.mul_(grid.step).add_(grid.constant), target, at, group)
+        put(_decoded(words[at:end], grid, bits), target, at, group)
     return found
+
+
+def _decoded(words: torch.Tensor, grid: Grid, bits: int) -> torch.Tensor:
+    return split(words, bits).add_(grid.first).mul_(grid.step).add_(grid.constant)
 
 
 def _stored(steps: torch.Tensor, firsts: torch.Tensor, words: torch.Tensor) -> Grid:

@@ -462,16 +462,19 @@ def device_at_hand() -> torch.device:
 # -- The table on disk --------------------------------------------------------------------------------
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("FXMEM_CACHE_DIR") or Path.home() / ".cache" / "fxmem")
+
+
 def cache_path(device: torch.device, what: str = "workspaces") -> Path:
     """The file of what was measured on this device, with this torch version and thread count.
 
     The meta device runs nothing, so it goes by the file of the device at hand.
     """
-    folder = os.environ.get("FXMEM_CACHE_DIR") or Path.home() / ".cache" / "fxmem"
     device = device_at_hand() if device.type == "meta" else device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     kind = f"{name}-{torch.__version__}-{torch.get_num_threads()}".replace(" ", "_")
-    return Path(folder) / f"{what}-{kind}.json"
+    return cache_folder() / f"{what}-{kind}.json"
 
 
 _Stamp = tuple[int, int, int]

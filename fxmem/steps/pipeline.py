@@ -62,7 +62,7 @@ def decide(analysis: Analysis, options: Options, *, memory: bool = False) -> Pla
     if applied.settled and applied.form.allotment is not None and options.plan is None:
         exact = tuple(name for name in options.allow if name != "quantize")
         other = _applied(analysis, replace(options, allow=exact), limit)
-        if other.fits(limit) and not (applied.fits(limit) and applied.added < other.added):
+        if other.rank(limit) <= applied.rank(limit):
             applied = other  # it took more to settle than the codes had won
     analysis, choice, floor = applied.form, applied.choice, applied.floor
     rewritten, halves, line = applied.graph, applied.halves, applied.line
@@ -103,8 +103,10 @@ class _Applied:
     def added(self) -> float:
         return added(self.form, self.choice)
 
-    def fits(self, budget: int | None) -> bool:
-        return budget is not None and self.line.peak(self.graph.bindings()).nbytes <= budget
+    def rank(self, budget: int | None) -> tuple[int, float]:
+        """Bytes above the budget, or where none is named all bytes, and then the added time."""
+        peak = self.line.peak(self.graph.bindings()).nbytes
+        return max(peak - (budget or 0), 0), self.added
 
 
 def _applied(analysis: Analysis, options: Options, budget: int | None) -> _Applied:

@@ -1,0 +1,116 @@
+"""Codes of float32 on the CPU in one pass each: ``kernels.c``, where there is a compiler for it.
+
+torch takes some sixty operators for what a loop does in registers, and memory beside the tensor for each.
+The loop is compiled when it is first needed, in less than a second, and kept in the cache's folder; where
+that does not work, or gives other bits, torch's operators run.  ``FXMEM_NATIVE=0`` asks for these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fxmem.basics.noise import Noise
+from fxmem.codes.packing import is_proven
+from fxmem.graphs.workspace import cache_folder
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+
+_FLAGS: tuple[str, ...] = ("-O3", "-shared", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno")
+_FLAGS += ("-fno-trapping-math", "-ffp-contract=off")
+"""No products and sums in one rounding: the bits are torch's."""
+
+
+def on_native(x: torch.Tensor, agrees: Callable[[torch.device], bool]) -> bool:
+    """Is it a tensor that the compiled loops know, and do they give what the torch code gives?"""
+    plain = x.device.type == "cpu" and x.dtype is torch.float32
+    return plain and library() is not None and is_proven(agrees, x.device)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loops; None where there is no compiler, or nowhere to put what it makes."""
+    if os.environ.get("FXMEM_NATIVE") == "0":
+        return None
+    try:
+        found = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("codes are computed by torch's operators: %s", error)
+        return None
+    pointer, count, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.fxmem_quantize_groups.argtypes = (pointer, count, pointer, count, small, pointer, count)
+    found.fxmem_dequantize_groups.argtypes = (pointer, count, pointer, count, small)
+    found.fxmem_quantize_mxfp4.argtypes = (pointer, count, pointer, pointer, count)
+    found.fxmem_dequantize_mxfp4.argtypes = (pointer, count, pointer)
+    return found
+
+
+def _compiled() -> Path:
+    """The file, made where it is not there yet.  Its name is a hash of all that it depends on."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    flags = (*_FLAGS, "-mavx2") if wide else _FLAGS
+    about = (platform.platform(), platform.machine(), *flags)
+    name = hashlib.sha256(SOURCE.read_bytes() + "\0".join(about).encode()).hexdigest()[:16]
+    target = cache_folder() / f"kernels-{name}.so"
+    if target.exists():
+        return target
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        command = [compiler, *flags, "-o", str(made), str(SOURCE), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        os.replace(made, target)  # others that look for it see all of it or nothing
+    return target
+
+
+# -- The operators ---------------------------------------------------------------------------------------
+
+
+def _loops() -> ctypes.CDLL:
+    found = library()
+    assert found is not None
+    return found
+
+
+def quantize_groups(
+    x: torch.Tensor, code: torch.Tensor, bits: int, group: int, noise: Noise
+) -> None:
+    _loops().fxmem_quantize_groups(
+        *_memory(x), code.data_ptr(), group, bits, _seed(noise), noise.stream
+    )
+
+
+def dequantize_groups(code: torch.Tensor, found: torch.Tensor, bits: int, group: int) -> None:
+    _loops().fxmem_dequantize_groups(*_memory(found), code.data_ptr(), group, bits)
+
+
+def quantize_mxfp4(x: torch.Tensor, code: torch.Tensor, noise: Noise) -> None:
+    _loops().fxmem_quantize_mxfp4(*_memory(x), code.data_ptr(), _seed(noise), noise.stream)
+
+
+def dequantize_mxfp4(code: torch.Tensor, found: torch.Tensor) -> None:
+    _loops().fxmem_dequantize_mxfp4(*_memory(found), code.data_ptr())
+
+
+def _memory(x: torch.Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.numel()
+
+
+def _seed(noise: Noise) -> int | None:
+    return None if noise.seed is None else noise.seed.data_ptr()

@@ -1,0 +1,90 @@
+"""Codes by the compiled loops against those by torch's operators, bit for bit."""
+
+import pytest
+import torch
+
+from fxmem.codes import narrow_floats, native, packing, quantizers
+
+compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+
+
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(5003, generator=generator)
+    yield normal
+    yield normal / normal.flip(0)  # heavy tails
+    yield normal.relu()[: 16 * 61]
+    yield normal.clone().index_fill_(0, torch.arange(0, 200), 2.5)  # groups of one value
+    for wild in (torch.nan, torch.inf, -torch.inf):
+        yield normal.clone().index_fill_(0, torch.arange(0, 4000, 700), wild)
+    for scale in (1e-44, 1e-37, 1e37, 3e38, 1e4):
+        yield normal * scale
+    yield normal + 1e5
+    yield normal[:1]
+    yield normal[:0]
+
+
+SEEDS = [None, *((torch.tensor(value), stream) for value, stream in ((3, 0), (-(1 << 40), 7)))]
+
+
+def same(left, right):
+    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+@compiled
+@pytest.mark.parametrize("given", SEEDS, ids=str)
+@pytest.mark.parametrize("group", [16, 64, 256])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_groups_have_the_bits_of_torchs_operators(bits, group, given):
+    seed, stream = given or (None, 0)
+    for x in samples():
+        code = quantizers.quantize_by_torch(x, bits, group, seed, stream)
+        assert same(code, quantizers._quantize_natively(x, bits, group, seed, stream))
+        how = (bits, group, list(x.shape), list(x.stride()), x.dtype)
+        back = quantizers.dequantize_by_torch(code, *how)
+        assert same(back, quantizers._dequantize_natively(code, *how))
+
+
+@compiled
+@pytest.mark.parametrize("given", SEEDS, ids=str)
+def test_blocks_have_the_bits_of_torchs_operators(given):
+    seed, stream = given or (None, 0)
+    for x in samples():
+        code = narrow_floats.quantize_by_torch(x, "mxfp4", seed, stream)
+        assert same(code, narrow_floats._quantize_natively(x, "mxfp4", seed, stream))
+        how = ("mxfp4", list(x.shape), list(x.stride()), x.dtype)
+        back = narrow_floats.dequantize_by_torch(code, *how)
+        assert same(back, narrow_floats._dequantize_natively(code, *how))
+
+
+@compiled
+def test_float32_on_the_cpu_goes_by_the_loops(monkeypatch):
+    x = torch.randn(640)
+    assert packing.is_proven(quantizers._native_agrees, x.device)
+    monkeypatch.setattr(quantizers, "quantize_by_torch", None)
+    quantizers.quantize_groups(x, 4, 64, torch.tensor(1), 0)
+    with pytest.raises(TypeError):
+        quantizers.quantize_groups(x.bfloat16(), 4, 64, torch.tensor(1), 0)
+
+
+def test_without_a_compiler_torchs_operators_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXMEM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        x = torch.randn(640)
+        code = quantizers.quantize_groups(x, 4, 64, torch.tensor(1), 0)
+        assert same(code, quantizers.quantize_by_torch(x, 4, 64, torch.tensor(1), 0))
+        assert not list(tmp_path.iterdir())
+    finally:
+        native.library.cache_clear()
+
+
+@compiled
+def test_loops_that_give_other_bits_are_not_used():
+    def differs(device):
+        return False
+
+    with pytest.warns(UserWarning, match="other bits"):
+        assert not native.on_native(torch.randn(640), differs)
