@@ -37,6 +37,7 @@ from fxmem.graphs.partition import Split, split
 from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.steps.analyze import Analysis
 from fxmem.steps.backward import Backward, Coded, op_by_op
+from fxmem.steps.compile_errors import explained
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity, decided
@@ -54,20 +55,22 @@ class Inductor:
     """Code for both halves of a planned step; see ``Code`` in backward.py."""
 
     def __init__(self, planned: Planned) -> None:
-        self.graph = _in_inductors_operators(planned)
-        self.saved = _worth_saving(self.graph)
-        self.split = self._halves(self.graph)
+        with explained("taking the step apart into Inductor's operators", planned.graph.module):
+            self.graph = _in_inductors_operators(planned)
+            self.saved = _worth_saving(self.graph)
+            self.split = self._halves(self.graph)
         self.strides: _torch_inductor.Strides = {}
 
     def forward(self) -> _torch.BoxedCallable:
         module = _copy(self.split.forward)
-        code, self.strides = _torch_inductor.inductor(
-            module,
-            backward=False,
-            static_inputs=_static(module, self.graph),
-            visible=range(self.split.num_forward_outputs),
-            strides={},
-        )
+        with explained("making code of the step's forward with Inductor", module):
+            code, self.strides = _torch_inductor.inductor(
+                module,
+                backward=False,
+                static_inputs=_static(module, self.graph),
+                visible=range(self.split.num_forward_outputs),
+                strides={},
+            )
         return code
 
     def backward_for(self, undefined: tuple[str, ...]) -> fx.GraphModule:
@@ -77,13 +80,14 @@ class Inductor:
 
     def backward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
         module = _copy(module)
-        code, _ = _torch_inductor.inductor(
-            module,
-            backward=True,
-            static_inputs=_static(module, self.graph),
-            visible=range(len(output_values(module))),
-            strides=self.strides,
-        )
+        with explained("making code of the step's backward with Inductor", module):
+            code, _ = _torch_inductor.inductor(
+                module,
+                backward=True,
+                static_inputs=_static(module, self.graph),
+                visible=range(len(output_values(module))),
+                strides=self.strides,
+            )
         return code
 
     def _halves(self, graph: JointGraph) -> Split:
@@ -135,7 +139,8 @@ def _compiled(planned: Planned, analysis: Analysis, graph: JointGraph) -> Coded:
     code = Inductor(planned)
     forward = code.forward()
     coded = Coded(planned, code.split, forward, Backward(planned, graph, code))
-    peak = _peak(coded, analysis)
+    with explained("running the step as Inductor's code", planned.graph.module):
+        peak = _peak(coded, analysis)
     plan = planned.plan
     budget = max(plan.predicted_peak, peak) if plan.smallest else plan.budget
     plan = replace(plan, predicted_peak=peak, budget=budget)
