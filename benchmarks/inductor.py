@@ -3,6 +3,7 @@
 ``--keep`` plans families at shares of the unchanged peak and measures each step.  ``--speed`` times, in
 turns and on one thread: torch.compile as it is beside a budget of what eager peaks at; and at each peak
 that a peer reaches (``activation_memory_budget``, compiled checkpoints by block) fxmem with those bytes.
+``--codes`` times a step whose codes fuse beside the same step with codes in operators of fxmem's own.
 ``--compile`` compares seconds of processor time from nothing to the first step's end, caches empty.
 
     python benchmarks/inductor.py --keep --families gpt2 resnet --size tiny
@@ -15,24 +16,29 @@ import datetime
 import functools
 import json
 import logging
+import re
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peers import with_checkpoints
-from steps import FAMILIES, HERE, Step, keep_freed_memory, side_by_side
+from steps import FAMILIES, HERE, Family, Step, keep_freed_memory, side_by_side
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_inductor_cache
 
 import fxmem
+import fxmem.steps.inductor
 
 RESULTS = HERE / "results" / "inductor-cpu.json"
 BUDGETS = ("0.6x", "0.4x")
+CODED = ("0.8x", "0.6x")
 SHARES = (0.5, 0.2)
 EVERY = (1, 2)
 
@@ -167,6 +173,97 @@ def speed(family: str, size: str, rounds: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
+# -- Codes -------------------------------------------------------------------------------------------
+
+
+def convnet(batch: int, width: int, size: int, p: float) -> Any:
+    """Rectifiers between convolutions and pools that read no input: of each, the backward needs a bit."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for block in range(3):
+        layers += [nn.Conv2d(channels, channels := width << block, 3, padding=1), nn.ReLU()]
+        layers += [nn.Dropout(p)] if p else []
+        layers += [nn.AvgPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10), MeanSquare())
+    x = torch.randn(batch, 3, size, size)
+    with torch.no_grad():
+        model(x)
+    return model, (x,), {}
+
+
+class MeanSquare(nn.Module):
+    """A loss."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square().mean()
+
+
+_SIZES = {
+    "small": {"batch": 16, "width": 16, "size": 64},
+    "tiny": {"batch": 8, "width": 8, "size": 32},
+}
+FAMILIES["convnet"] = Family("convnet", convnet, _SIZES)
+FAMILIES["convnet-dropout"] = Family("convnet-dropout", convnet, _SIZES, dropout=0.1)
+
+
+_OWN = re.compile(r"= torch\.ops\.fxmem\.\w+")
+_KERNEL = re.compile(r"^\s+cpp_fused\w*\(", re.MULTILINE)
+
+
+@contextlib.contextmanager
+def written_to(codes: list[str]) -> Iterator[None]:
+    """Inside, the Python that Inductor writes for each graph is noted; nothing comes from a cache."""
+    write = staticmethod(codes.append)
+    with (
+        mock.patch.object(GraphLowering, "save_output_code", write),
+        inductor_config.patch(fx_graph_cache=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def closed_codes() -> Iterator[None]:
+    """Inside, codes are operators of fxmem's own, which Inductor calls one by one."""
+    with (
+        mock.patch.object(fxmem.steps.inductor, "fusible", return_value=None),
+        mock.patch.object(fxmem._torch.inductor, "read_offsets_of_pools"),
+    ):
+        yield
+
+
+def codes(family: str, size: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """One row a budget: calls of operators outside of Inductor's kernels, peaks, and times in turns."""
+    for budget in CODED:
+        row: dict[str, Any] = {"family": family, "size": size, "budget": budget}
+        steps = [Step(family, size, "cpu") for _ in range(2)]
+        modules = []
+        try:
+            for step, fuse in zip(steps, (False, True), strict=True):
+                called: list[str] = []
+                with written_to(called), closed_codes() if not fuse else contextlib.nullcontext():
+                    module, fell_back = optimized(step, budget)
+                modules.append(module)
+                name = "fused" if fuse else "closed"
+                row[name] = {
+                    "op_by_op": fell_back,
+                    "own_operators": sum(len(_OWN.findall(code)) for code in called[-2:]),
+                    "kernels": sum(len(_KERNEL.findall(code)) for code in called[-2:]),
+                    "peak": step.added_peak(module) + module.plan.resident,
+                }
+        except fxmem.BudgetInfeasibleError:
+            yield {**row, "refused": True}
+            continue
+        row["budget_bytes"] = modules[0].plan.budget
+        seen = [step.seen(module) for step, module in zip(steps, modules, strict=True)]
+        row["gradients_off"] = distance(*([g for g in s[1:] if g is not None] for s in seen))
+        clocks = [
+            functools.partial(processor_seconds, step, module)
+            for step, module in zip(steps, modules, strict=True)
+        ]
+        row["seconds"], row["time_beside"] = in_turns(*clocks, rounds)
+        yield row
+
+
 # -- Compilation -------------------------------------------------------------------------------------
 
 
@@ -222,7 +319,7 @@ def main() -> None:
     parser.add_argument("--size", default="small")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    for kind in ("keep", "speed", "compile"):
+    for kind in ("keep", "speed", "codes", "compile"):
         parser.add_argument(f"--{kind}", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -234,6 +331,8 @@ def main() -> None:
             jobs["keep"] = keep(family, given.size)
         if given.speed:
             jobs["speed"] = speed(family, given.size, given.rounds)
+        if given.codes:
+            jobs["codes"] = codes(family, given.size, given.rounds)
         if given.compile:
             jobs["compile"] = iter([compilation(family, given.size)])
         for kind, rows in jobs.items():

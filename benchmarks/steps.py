@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
-from families import FAMILIES, SIZES, loss_of  # noqa: E402
+from families import FAMILIES, SIZES, Family, loss_of  # noqa: E402
 
 from fxmem.analysis.cost import flop_formula  # noqa: E402
 from fxmem.graphs.measure import cpu_allocations, measure  # noqa: E402
@@ -28,6 +28,7 @@ __all__ = [
     "FAMILIES",
     "HERE",
     "SIZES",
+    "Family",
     "Step",
     "alternating_seconds",
     "keep_freed_memory",

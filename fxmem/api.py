@@ -95,8 +95,8 @@ def optimize(
 
     Gradients are bitwise those of the step without a plan, unless ``"quantize"`` is allowed; with
     Inductor they are those up to what fused arithmetic rounds otherwise.
-    Raises ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``,
-    ``VerificationError``.
+    Raises ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``CompileError``,
+    ``PlanMismatchError``, ``VerificationError``.
     """
     if not isinstance(verify, bool):
         raise FxmemError(f"verify should be True or False, not {shown(verify)}")

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -158,3 +159,13 @@ def test_imports_for_type_checkers_do_not_count():
     assert not too_high("fxmem.basics.units", planted, sources())
     with pytest.raises(AssertionError, match="absolute"):
         imports("from .pipeline import Options")
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tests"])
+def test_no_script_hides_a_module_of_pythons_own(folder):
+    """torch starts Pythons with the scripts' folder on their path; ours was taken for ``encodings`` once.
+
+    That Python then does not start, and Inductor writes code without vectors.
+    """
+    names = {path.stem for path in (ROOT / folder).glob("*.py")}
+    assert not names & set(sys.stdlib_module_names)

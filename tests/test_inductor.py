@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from dynamo import fresh_dynamo
 from test_backend import Net, batch, seeded, stepped
 from torch import nn
+from torch._inductor import lowering
+from torch._inductor.exc import CppCompileError, InductorError
 
 import fxmem
 from fxmem import backend
@@ -192,3 +194,92 @@ def test_what_goes_with_the_device():
     assert not options.uses_inductor(torch.device("cpu"))
     asked = Session(None, backend.read({"budget": "1GiB", "compiler": "eager"})).options
     assert not asked.uses_inductor(torch.device("cuda"))
+
+
+# -- Errors --------------------------------------------------------------------------------------------
+
+_KERNELS = torch.library.Library("fxmem_tests_inductor", "FRAGMENT")
+_KERNELS.define("twice(Tensor x) -> Tensor")
+_KERNELS.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+torch.library.register_fake("fxmem_tests_inductor::twice", torch.empty_like, lib=_KERNELS)
+_twice = torch.ops.fxmem_tests_inductor.twice.default
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return _twice(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _twice(gradient)
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return Twice.apply(self.up(x)).square().mean()
+
+
+def _optimized(model, x):
+    return fxmem.optimize(model, "1TiB", (x,), compiler="inductor")(x)
+
+
+def _by_torch_compile(model, x):
+    options = {"budget": "1TiB", "compiler": "inductor"}
+    return torch.compile(model, backend="fxmem", options=options)(x)
+
+
+def _refuses(*_):
+    raise NotImplementedError("not on this machine")
+
+
+@pytest.mark.parametrize("door", [_optimized, _by_torch_compile])
+def test_what_inductor_has_no_code_for_is_said_with_the_line(door, monkeypatch):
+    monkeypatch.setitem(lowering.lowerings, _twice, _refuses)
+    with pytest.raises(fxmem.CompileError) as caught:
+        door(seeded(Doubled), batch(8))
+    assert isinstance(caught.value.__cause__, InductorError)
+    assert caught.value.reason == "NotImplementedError: not on this machine"
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "making code of the step's forward with Inductor failed."
+    assert lines[2].startswith("  at      fxmem_tests_inductor.twice.default (test_inductor.py:")
+    assert lines[2].endswith("in forward)")
+    assert 'compiler="eager"' in lines[3]
+
+
+def test_what_a_cpp_compiler_says_is_cut_to_its_error(monkeypatch):
+    said = (
+        "kernel.cpp: In function 'void kernel()':\nkernel.cpp:3:1: error: no such type\n"
+        + "x" * 9000
+    )
+
+    def broken(*_, **__):
+        raise InductorError(CppCompileError(["g++", "-O3"], said), None)
+
+    monkeypatch.setattr(_torch_inductor, "compile_fx_inner", broken)
+    with pytest.raises(fxmem.CompileError) as caught:
+        _optimized(seeded(Net), batch(8))
+    assert caught.value.reason == "CppCompileError: kernel.cpp:3:1: error: no such type"
+    assert "unknown operator" in str(caught.value)
+
+
+def test_a_backward_that_cannot_be_made_later_is_an_error_too(interpreted, monkeypatch):
+    model, x = seeded(Heads), batch(64)
+    step = fxmem.optimize(model, "1TiB", (x,), compiler="inductor")
+    monkeypatch.setattr(_torch_inductor, "inductor", lambda *_, **__: 1 // 0)
+    with pytest.raises(fxmem.CompileError, match="ZeroDivisionError") as caught:
+        step(x)[1].sum().backward()  # the loss, for which it was made, gets no gradient
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_no_memory_for_the_measured_step_is_torchs_own_error(interpreted, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(inductor, "_peak", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fxmem.optimize(seeded(Net), "1TiB", (batch(8),), compiler="inductor")

@@ -59,10 +59,30 @@ def _fake_generator_states(mode: Any) -> Iterator[None]:
         yield
 
 
-def decomposed(module: fx.GraphModule) -> fx.GraphModule:
+class _Instead(fx.Interpreter):
+    """Runs what a table has in the place of a node."""
+
+    def __init__(
+        self, module: fx.GraphModule, instead: Callable[[fx.Node], Callable[..., Any] | None]
+    ) -> None:
+        super().__init__(module)
+        self.instead = instead
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.now = n
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(self.instead(self.now) or target, args, kwargs)
+
+
+def decomposed(
+    module: fx.GraphModule, instead: Callable[[fx.Node], Callable[..., Any] | None]
+) -> fx.GraphModule:
     """The graph in the operators that Inductor has code for.
 
     Placeholders keep their names; what an operator becomes keeps its metadata, phase and source line.
+    instead: what to trace in the place of a node, where that is not its own target.
     """
     given = module.graph.find_nodes(op="placeholder")
     values = [node.meta.get("val") for node in given]
@@ -74,7 +94,7 @@ def decomposed(module: fx.GraphModule) -> fx.GraphModule:
         enable_python_dispatcher(),
     ):
         traced = make_fx(
-            fx.Interpreter(module).run, decomposition_table=table, _allow_non_fake_inputs=True
+            _Instead(module, instead).run, decomposition_table=table, _allow_non_fake_inputs=True
         )(*values)
     for node, like in zip(traced.graph.find_nodes(op="placeholder"), given, strict=True):
         node.target = like.target
@@ -92,6 +112,22 @@ def _without_random(table: dict[Any, Any]) -> dict[Any, Any]:
         for op, how in table.items()
         if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ())
     }
+
+
+def read_offsets_of_pools(module: fx.GraphModule, encoder: Any) -> None:
+    """In place: what codes a pool's indices as offsets reads those that Inductor's pool makes first."""
+    for node in module.graph.find_nodes(op="call_function", target=encoder):
+        indices: Any = node.args[0]
+        if indices.target is not torch.ops.prims._low_memory_max_pool_offsets_to_indices.default:
+            continue
+        convert = torch.ops.prims.convert_element_type.default
+        with module.graph.inserting_before(node):
+            offsets = module.graph.call_function(convert, (indices.args[0], torch.uint8))
+        offsets.meta = dict(node.meta)
+        node.replace_all_uses_with(offsets)
+        module.graph.erase_node(node)
+        if not indices.users:
+            module.graph.erase_node(indices)
 
 
 def optimize_joint(module: fx.GraphModule) -> None:

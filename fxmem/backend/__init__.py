@@ -38,7 +38,8 @@ def fxmem(
     """The backend.  options: ``optimize``'s keywords, the budget among them.
 
     What it raises on purpose, it raises when the graph is called, so that it is not wrapped in an error of
-    Dynamo's: ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``PlanMismatchError``.
+    Dynamo's: ``BudgetError``, ``BudgetInfeasibleError``, ``CaptureError``, ``CompileError``,
+    ``PlanMismatchError``.
     """
     try:
         _refuse_buckets(example_inputs)

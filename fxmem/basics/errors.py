@@ -59,6 +59,18 @@ class FixedSizeError(CaptureError):
         return f"the step works with {self.fixed} alone" + (f" ({line})" if line else "")
 
 
+class CompileError(FxmemError):
+    """Inductor made no code of the step, or code that does not run; its own error is the cause.
+
+    reason, place: what went wrong, and the operator with the user's line, where they are known.
+    """
+
+    def __init__(self, message: str, *, reason: str = "", place: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.place = place
+
+
 class PlanMismatchError(FxmemError):
     """A plan was made for another model, another shape or another version of the file format."""
 

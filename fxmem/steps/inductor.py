@@ -24,6 +24,8 @@ from fxmem._torch import inductor as _torch_inductor
 from fxmem.basics.budget import Budget
 from fxmem.basics.sizes import evaluate, hint
 from fxmem.basics.units import format_bytes
+from fxmem.codes.encodings import ENCODERS, pool_offsets
+from fxmem.codes.planes import fusible
 from fxmem.graphs.capture import tag_backward
 from fxmem.graphs.graph import (
     JointGraph,
@@ -37,6 +39,7 @@ from fxmem.graphs.partition import Split, split
 from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.steps.analyze import Analysis
 from fxmem.steps.backward import Backward, Coded, op_by_op
+from fxmem.steps.compile_errors import explained
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity, decided
@@ -54,20 +57,22 @@ class Inductor:
     """Code for both halves of a planned step; see ``Code`` in backward.py."""
 
     def __init__(self, planned: Planned) -> None:
-        self.graph = _in_inductors_operators(planned)
-        self.saved = _worth_saving(self.graph)
-        self.split = self._halves(self.graph)
+        with explained("taking the step apart into Inductor's operators", planned.graph.module):
+            self.graph = _in_inductors_operators(planned)
+            self.saved = _worth_saving(self.graph)
+            self.split = self._halves(self.graph)
         self.strides: _torch_inductor.Strides = {}
 
     def forward(self) -> _torch.BoxedCallable:
         module = _copy(self.split.forward)
-        code, self.strides = _torch_inductor.inductor(
-            module,
-            backward=False,
-            static_inputs=_static(module, self.graph),
-            visible=range(self.split.num_forward_outputs),
-            strides={},
-        )
+        with explained("making code of the step's forward with Inductor", module):
+            code, self.strides = _torch_inductor.inductor(
+                module,
+                backward=False,
+                static_inputs=_static(module, self.graph),
+                visible=range(self.split.num_forward_outputs),
+                strides={},
+            )
         return code
 
     def backward_for(self, undefined: tuple[str, ...]) -> fx.GraphModule:
@@ -77,13 +82,14 @@ class Inductor:
 
     def backward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
         module = _copy(module)
-        code, _ = _torch_inductor.inductor(
-            module,
-            backward=True,
-            static_inputs=_static(module, self.graph),
-            visible=range(len(output_values(module))),
-            strides=self.strides,
-        )
+        with explained("making code of the step's backward with Inductor", module):
+            code, _ = _torch_inductor.inductor(
+                module,
+                backward=True,
+                static_inputs=_static(module, self.graph),
+                visible=range(len(output_values(module))),
+                strides=self.strides,
+            )
         return code
 
     def _halves(self, graph: JointGraph) -> Split:
@@ -93,8 +99,9 @@ class Inductor:
 
 
 def _in_inductors_operators(planned: Planned) -> JointGraph:
-    graph = planned.functional
-    module = _torch_inductor.decomposed(graph.module)
+    graph = _codes_marked(planned.functional)
+    module = _torch_inductor.decomposed(graph.module, fusible)
+    _torch_inductor.read_offsets_of_pools(module, pool_offsets)
     if not any(map(_is_twin, graph.nodes)):
         # They would take what is made again for what it was made of first.
         _torch_inductor.optimize_joint(module)
@@ -102,14 +109,44 @@ def _in_inductors_operators(planned: Planned) -> JointGraph:
     return replace(graph, module=module).verified()
 
 
+_CODE = "fxmem_code"
+
+
+def _codes_marked(graph: JointGraph) -> JointGraph:
+    """With a mark on the codes that the forward makes; what they become inherits it."""
+    graph = graph.copy()
+    for node in graph.nodes:
+        if node.target in ENCODERS and not is_backward(node):
+            node.meta["custom"] = {**node.meta.get("custom", {}), _CODE: True}
+    return graph
+
+
+def _codes(graph: JointGraph) -> list[str]:
+    """Names of the codes: of what was marked, what the backward reads."""
+    marked = [n for n in graph.nodes if _CODE in n.meta.get("custom", {})]
+    return [node.name for node in marked if any(map(is_backward, node.users))]
+
+
 def _is_twin(node: fx.Node) -> bool:
     return is_backward(node) and "fxmem_origin" in node.meta
 
 
 def _worth_saving(graph: JointGraph) -> list[str]:
-    return _torch_inductor.min_cut(
+    """Names of the values to save: codes, which are few bytes, and what the cut says beside them."""
+    cut = _torch_inductor.min_cut(
         graph.copy().module, graph.num_forward_outputs, _static(graph.module, graph), is_backward
     )
+    return _reached(graph, {*_codes(graph), *cut})
+
+
+def _reached(graph: JointGraph, saved: set[str]) -> list[str]:
+    """Those that the backward reads where all of them are saved, in program order."""
+    gradients = output_values(graph.module)[graph.num_forward_outputs :]
+    found = {node for node in gradients if isinstance(node, fx.Node)}
+    for node in reversed(list(graph.nodes)):
+        if is_backward(node) or (node in found and node.name not in saved):
+            found.update(node.all_input_nodes)
+    return [n.name for n in graph.nodes if n in found and n.name in saved and not is_backward(n)]
 
 
 def _static(module: fx.GraphModule, graph: JointGraph) -> list[int]:
@@ -135,7 +172,8 @@ def _compiled(planned: Planned, analysis: Analysis, graph: JointGraph) -> Coded:
     code = Inductor(planned)
     forward = code.forward()
     coded = Coded(planned, code.split, forward, Backward(planned, graph, code))
-    peak = _peak(coded, analysis)
+    with explained("running the step as Inductor's code", planned.graph.module):
+        peak = _peak(coded, analysis)
     plan = planned.plan
     budget = max(plan.predicted_peak, peak) if plan.smallest else plan.budget
     plan = replace(plan, predicted_peak=peak, budget=budget)

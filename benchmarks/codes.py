@@ -1,6 +1,6 @@
 """Lossy encodings: bytes, error and bias against their formulas, speed against a copy of the same bytes.
 
-    python benchmarks/encodings.py --elements 4194304 --draws 64
+    python benchmarks/codes.py --elements 4194304 --draws 64
 
 On the CPU and, where there is one, on a CUDA device.  The tensors are normal, or Student's t of three
 degrees of freedom, which has outliers.  Writes JSON.
