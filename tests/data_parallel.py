@@ -141,12 +141,71 @@ def small_buckets(model):
 
 def compiled_ddp():
     """Compiled around DDP, a model comes in a graph for each bucket."""
-    run = torch.compile(small_buckets(made(Net, 3)), backend="fxmem", options={"budget": "0.8x"})
-    try:
-        step(run, batch())
-    except Exception as error:
-        return {"error": str(error)}
-    return {"error": ""}
+    model, x = made(Net, 4), batch()
+    plain = small_buckets(copy.deepcopy(model))
+    step(plain, x)
+    want = {name: p.grad for name, p in plain.module.named_parameters()}
+    unchanged = eager_peak(model, x) + bytes_of(model)
+    budget = int(0.8 * unchanged)
+    run = torch.compile(small_buckets(model), backend="fxmem", options={"budget": budget})
+    first = held(run, model, x) + bytes_of(model)
+    wrong = trained(run, model, x, want)  # in whose first step DDP makes its buckets anew
+    return {
+        "wrong": wrong,
+        "first": first,
+        "held": held(run, model, x) + bytes_of(model),
+        "unchanged": unchanged,
+        "budget": budget,
+        "plans": plans_of(run),
+    }
+
+
+class Normed(nn.Module):
+    """Running statistics and dropout; all its sizes follow the batch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(WIDTH) for _ in range(6))
+
+    def forward(self, x):
+        for up, norm in zip(self.ups, self.norms, strict=True):
+            x = x + F.dropout(norm(up(x)).relu(), 0.2, self.training)
+        return x.square().mean()
+
+
+def compiled_ddp_at_other_sizes():
+    """Statistics, accumulated gradients, evaluations in between, batches of other sizes."""
+    seen = []
+    for how in (lambda ddp: ddp, compiled_at_min):
+        ddp = small_buckets(made(Normed))
+        run, losses = how(ddp), []
+        for rows in (32, 48, 32):
+            with ddp.no_sync():
+                losses.append(step(run, batch(rows=rows)).item())
+            losses.append(step(run, batch(rows=rows)).item())
+            run.eval()
+            with torch.no_grad():
+                losses.append(run(batch(rows=rows)).item())
+            run.train()
+        states = [*(p.grad for p in ddp.parameters()), *ddp.buffers()]
+        seen.append((losses, states))
+    (want, states), (got, theirs) = seen
+    pairs = zip(states, theirs, strict=True)
+    return {
+        "losses": [want, got],
+        "wrong": sum(not torch.equal(a, b) for a, b in pairs),
+        "graphs": len(fxmem.plans(ddp)),
+    }
+
+
+def compiled_at_min(ddp):
+    return torch.compile(ddp, backend="fxmem", options={"budget": "min"})
+
+
+def bytes_of(model):
+    """The buckets hold a copy of each gradient."""
+    return sum(p.nbytes for p in model.parameters())
 
 
 SHARE = 0.95

@@ -1,7 +1,9 @@
 """``torch.compile(backend="fxmem")``: eager's bits, kept budgets, and what people put around a step."""
 
 import copy
+import gc
 import logging
+import weakref
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxmem
 from fxmem import backend
+from fxmem.backend.graph import Graph
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.planning.ledger import Around, Part, around, beyond, shares, step_peak
 
@@ -177,6 +180,26 @@ def test_four_graphs_keep_one_budget():
     measured = peak_of(step, model, x) + resident
     assert 0.96 * predicted(model) < measured <= predicted(model) <= budget
     assert sum(plan.predicted_overhead for plan in plans) < 4 * 0.5
+
+
+def test_what_the_graphs_were_compiled_with_is_not_held(monkeypatch):
+    model, x, seen = seeded(Cut, depth=4), batch(256), []
+    build = Graph.build
+
+    def noting(graph, args, *rest):
+        seen.extend(weakref.ref(t) for t in args if isinstance(t, torch.Tensor) and not t.is_leaf)
+        return build(graph, args, *rest)
+
+    monkeypatch.setattr(Graph, "build", noting)
+    step = compiled(model)
+    gc.disable()  # it is freed at once, not when somebody looks for cycles
+    try:
+        for _ in range(3):
+            stepped(step, model, x)
+    finally:
+        gc.enable()
+    assert len(seen) >= 2 * 3
+    assert sum(ref() is not None for ref in seen) == 0
 
 
 def predicted(model):

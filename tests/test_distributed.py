@@ -45,7 +45,8 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_graphs(tmp_path_factory):
-    return ranks_of(tmp_path_factory.mktemp("graphs"), "sharded")
+    folder = tmp_path_factory.mktemp("graphs")
+    return ranks_of(folder, "sharded", "compiled_ddp_at_other_sizes")
 
 
 def assert_kept(both):
@@ -83,8 +84,11 @@ def test_tensors_made_of_tensors_are_refused(quick):
         assert all("0.weight is a tensor made of other tensors" in e for e in seen["errors"])
 
 
-def test_graphs_of_ddps_buckets_are_refused(quick):
-    assert all("a graph for each of its buckets" in s["compiled_ddp"]["error"] for s in quick)
+def test_graphs_of_ddps_buckets_share_a_budget(quick):
+    both = [seen["compiled_ddp"] for seen in quick]
+    assert_kept(both)
+    assert all(seen["first"] <= seen["budget"] for seen in both)
+    assert len(both[0]["plans"]) == 3
 
 
 @pytest.mark.slow
@@ -92,3 +96,13 @@ def test_fsdp_keeps_a_budget(in_graphs):
     both = [seen["sharded"] for seen in in_graphs]
     assert_kept(both)
     assert len(both[0]["plans"]) == 2
+
+
+@pytest.mark.slow
+def test_graphs_of_ddps_buckets_keep_statistics_and_serve_other_sizes(in_graphs):
+    for seen in (seen["compiled_ddp_at_other_sizes"] for seen in in_graphs):
+        want, got = seen["losses"]
+        assert got == want
+        assert len(set(want)) > 3
+        assert seen["wrong"] == 0
+        assert seen["graphs"] > 1

@@ -22,7 +22,7 @@ from fxmem.analysis.shards import gathered, with_parallelism
 from fxmem.api import options_of
 from fxmem.backend.graph import Graph
 from fxmem.backend.session import Session
-from fxmem.basics.errors import CaptureError, FxmemError
+from fxmem.basics.errors import FxmemError
 from fxmem.basics.units import shown
 from fxmem.planning.plan import Plan
 from fxmem.steps.options import Options
@@ -42,7 +42,6 @@ def fxmem(
     ``PlanMismatchError``.
     """
     try:
-        _refuse_buckets(example_inputs)
         session = _session(options, mode, example_inputs)
         graph = Graph(module, list(example_inputs), session)
     except FxmemError as error:
@@ -55,17 +54,6 @@ def _raising(error: FxmemError) -> Callable[..., Any]:
         raise error
 
     return _torch.not_traced(run)
-
-
-def _refuse_buckets(inputs: Sequence[Any]) -> None:
-    """DDP cuts what it compiles at its buckets, and runs the graphs on stand-ins between compilations."""
-    if any(map(_torch.is_fake, inputs)):
-        raise CaptureError(
-            "DistributedDataParallel cuts the model into a graph for each of its buckets, for which the "
-            "backend fxmem has no common plan yet\n"
-            "  try: DistributedDataParallel(fxmem.optimize(model, budget, (batch,))), whose gradients are "
-            "reduced while the backward goes on, too"
-        )
 
 
 def plans(compiled: nn.Module) -> list[Plan]:

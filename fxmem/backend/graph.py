@@ -88,33 +88,53 @@ class Graph:
         self.session = session
         self.more_follows = _torch.follows_a_break(module) or reads_gathered(example_inputs)
         self.name = _title(module)
-        nodes = module.graph.find_nodes(op="placeholder")
-        values = list(zip(nodes, example_inputs, strict=True))
-        self.roles = [_role(node, value) for node, value in values]
-        self.states = _references(example_inputs)
-        self.size_places = [
-            i for i, (_, v) in enumerate(values) if isinstance(v, (int, torch.SymInt))
-        ]
         self.programs: dict[tuple[Key, ...], Program] = {}
         self.plain: Callable[..., Any] | None = None
         self.error: FxmemError | None = None
+        self.tracing = False
+        self.met = False
         session.graphs.append(weakref.ref(self))
-        # Now, because what tracing assumes of sizes becomes guards of Dynamo's.
+        if not any(map(_torch.is_fake, example_inputs)):
+            self._meet(example_inputs)
+            self._trace(example_inputs)
+
+    def _meet(self, inputs: Sequence[Any]) -> None:
+        """See the tensors that it is given.
+
+        Where DDP cuts a model at its buckets, Dynamo shows the graphs stand-ins, and runs the module on
+        them for what the next graph is given: such a graph meets its inputs at its first call.
+        """
+        nodes = self.module.graph.find_nodes(op="placeholder")
+        values = list(zip(nodes, inputs, strict=True))
+        self.roles = [_role(node, value) for node, value in values]
+        self.states = _references(inputs)
+        self.size_places = [
+            i for i, (_, v) in enumerate(values) if isinstance(v, (int, torch.SymInt))
+        ]
+        self.met = True
+
+    def _trace(self, inputs: Sequence[Any]) -> None:
+        """While Dynamo works on the graph: what tracing assumes of sizes becomes guards of Dynamo's."""
         self.tracing = True
         try:
-            session.program_for(self, example_inputs)
+            self.session.program_for(self, inputs)
         except FxmemError as error:
             self.error = error
         self.tracing = False
 
     def run(self, *args: Any) -> Any:
-        if self.plain is not None:
-            return self.plain(*args)
+        if not self.met:
+            self._meet(args)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        with self.session.lock:
-            use = self.session.enter(self, args)
+        use = None
+        if self.plain is None:
+            with self.session.lock:
+                use = self.session.enter(self, args)
+        if use is None:
+            assert self.plain is not None
+            return self.plain(*args)
         outputs = use.seen.program.run(*args)
         use.returned(outputs)
         _torch.prepare_backward(outputs, refuse_autocast, use.done)
@@ -140,14 +160,16 @@ class Graph:
         call = StepCall(_bare(self.module), _concrete(args), name=self.name)
         with _torch.outside_of_tracing():
             unchanged = unchanged_step(call)
-        builder = _Builder(self, args, around, options, call, unchanged)
+        without_data = replace(call, args=())  # what is compiled refers to it as long as it lives
+        builder = _Builder(self, self.sizes(args), around, options, without_data, unchanged)
         context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
         with compiling(), eager_decompositions(), context:
             run = _torch.aot_compile(
                 self.module, args, builder.partition, builder.forward, builder.backward
             )
         if builder.planned is None:
-            self.plain = run
+            # Compiled later than Dynamo traced, it would serve the sizes of this call alone.
+            self.plain = run if self.tracing else self.module
             return None
         return builder.program(run)
 
@@ -158,13 +180,13 @@ class _Builder:
     def __init__(
         self,
         graph: Graph,
-        args: Sequence[Any],
+        sizes: tuple[int, ...],
         around: Around | None,
         options: Options,
         call: StepCall,
         unchanged: Unchanged,
     ) -> None:
-        self.graph, self.args, self.around, self.options = graph, args, around, options
+        self.graph, self.sizes, self.around, self.options = graph, sizes, around, options
         self.call, self.unchanged = call, unchanged
         self.places: dict[str, int] = {}
         self.planned: Planned | None = None
@@ -205,7 +227,7 @@ class _Builder:
         planned, graph = self.planned, self.joint
         assert planned is not None
         assert graph is not None
-        sizes, bindings = self.graph.sizes(self.args), graph.bindings()
+        bindings = graph.bindings()
         plan = planned.plan
         if self.around is not None and self.around.always:
             always = self.around.always
@@ -225,7 +247,7 @@ class _Builder:
             self.around,
             part_of(planned.line, planned.graph, bindings),
             part_of(planned.before, planned.graph, bindings),
-            sizes,
+            self.sizes,
             self.validity,
             self.places,
         )

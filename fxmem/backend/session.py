@@ -104,10 +104,11 @@ class Session:
         self._uses = [weakref.ref(use) for use in alive]
         return [use.seen for use in alive]
 
-    def enter(self, graph: Graph, args: Sequence[Any]) -> Use:
-        """A forward begins."""
+    def enter(self, graph: Graph, args: Sequence[Any]) -> Use | None:
+        """A forward begins; None where nothing in it needs a gradient."""
         program = self.program_for(graph, args)
-        assert program is not None
+        if program is None:
+            return None
         use = Use(Seen(graph.key(args), program, _storages(args)))
         self._uses.append(weakref.ref(use))
         seen = self.outstanding()
