@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fxmem.codes import narrow_floats, native, packing, quantizers
+from fxmem.codes import derivatives, narrow_floats, native, packing, quantizers
+from fxmem.graphs.activations import ACTIVATIONS
 
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -55,6 +56,24 @@ def test_blocks_have_the_bits_of_torchs_operators(given):
         how = ("mxfp4", list(x.shape), list(x.stride()), x.dtype)
         back = narrow_floats.dequantize_by_torch(code, *how)
         assert same(back, narrow_floats._dequantize_natively(code, *how))
+
+
+@compiled
+@pytest.mark.parametrize("given", SEEDS, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_derivatives_have_the_bits_of_torchs_operators(activation, bits, given):
+    seed, stream = given or (None, 0)
+    for x in samples():
+        how = (activation, bits, seed, stream)
+        code = derivatives.encode_by(derivatives._round_by_torch, x, *how)
+        assert same(code, derivatives.encode_by(derivatives._round_natively, x, *how))
+        grad = x.flip(0).contiguous()
+        found = [
+            multiplied(grad, code, activation, bits, torch.empty_like(grad))
+            for multiplied in (derivatives._multiply_by_torch, derivatives._multiply_natively)
+        ]
+        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 
 @compiled

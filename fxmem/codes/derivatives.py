@@ -15,12 +15,14 @@ is rounded to it, as aten's result is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fxmem.basics.errors import EncodingError
 from fxmem.basics.noise import Noise
+from fxmem.codes import native
 from fxmem.codes.packing import (
     by_rows,
     check_bits,
@@ -79,20 +81,65 @@ def _code_nbytes(x: torch.Tensor, bits: int) -> Any:
 def _encode(
     x: torch.Tensor, activation: str, bits: int, seed: torch.Tensor | None, stream: int
 ) -> torch.Tensor:
+    rounded = _round_natively if native.on_native(x, _native_agrees) else _round_by_torch
+    return encode_by(rounded, x, activation, bits, seed, stream)
+
+
+_Rounding = Callable[[torch.Tensor, torch.Tensor, tuple[float, float], int, Noise, int], None]
+"""Writes words of whole groups of derivatives, by a grid, in so many bits, from a place on."""
+
+
+def encode_by(
+    rounded: _Rounding,
+    x: torch.Tensor,
+    activation: str,
+    bits: int,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> torch.Tensor:
+    """As the operator."""
     how, code = _check(x.dtype, activation, bits), _fake_encode(x, activation, bits, seed, stream)
     check_dense(x)
     noise, words = Noise(seed, stream, x.device), code[_HEADER:].view(-1, GROUP * bits // 8)
-    first, inside = grid(how, bits)
     added = x.new_zeros((1,), dtype=torch.float32)
     for at, end in stretches(len(words), GROUP, x.device):
-        steps = how.derivative(rows(flat(x), at, end, GROUP)).mul_(inside).sub_(first)
-        added += steps.sum() * 0.0  # NaN if any is not finite
-        below = steps.floor().nan_to_num_(0.0).clamp_(0, 2**bits - 2)
-        share = steps.sub_(below).view(-1)
-        above = torch.gt(share, noise.at(at * GROUP, len(share))).view_as(below)
-        words[at:end] = join(below.add_(above), bits)
+        found = how.derivative(rows(flat(x), at, end, GROUP))
+        added += found.sum() * 0.0  # NaN if any is not finite
+        rounded(found, words[at:end], grid(how, bits), bits, noise, at * GROUP)
+        del found  # before the next ones are made
     code[:_HEADER] = added.view(torch.uint8)
     return code
+
+
+def _round_by_torch(
+    found: torch.Tensor,
+    words: torch.Tensor,
+    points: tuple[float, float],
+    bits: int,
+    noise: Noise,
+    place: int,
+) -> None:
+    first, inside = points
+    steps = found.mul_(inside).sub_(first)
+    below = steps.floor().nan_to_num_(0.0).clamp_(0, 2**bits - 2)
+    share = steps.sub_(below).view(-1)
+    above = torch.gt(share, noise.at(place, len(share))).view_as(below)
+    words.copy_(join(below.add_(above), bits))
+
+
+_round_natively = native.round_derivatives
+
+
+def _native_agrees(device: torch.device) -> bool:
+    """With the torch code, with a last group that is not full?"""
+    seed = torch.full((1,), 3, dtype=torch.int64, device=device)
+    x = torch.linspace(-5, 5, 5003, device=device)
+    codes = [encode_by(how, x, "gelu", 4, seed, 1) for how in (_round_by_torch, _round_natively)]
+    grads = [
+        multiplied(x, codes[0], "gelu", 4, torch.empty_like(x))
+        for multiplied in (_multiply_by_torch, _multiply_natively)
+    ]
+    return torch.equal(*codes) and torch.equal(*grads)
 
 
 def _values(code: torch.Tensor, how: Activation, bits: int, at: int, end: int) -> torch.Tensor:
@@ -147,10 +194,27 @@ def _backward_out(
     *,
     grad_input: torch.Tensor,
 ) -> torch.Tensor:
-    how = _check(grad.dtype, activation, bits)
+    _check(grad.dtype, activation, bits)
     if not grad.permute(order).is_contiguous():
         return grad_input.copy_(torch.mul(grad, _decoded(grad, code, order, activation, bits)))
     check_code(code, _code_nbytes(grad, bits), grad)
+    natively = native.on_native(grad, _native_agrees)
+    multiplied = _multiply_natively if natively else _multiply_by_torch
+    return multiplied(grad, code, activation, bits, grad_input)
+
+
+def _multiply_natively(
+    grad: torch.Tensor, code: torch.Tensor, activation: str, bits: int, grad_input: torch.Tensor
+) -> torch.Tensor:
+    points = grid(ACTIVATIONS[activation], bits)
+    native.multiply_derivatives(grad, code, _HEADER, points, bits, grad_input)
+    return grad_input
+
+
+def _multiply_by_torch(
+    grad: torch.Tensor, code: torch.Tensor, activation: str, bits: int, grad_input: torch.Tensor
+) -> torch.Tensor:
+    how = ACTIVATIONS[activation]
     for at, end in stretches(group_count(grad, GROUP), GROUP, grad.device):
         part = flat(grad)[at * GROUP : end * GROUP]
         values = _values(code, how, bits, at, end).view(-1)[: len(part)]

@@ -1,4 +1,4 @@
-/* Groups of integers and blocks of MXFP4 in one pass each, for float32 on the CPU.
+/* Groups of integers, blocks of MXFP4 and codes of derivatives in one pass each, for float32 on the CPU.
  *
  * The results are those of the operators' own torch code, bit for bit: the same roundings in the same
  * order, so it is to be compiled without contraction, and the same noise of each place.
@@ -212,5 +212,42 @@ void fxmem_dequantize_mxfp4(float *x, int64_t count, const uint8_t *code) {
         }
         int64_t left = count - g * MX;
         memcpy(x + g * MX, all, (left < MX ? left : MX) * sizeof(float));
+    }
+}
+
+/* -- Derivatives of activations -------------------------------------------------------------------- */
+
+enum { GROUP = 64 };
+
+/* Of whole groups of derivatives, the first of which is at this place. */
+void fxmem_round_derivatives(const float *derivatives, int64_t groups, uint8_t *words, float first, float inside,
+                             int bits, const int64_t *seed, int64_t stream, int64_t place) {
+    float top = (float)((1 << bits) - 2);
+    uint8_t codes[GROUP];
+    int64_t bytes = GROUP * bits / 8;
+    for (int64_t g = 0; g < groups; g++, derivatives += GROUP, words += bytes) {
+        Draws draws = draws_from(seed, stream, place + g * GROUP);
+        for (int64_t i = 0; i < GROUP; i++) {
+            float steps = derivatives[i] * inside - first;
+            float below = at_most(at_least(floorf(steps), 0.0f), top);
+            codes[i] = (uint8_t)((int)below + (steps - below > draw(draws, i)));
+        }
+        join(words, codes, bytes, bits);
+    }
+}
+
+/* What has a derivative for each code of the words; it may be the gradient itself. */
+void fxmem_multiply_derivatives(const float *grad, int64_t count, const uint8_t *words, float first, float inside,
+                                float added, int bits, float *found) {
+    float values[256];
+    int64_t bytes = GROUP * bits / 8;
+    int mask = (1 << bits) - 1;
+    for (int n = 0; n <= mask; n++) values[n] = ((float)n + first) / inside + added;
+    for (int64_t at = 0; at < count; at += GROUP, words += bytes) {
+        int64_t left = count - at < GROUP ? count - at : GROUP;
+        for (int n = 0; n < 8 / bits; n++) {
+            int64_t row = at + n * bytes, here = left - n * bytes < bytes ? left - n * bytes : bytes;
+            for (int64_t j = 0; j < here; j++) found[row + j] = values[words[j] >> (bits * n) & mask] * grad[row + j];
+        }
     }
 }

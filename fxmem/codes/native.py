@@ -55,6 +55,15 @@ def library() -> ctypes.CDLL | None:
     found.fxmem_dequantize_groups.argtypes = (pointer, count, pointer, count, small)
     found.fxmem_quantize_mxfp4.argtypes = (pointer, count, pointer, pointer, count)
     found.fxmem_dequantize_mxfp4.argtypes = (pointer, count, pointer)
+    real = ctypes.c_float
+    found.fxmem_round_derivatives.argtypes = (
+        *(pointer, count, pointer, real, real, small),
+        *(pointer, count, count),
+    )
+    found.fxmem_multiply_derivatives.argtypes = (
+        *(pointer, count, pointer, real, real, real, small),
+        pointer,
+    )
     return found
 
 
@@ -106,6 +115,36 @@ def quantize_mxfp4(x: torch.Tensor, code: torch.Tensor, noise: Noise) -> None:
 
 def dequantize_mxfp4(code: torch.Tensor, found: torch.Tensor) -> None:
     _loops().fxmem_dequantize_mxfp4(*_memory(found), code.data_ptr())
+
+
+def round_derivatives(
+    derivatives: torch.Tensor,
+    words: torch.Tensor,
+    grid: tuple[float, float],
+    bits: int,
+    noise: Noise,
+    place: int,
+) -> None:
+    """Of whole groups of derivatives, the first of which is at this place."""
+    _loops().fxmem_round_derivatives(
+        *(derivatives.data_ptr(), len(derivatives), words.data_ptr(), *grid, bits),
+        *(_seed(noise), noise.stream, place),
+    )
+
+
+def multiply_derivatives(
+    grad: torch.Tensor,
+    code: torch.Tensor,
+    header: int,
+    grid: tuple[float, float],
+    bits: int,
+    found: torch.Tensor,
+) -> None:
+    """header: bytes of the code before the words; a float32 that is added to each derivative."""
+    added = float(code[:header].view(torch.float32))
+    _loops().fxmem_multiply_derivatives(
+        *_memory(grad), code.data_ptr() + header, *grid, added, bits, found.data_ptr()
+    )
 
 
 def _memory(x: torch.Tensor) -> tuple[int, int]:
