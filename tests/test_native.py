@@ -5,6 +5,7 @@ import torch
 
 from fxmem.codes import derivatives, narrow_floats, native, packing, quantizers
 from fxmem.graphs.activations import ACTIVATIONS
+from fxmem.graphs.workspace import Call
 
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -98,6 +99,23 @@ def test_without_a_compiler_torchs_operators_run(monkeypatch, tmp_path):
         assert not list(tmp_path.iterdir())
     finally:
         native.library.cache_clear()
+
+
+@compiled
+def test_what_is_known_of_an_operator_is_of_the_code_that_it_runs(monkeypatch):
+    """What one code holds in memory says nothing of another."""
+    call = Call.of(torch.ops.fxmem.quantize_groups.default, (torch.randn(640), 4, 64, None, 0), {})
+    known = set()
+    for setting in ("1", "0"):
+        monkeypatch.setenv("FXMEM_NATIVE", setting)
+        native.library.cache_clear()
+        native.implementation.cache_clear()
+        known.add(call.signature)
+    native.library.cache_clear()
+    native.implementation.cache_clear()
+    assert len(known) == 2
+    aten = Call.of(torch.ops.aten.relu.default, (torch.randn(4),), {})
+    assert aten.signature.startswith("aten.relu.default(")
 
 
 @compiled

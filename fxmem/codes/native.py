@@ -23,7 +23,7 @@ import torch
 
 from fxmem.basics.noise import Noise
 from fxmem.codes.packing import is_proven
-from fxmem.graphs.workspace import cache_folder
+from fxmem.graphs.workspace import IMPLEMENTATIONS, cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,17 @@ def library() -> ctypes.CDLL | None:
         pointer,
     )
     return found
+
+
+@cache
+def implementation() -> str:
+    """Which code the operators of ours run: a hash of all of it, and whether the loops are compiled."""
+    files = sorted(p for p in SOURCE.parent.iterdir() if p.suffix in (".py", ".c"))
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
+    return f"@{digest}{'' if library() is None else '+loops'}"
+
+
+IMPLEMENTATIONS["fxmem"] = implementation
 
 
 def _compiled() -> Path:

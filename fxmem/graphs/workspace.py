@@ -89,6 +89,10 @@ class TensorSpec:
         return tensor.fill_(1) if self.dtype.is_floating_point else tensor.zero_()
 
 
+IMPLEMENTATIONS: dict[str, Callable[[], str]] = {}
+"""Namespace of operators -> what says which code they run, where torch's version does not."""
+
+
 @dataclass(frozen=True)
 class Call:
     """An operator and its arguments, tensors replaced by their specs."""
@@ -120,7 +124,9 @@ class Call:
     @property
     def signature(self) -> str:
         """Operator, shapes, strides, types and constants: what its workspace depends on."""
-        return f"{self.target}({', '.join(map(str, pytree.tree_leaves((self.args, self.kwargs))))})"
+        which = IMPLEMENTATIONS.get(getattr(self.target, "namespace", ""), str)()
+        given = ", ".join(map(str, pytree.tree_leaves((self.args, self.kwargs))))
+        return f"{self.target}{which}({given})"
 
     def stand_ins(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Throwaway arguments; on the meta device they hold nothing."""
