@@ -61,3 +61,30 @@ def test_more_room_is_never_slower(seed, forward, flow):
     seconds = [plan.outcome.seconds for _, plan in found]
     assert all(less >= more for less, more in itertools.pairwise(seconds))
     assert smallest.outcome.seconds >= seconds[-1]
+
+
+@pytest.mark.parametrize("flow", [coded_flow, noisy_flow])
+@pytest.mark.parametrize("seed", SEEDS[::8])
+def test_codes_alone_are_as_few_as_the_budget_allows(seed, flow):
+    planner = Planner(flow(seed))
+    choices = planner.without_remaking()
+    for budget in sorted({c.outcome.peak for c in choices} | set(spread(planner))):
+        fitting = [c.outcome.seconds for c in choices if c.outcome.peak <= budget]
+        found = planner.fit_without_remaking(budget)
+        if not fitting:
+            assert found is None
+            continue
+        assert found is not None
+        assert found.outcome.peak <= budget
+        assert found.outcome.seconds <= min(fitting)
+
+
+def test_a_code_goes_where_there_is_room_for_what_it_is_made_of():
+    slower = 0
+    for seed in SEEDS:
+        planner = Planner(coded_flow(seed, 12))
+        *_, least = planner.without_remaking()
+        room = planner.keep_all().outcome.peak - 1
+        found = planner.fit_without_remaking(room)
+        slower += found is not None and found.outcome.seconds < least.outcome.seconds
+    assert slower > 20

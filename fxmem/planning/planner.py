@@ -74,12 +74,40 @@ class Planner:
 
         Some are those of values that nothing else reads, which go for them.
         """
+        saved = map(self.solver.coded_without, self._left_out())
+        return (self._unchanged, *map(self.choice, saved))
+
+    def _left_out(self) -> tuple[Set[int], ...]:
         simulator = self.simulator
         read = simulator.directly_read()
         doubled = {v for v in simulator.codes if simulator.operand(v) in read}
-        without: tuple[Set[int], ...] = (doubled, frozenset()) if simulator.codes else ()
-        saved = map(self.solver.coded_without, without)
-        return (self._unchanged, *map(self.choice, saved))
+        return (doubled, frozenset()) if simulator.codes else ()
+
+    def fit_without_remaking(self, budget: int) -> Choice | None:
+        """The fastest such choice found that peaks at or below ``budget`` bytes; None if none was."""
+        if self._unchanged.outcome.peak <= budget:
+            return self._unchanged
+        for without in self._left_out():
+            choice = self.choice(self.solver.coded_without(without))
+            if choice.outcome.peak <= budget:
+                return self._with_fewer_codes(set(without), choice, budget)
+        return None
+
+    def _with_fewer_codes(self, without: set[int], choice: Choice, budget: int) -> Choice:
+        """The slowest codes go where there is room for what they are made of, many at a time."""
+        values = self.simulator.flow.values
+        left = sorted(self.simulator.codes - without, key=lambda v: (-values[v].keeping, v))
+        groups = [left]
+        while groups:
+            group = groups.pop()
+            fewer = self.choice(self.solver.coded_without(without.union(group)))
+            if fewer.outcome.peak <= budget and fewer.outcome.seconds <= choice.outcome.seconds:
+                without.update(group)
+                choice = fewer
+            elif len(group) > 1:
+                half = len(group) // 2
+                groups += [group[half:], group[:half]]
+        return choice
 
     def fit(self, budget: int) -> Choice | None:
         """The fastest choice found that peaks at or below ``budget`` bytes; None if none was.

@@ -223,5 +223,4 @@ def _lossy_forms_of(analysis: Analysis, plan: Plan, options: Options) -> Iterato
 def _fit(planner: Planner, options: Options, budget: int) -> Choice | None:
     if "recompute" in options.allow:
         return planner.fit(budget)
-    choices = planner.without_remaking()
-    return next((choice for choice in choices if choice.outcome.peak <= budget), None)
+    return planner.fit_without_remaking(budget)
