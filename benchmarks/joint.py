@@ -1,7 +1,7 @@
 """Recomputation and noisy codes, each alone and both in one plan: smallest peaks, and times at equal bytes.
 
 python benchmarks/joint.py floors [--families llama gpt2 vit] [--size small]
-python benchmarks/joint.py budgets [--families ...] [--size small] [--shares 0.6 0.25] [--clock llama ...]
+python benchmarks/joint.py budgets [--families ...] [--size small] [--shares 0.6 0.25] [--below 0.3 0.05]
 
 ways          what plans may do beside lossless codes
 recompute     recompute, without lossless codes
@@ -12,8 +12,10 @@ kept          neither
 
 Noise is at most 1 % of the minibatch's own variance.  ``saved`` is what saved tensors make of a smallest
 peak: no code can take more off it than that.  Budgets lie at shares of the way from the smallest peak of
-the codes alone to the peak with everything kept, so that each way has a plan.  ``--clock`` families also
-run, the ways in turns.  Results go to a JSON file after each family, in the place of what was there of it.
+the codes alone to the peak with everything kept, where each way has a plan, and ``--below`` of the way
+from the smallest peak of both to that of the codes.  Ways that fit also run, in turns.  Times are planned
+by what operators take on this machine.  Results go to a JSON file after each family, in the place of what
+was there of it.
 """
 
 import argparse
@@ -43,7 +45,7 @@ NOISE = fxmem.Noise(0.01)
 
 
 def options_for(way: str, budget: Any) -> Any:
-    return options_of(budget, allow=WAYS[way], noise=NOISE, on_infeasible="best")
+    return options_of(budget, allow=WAYS[way], noise=NOISE, on_infeasible="best", cost="measure")
 
 
 def decided(analysis: Analysis, way: str, budget: Any) -> fxmem.Plan:
@@ -63,6 +65,7 @@ def facts(way: str, plan: fxmem.Plan) -> dict[str, Any]:
         "noise": plan.noise.predicted if plan.noise else 0.0,
         "tier": plan.noise.tier if plan.noise else "exact",
         "backwards": plan.noise.backwards if plan.noise else 0,
+        "codes": sum(1 for d in plan.decisions if d.error),
     }
 
 
@@ -77,17 +80,29 @@ def floors(step: Step, analysis: Analysis, options: argparse.Namespace) -> dict[
 
 
 def budgets(step: Step, analysis: Analysis, options: argparse.Namespace) -> dict[str, Any]:
-    least = decided(analysis, "codes", "min")
-    room = least.keep_all_peak - least.predicted_peak
+    """With the plans themselves, by way, for ``clock``."""
+    lowest, codes = (decided(analysis, way, "min") for way in ("joint", "codes"))
+    kept, least, low = codes.keep_all_peak, codes.predicted_peak, lowest.predicted_peak
+    asked = [least + int(share * (kept - least)) for share in options.shares]
+    asked += [low + int(share * (least - low)) for share in options.below]
     found = []
-    for share in options.shares:
-        budget = least.predicted_peak + int(share * room)
+    for budget in asked:
         plans = {way: decided(analysis, way, budget) for way in ("exact", "codes", "joint")}
-        one = {"budget": budget, "plans": [facts(way, plan) for way, plan in plans.items()]}
-        if step.family in options.clock:
-            one["clocked"] = clocked(step, budget, plans)
-        found.append(one)
-    return {"kept": least.keep_all_peak, "least": least.predicted_peak, "budgets": found}
+        found.append({"budget": budget, "plans": plans})
+    return {"kept": kept, "least": least, "lowest": low, "budgets": found}
+
+
+ROUNDS = 31
+
+
+def clock(step: Step, row: dict[str, Any]) -> None:
+    """Run the plans that fit, and put figures in the place of plans."""
+    for one in row["budgets"]:
+        plans, budget = one["plans"], one["budget"]
+        one["plans"] = [facts(way, plan) for way, plan in plans.items()]
+        fitting = {way: plan for way, plan in plans.items() if plan.predicted_peak <= budget}
+        if "joint" in fitting:
+            one["clocked"] = clocked(step, budget, fitting)
 
 
 def clocked(step: Step, budget: int, plans: dict[str, fxmem.Plan]) -> dict[str, Any]:
@@ -95,13 +110,13 @@ def clocked(step: Step, budget: int, plans: dict[str, fxmem.Plan]) -> dict[str, 
     modules = {
         way: fxmem.optimize(
             step.model, budget, step.args, example_kwargs=step.kwargs, allow=WAYS[way],
-            noise=NOISE, plan=plan,
+            noise=NOISE, plan=plan, cost="measure",
         )
         for way, plan in plans.items()
     }  # fmt: skip
     peaks = {w: step.added_peak(m) + plans[w].resident for w, m in modules.items()}
     clocks = [lambda m=m: step.seconds(m) for m in modules.values()]
-    rounds = side_by_side(clocks, 9)[2:]
+    rounds = side_by_side(clocks, ROUNDS)[2:]
     ways = list(modules)
     joint = ways.index("joint")
     return {
@@ -121,7 +136,12 @@ def floors_said(row: dict[str, Any]) -> str:
 def budgets_said(row: dict[str, Any]) -> str:
     lines = []
     for one in row["budgets"]:
-        each = ", ".join(f"{p['way']} {p['added'] / p['seconds']:+.2%}" for p in one["plans"])
+        each = ", ".join(
+            f"{p['way']} {p['added'] / p['seconds']:+.2%}"
+            if p["peak"] <= one["budget"]
+            else p["way"] + " -"
+            for p in one["plans"]
+        )
         lines.append(f"{one['budget']}: {each} {one.get('clocked', {}).get('joint_over', '')}")
     return "\n    ".join(["added time", *lines])
 
@@ -136,7 +156,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of floors")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.25])
-    parser.add_argument("--clock", nargs="*", default=[])
+    parser.add_argument("--below", nargs="+", type=float, default=[0.3, 0.05])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "joint-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -147,6 +167,8 @@ def main() -> None:
         given = (step.args, step.kwargs, None, None, ())
         with analyzed(step.model, options_for("joint", "min"), *given) as (analysis, _):
             row = {"family": name, "size": options.size, **find(step, analysis, options)}
+        if options.task == "budgets":
+            clock(step, row)
         print(name, options.size, say(row), flush=True)
         write(options.out, options.task, row)
 

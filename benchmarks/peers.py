@@ -7,12 +7,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+import torch._inductor.config
 from steps import Step
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch import partitioners
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -105,3 +108,36 @@ def with_ratio(step: Step, share: float) -> Iterator[Any]:
             yield torch.compile(step.model, backend=backend)
     finally:
         torch._dynamo.reset()
+
+
+LEAST_MIB = 4096 * 4 / 2**20
+"""Below which fxmem stores nothing with noise, so torch's pass does not either."""
+
+
+@contextlib.contextmanager
+def with_fp8(step: Step, kind: str, scaled: bool | None, masks: bool) -> Iterator[Any]:
+    """The compiled step, run op by op, with torch's own pass that saves activations in eight bits.
+
+    kind: "e4m3fn" or "e5m2".  scaled: None leaves ``use_scaling`` out, as one might who trusts defaults.
+    masks: also what ``where`` makes, whose infinities its scales do not survive.
+    """
+    how: dict[str, Any] = {
+        "quant_type": f"torch.float8_{kind}",
+        "size_in_mb": LEAST_MIB,
+        "allowed_dtypes": "torch.float32",
+        "exclude_primals": True,  # parameters are there anyway
+    }
+    if scaled is not None:
+        how["use_scaling"] = scaled
+    options = {"activation_quantization_aten_pass": how}
+    asked = partitioners.should_quantize
+
+    def chosen(node: Any) -> bool:
+        return asked(node) and (masks or node.target is not torch.ops.aten.where.self)
+
+    with (
+        torch._inductor.config.patch(post_grad_fusion_options=options),
+        mock.patch.object(partitioners, "should_quantize", chosen),
+        with_ratio(step, 1.0) as module,
+    ):
+        yield module
