@@ -1,10 +1,15 @@
 """What people put into a model that has a mind of its own about autograd: equal to eager, or refused."""
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from dynamo import fresh_dynamo
 from hazards import differences, mlp, train
 from torch import nn
+from torch._higher_order_ops.scan import scan
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -12,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 import fxmem
-from fxmem import backend
+from fxmem import _torch, backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:fxmem. no plan fits")
 
@@ -26,31 +31,64 @@ def _clean():
 
 
 def optimized(model, inputs):
-    return fxmem.optimize(model, "0.9x", inputs, on_infeasible="best")
+    return fxmem.optimize(model, "min", inputs, on_infeasible="best")
 
 
 def compiled(model, inputs):
-    options = {"budget": "0.9x", "on_infeasible": "best"}
+    options = {"budget": "min", "on_infeasible": "best"}
     return torch.compile(model, backend=backend.fxmem, options=options)
+
+
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 
 
 class Selective(nn.Module):
     """Products are saved, and all else is made again."""
 
+    policies = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE)
+
     def __init__(self):
         super().__init__()
-        self.layers = mlp(depth=1)
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), mlp(depth=1))
 
     def forward(self, x):
-        return checkpoint(self.layers, x, use_reentrant=False, context_fn=products_saved)
+        contexts = functools.partial(by_policy, *self.policies)
+        return checkpoint(self.layers, x, use_reentrant=False, context_fn=contexts)
 
 
-def products_saved():
+def by_policy(of_products, of_others):
     def policy(ctx, op, *args, **kwargs):
-        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+        return of_products if op in PRODUCTS else of_others
 
     return create_selective_checkpoint_contexts(policy)
+
+
+class SelectiveOfNothing(Selective):
+    policies = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+class SelectiveAtWill(Selective):
+    policies = (CheckpointPolicy.PREFER_SAVE, CheckpointPolicy.MUST_RECOMPUTE)
+
+
+class SelectiveByList(Selective):
+    def forward(self, x):
+        contexts = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
+        return checkpoint(self.layers, x, use_reentrant=False, context_fn=contexts)
+
+
+class Nested(nn.Module):
+    """A checkpoint in a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layers = nn.Linear(8, 8), mlp(depth=1)
+
+    def forward(self, x):
+        return checkpoint(self.outer, x, use_reentrant=False)
+
+    def outer(self, x):
+        return checkpoint(self.layers, self.first(x).sin(), use_reentrant=False).cos()
 
 
 class Reentrant(nn.Module):
@@ -93,6 +131,63 @@ class Mapped(nn.Module):
 
     def forward(self, x):
         return torch.func.vmap(lambda row: self.layers(row).tanh())(x)
+
+
+class MappedDraws(nn.Module):
+    """Each row draws its own numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(depth=1)
+
+    def forward(self, x):
+        return torch.func.vmap(lambda row: F.dropout(self.layers(row)), randomness="different")(x)
+
+
+class GradientsByRow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(depth=1)
+
+    def forward(self, x):
+        def loss(parameters, row):
+            return torch.func.functional_call(self.layers, parameters, (row,)).square().sum()
+
+        parameters = dict(self.layers.named_parameters())
+        by_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        return self.layers(x).sum() + sum(g.square().sum() for g in by_row.values())
+
+
+class Jacobians(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(depth=1)
+
+    def forward(self, x):
+        return torch.func.vmap(torch.func.jacrev(self.layers))(x).sum(1).sin()
+
+
+class Pushed(nn.Module):
+    """A derivative forwards inside the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(depth=1)
+
+    def forward(self, x):
+        outputs, slopes = torch.func.jvp(self.layers, (x,), (torch.ones_like(x),))
+        return outputs.sum() + slopes.square().sum()
+
+
+class Scanned(nn.Module):
+    """A loop in one operator, with a graph of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return scan(lambda sums, row: (sums + row.sin(), sums * row), x.new_zeros(8), self.first(x))
 
 
 class Called(nn.Module):
@@ -155,8 +250,78 @@ class OwnFunction(nn.Module):
         return value * signs.detach()
 
 
-WORKS = (Selective, Reentrant, OwnOperator)
-WORKS_TOO = (OwnGradient, Mapped, Called, OwnFunction)
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        x.mul_(2)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Unsent(torch.autograd.Function):
+    """Is given None for what nobody sends a gradient into."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y)
+        return x * y, x + y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, product, total):
+        x, y = ctx.saved_tensors
+        rest = 0 if total is None else total
+        return product * y + rest, product * x + rest
+
+
+class Drawing(torch.autograd.Function):
+    """Draws in its forward."""
+
+    @staticmethod
+    def forward(x, share):
+        mask = (torch.rand_like(x) > share).to(x.dtype)
+        return x * mask, mask
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return gradient * ctx.saved_tensors[0], None
+
+
+class OwnFunctions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.layers = nn.Linear(8, 8), mlp(depth=1)
+
+    def forward(self, x):
+        x = InPlace.apply(self.first(x).sin())
+        x, _ = Unsent.apply(x.sin(), x.cos())
+        x, mask = Drawing.apply(x.tanh(), 0.5)
+        return self.layers(x) + mask.sum()
+
+
+WORKS = (Selective, Reentrant, OwnOperator, OwnFunctions, MappedDraws, Scanned)
+WORKS_TOO = (
+    SelectiveOfNothing,
+    SelectiveAtWill,
+    SelectiveByList,
+    Nested,
+    OwnGradient,
+    GradientsByRow,
+    Jacobians,
+    Pushed,
+    Mapped,
+    Called,
+    OwnFunction,
+)
 
 
 @pytest.mark.parametrize("apply", [optimized, compiled])
@@ -182,3 +347,69 @@ def test_hooks_inside_are_refused_with_a_way_out_that_works():
     want = train(model, (x,))
     model.zero_grad()
     assert not differences(want, train(compiled(model, (x,)), (x,)))
+
+
+class SavedOnCpu(HooksInside):
+    def forward(self, x):
+        with torch.autograd.graph.save_on_cpu():
+            return self.layers(x)
+
+
+class Flexible(nn.Module):
+    """Attention whose scores the model changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x):
+        heads = self.first(x).reshape(1, 2, 8, 8)
+        return flex_attention(heads, heads, heads, lambda score, b, h, i, j: score + 0.1 * (i - j))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (SavedOnCpu, "enter the hooks around the call"),
+        (Flexible, "NotImplementedError: FlexAttention does not support backward on CPU"),
+    ],
+)
+def test_what_does_not_work_is_refused_in_the_words_of_its_cause(make, text):
+    model, x = make(), torch.randn(X)
+    with pytest.raises(fxmem.CaptureError) as caught:
+        optimized(model, (x,))
+    assert text in str(caught.value)
+
+
+def test_flex_attention_trains_nowhere_on_the_cpu_and_evaluates_as_it_is():
+    model, x = Flexible(), torch.randn(X)
+    for step in (model, compiled(model, (x,))):
+        with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+            step(x)
+    with torch.no_grad():
+        want = torch.compile(model, backend="aot_eager")(x)
+        assert torch.equal(compiled(model, (x,))(x), want)
+
+
+def test_what_the_model_itself_raises_is_quoted():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if x.shape[0] > 1:
+                raise ValueError("one row, and one alone")
+            return super().forward(x)
+
+    with pytest.raises(fxmem.CaptureError) as caught:
+        optimized(Picky(8, 8), (torch.randn(X),))
+    assert "reason  ValueError: one row, and one alone\n" in str(caught.value)
+    assert "without fxmem" in str(caught.value)
+
+
+def test_an_error_inside_vmap_leaves_no_level_of_it_on(monkeypatch):
+    def failing(*_):
+        torch._C._functorch._vmap_increment_nesting(16, "error")
+        raise RuntimeError("in the middle of it")
+
+    monkeypatch.setattr(_torch, "aot_export_joint_with_descriptors", failing)
+    with pytest.raises(fxmem.CaptureError, match="in the middle of it"):
+        optimized(Mapped(), (torch.randn(X),))
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0

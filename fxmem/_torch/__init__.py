@@ -257,11 +257,30 @@ def joint_export(output: Any) -> Iterator[Any]:
     # Autocast is for the forward: users leave it before they call backward().
     outside = torch._functorch.config.patch(backward_pass_autocast="off")
     with tracing(context), random_as_in_eager(), outside, contextlib.ExitStack() as stack:
-        with _wrappers_of_no_bytes():
+        maps = _maps(backend_input.graph_module)
+        wrappers = contextlib.nullcontext() if maps else _wrappers_of_no_bytes()
+        with wrappers, _levels_of_functorch_kept():
             exported = aot_export_joint_with_descriptors(
                 stack, backend_input.graph_module, tuple(backend_input.example_inputs)
             )
         yield exported
+
+
+def _maps(module: fx.GraphModule) -> bool:
+    """Is ``vmap`` in the graph?  Under it some operators look whether a storage holds its tensor."""
+    calls = (n for n in module.graph.nodes if n.op == "call_function")
+    return any("vmap" in getattr(node.target, "__name__", "") for node in calls)
+
+
+@contextlib.contextmanager
+def _levels_of_functorch_kept() -> Iterator[None]:
+    """A graph enters and leaves ``vmap`` and ``grad`` step by step: an error inside would leave them on."""
+    functorch: Any = torch._C._functorch
+    depth = functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 BoxedCallable = Callable[[list[Any]], Any]
@@ -616,7 +635,8 @@ def quiet_fake_tensors() -> Iterator[None]:
     logger = logging.getLogger("torch._subclasses.fake_tensor")
 
     def other(record: logging.LogRecord) -> bool:
-        return "failed while attempting to run meta" not in str(record.msg)
+        refused = ("failed while attempting to run meta", "fake tensor raised")
+        return not any(words in str(record.msg) for words in refused)
 
     logger.addFilter(other)
     try:

@@ -192,10 +192,12 @@ def _largest_index(node: fx.Node) -> int | None:
     if getattr(node.target, "__name__", "") != "getitem" or node.args[1] != 1:
         return None
     maker: Any = node.args[0]
-    source: Any = maker.args[0].meta["val"] if maker.args else None
+    if maker.target not in _PLANES and maker.target not in _DIMENSION:
+        return None
+    source: Any = maker.args[0].meta["val"]
     if maker.target in _PLANES:
         sizes = list(source.shape[-_PLANES[maker.target] :])
-    elif maker.target in _DIMENSION and source.ndim:
+    elif source.ndim:
         place = _DIMENSION[maker.target]
         dim = maker.args[place] if len(maker.args) > place else maker.kwargs.get("dim", -1)
         sizes = [source.shape[dim]]

@@ -347,18 +347,24 @@ _USER_FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s+(?P<code>.+)'
 )
 _GOT = re.compile(r"""got \w+\((?P<quote>["'])(?P<said>.+?)(?P=quote)\)""")
+_RAISED = re.compile(  # by the traced code; before torch 2.13 with what Dynamo made of the words
+    r"raised exception (?P<kind>\w+)\((?:\[ConstantVariable\(str: )?"
+    r"(?P<quote>[\"'])(?P<said>.+?)(?P=quote)\)"
+)
 _OWN_FILES = ("/fxmem/", "/torch/", "<frozen", "<string>", "<eval_with_key>")
 
 
 def _capture_error(error: Exception, model: nn.Module) -> CaptureError:
-    reason = _first_lines(str(error)) or type(error).__name__
+    reason = f"{type(error).__name__}: {_first_lines(str(error)) or type(error).__name__}"
+    if raised := _RAISED.search(str(error)):
+        reason = f"{raised['kind']}: {raised['said']}"
     where = _user_line(error) or _forward_line(model)
     return CaptureError(
         f"the training step could not be captured as one graph.\n"
-        f"  reason  {type(error).__name__}: {reason}\n"
+        f"  reason  {reason}\n"
         f"  at      {where or 'unknown line'}\n"
         f"  try     {_way_out(error)}",
-        reason=f"{type(error).__name__}: {reason}",
+        reason=reason,
         place=where,
     )
 
@@ -401,7 +407,7 @@ def _is_own(file: str) -> bool:
 
 def _way_out(error: Exception) -> str:
     name, text = type(error).__name__, str(error).lower()
-    if "saved_tensors_hooks" in text:
+    if "saved_tensors_hooks" in text or "save_on_cpu" in text:
         return (
             "enter the hooks around the call of the optimized module, where they see what a plan saves; or "
             'torch.compile(model, backend="fxmem"), which leaves the part inside them as it is'
@@ -411,6 +417,8 @@ def _way_out(error: Exception) -> str:
             "replace Python control flow on tensor values with torch.where or torch.cond, "
             "or optimize the submodules around it one by one"
         )
+    if _RAISED.search(str(error)):
+        return "run the model once without fxmem on the same inputs: its own code raises this"
     if name == "TorchRuntimeError":
         return (
             "run the model once without fxmem on the same inputs: the operator itself refuses them"
