@@ -106,11 +106,29 @@ def said(figure: int | str, measured: int) -> str:
     return f"{figure / measured:.2f}" if isinstance(figure, int) else "needs CUDA"
 
 
+def float8(results: dict[str, Any]) -> str:
+    """One line a family: torch's pass, a plan for its bytes, and codes alone, whose means may move."""
+    headers = ["family", *(f"{way}: {what}" for way in ("torch", "fxmem") for what in _OF_EACH)]
+    headers += [f"codes alone: {what}" for what in _OF_EACH]
+    rows = {(row["family"], row["way"]): row for row in results["rows"]}
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in results["rows"]):
+        whole = rows[family, "eager"]["peak"]
+        line = [family]
+        for row in (rows[family, way] for way in ("e4m3", "fxmem", "bounded")):
+            line += [f"{row['peak'] / whole:.2f}", f"{row['error']:.1%}", f"{row['time']:.2f}"]
+        lines.append(line)
+    return tabulate(lines, headers, "github", disable_numparse=True)
+
+
+_OF_EACH = ("peak", "error", "time")
+
 TABLES = {
     "engine": ("engine-cpu.json", table),
     "pareto": ("pareto-cpu.json", pareto),
     "planning": ("planning-cpu.json", planning),
     "views": ("views-cpu.json", views),
+    "float8": ("fp8-cpu.json", float8),
 }
 """Mark in README -> the results, and what is printed of them."""
 
