@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from dynamo import fresh_dynamo
 from test_backend import Net, batch, seeded, stepped
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._inductor import lowering
 from torch._inductor.exc import CppCompileError, InductorError
+from torch._inductor.utils import fresh_inductor_cache
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxmem
 from fxmem import backend
 from fxmem._torch import inductor as _torch_inductor
+from fxmem._torch import symbolic_fake_mode
 from fxmem.backend.session import Session
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.measure import cpu_allocations
@@ -194,6 +198,48 @@ def test_what_goes_with_the_device():
     assert not options.uses_inductor(torch.device("cpu"))
     asked = Session(None, backend.read({"budget": "1GiB", "compiler": "eager"})).options
     assert not asked.uses_inductor(torch.device("cuda"))
+
+
+# -- Torch's cache of compiled graphs ------------------------------------------------------------------
+
+
+def _found():
+    """How many graphs came from the cache, and how many were compiled; counts from here on."""
+    counts = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+    counters.clear()
+    return counts
+
+
+def test_each_plan_has_graphs_of_its_own_in_the_cache():
+    x, seen = batch(256), []
+    want = stepped(eager := seeded(Net), eager, x)
+    with fresh_inductor_cache():
+        _found()
+        for budget in ("1TiB", "0.6x", "1TiB", "0.6x"):
+            torch._dynamo.reset()
+            model = seeded(Net)
+            step = fxmem.optimize(model, budget, (x,), compiler="inductor")
+            seen.append((_found(), step.plan.predicted_peak, len(step.plan.recomputed)))
+            assert_close(want, stepped(step, model, x))
+    (roomy, tight, roomy_again, tight_again) = seen
+    assert roomy[0]["hit"] == tight[0]["hit"] == 0
+    assert roomy[0]["miss"] >= 2
+    assert tight[0]["miss"] >= 2
+    assert roomy_again == ({"hit": roomy[0]["miss"], "miss": 0}, *roomy[1:])
+    assert tight_again == ({"hit": tight[0]["miss"], "miss": 0}, *tight[1:])
+    assert tight[1] < roomy[1]
+
+
+def test_which_outputs_keep_their_strides_is_part_of_the_key():
+    with fresh_inductor_cache():
+        _found()
+        for visible in (range(1), range(0), range(1)):
+            x = symbolic_fake_mode().from_tensor(torch.randn(8, 4), static_shapes=True)
+            module = make_fx(lambda x: (x.sin(),))(x)
+            _torch_inductor.inductor(
+                module, backward=False, static_inputs=[], visible=visible, strides={}
+            )
+        assert _found() == {"hit": 1, "miss": 2}
 
 
 # -- Errors --------------------------------------------------------------------------------------------

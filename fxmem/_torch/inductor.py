@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -28,6 +28,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._prims import rng_prims
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -172,7 +173,7 @@ def inductor(
     *,
     backward: bool,
     static_inputs: Sequence[int],
-    visible: Iterable[int],
+    visible: Sequence[int],
     strides: Strides,
 ) -> tuple[BoxedCallable, Strides]:
     """Code for one half, and the strides of what it returns.
@@ -197,6 +198,7 @@ def inductor(
         V.set_fake_mode(mode),
         _fake_generator_states(mode),
         TracingContext.report_output_strides() as found,
+        _keyed_by(visible),
     ):
         code: Any = compile_fx_inner(
             module,
@@ -213,6 +215,17 @@ def inductor(
         if isinstance(node, fx.Node) and given is not None
     }
     return code, made
+
+
+def _keyed_by(visible: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, torch's cache of compiled graphs knows which outputs have to keep their strides.
+
+    All else that a plan changes is in the graph's own code, by which that cache is keyed.
+    """
+    tag = f"{compiler_config.cache_key_tag} fxmem {list(visible)}"
+    config: Any = compiler_config
+    patch: contextlib.AbstractContextManager[Any] = config.patch(cache_key_tag=tag)
+    return patch
 
 
 @contextlib.contextmanager
