@@ -107,6 +107,9 @@ def noisy_flow(seed: int, forward: int | None = None) -> Dataflow:
                 Operator(NODE, True, (codes[v],), decoded, _workspace(rng), 0.0, decodes=True)
             )
             op.reads = tuple(sorted({*decoded, *op.reads} - {v}))
+        direct = set(op.reads).intersection(codes.values())
+        if coded and not direct and rng.random() < 0.3:  # it writes over what is decoded
+            op.reads = tuple(sorted({codes[coded[0]], *op.reads}))
         operators.append(op)
         for v in sorted(codes.keys() & set(op.makes)):
             code, work = (codes[v],), _workspace(rng)

@@ -26,6 +26,7 @@ from fxmem.passes.quantize import Code, QuantizePass
 from fxmem.passes.recompute import Recompute, RecomputePass
 from fxmem.passes.uncode import UncodePass
 from fxmem.planning.allotment import Allotment, Candidate, encoding_named
+from fxmem.steps import pipeline
 
 ALLOW = ("recompute", "lossless", "quantize")
 CODES = ("lossless", "quantize")
@@ -283,12 +284,12 @@ def gated():
     return Shell(body, **parts), torch.randn(256, 32)
 
 
-def options_for(model, **changes):
+def options_for(model, budget="min", **changes):
     given = {
         "allow": ALLOW, "noise": 0.01, "reserve": 0, "on_infeasible": "raise", "compiler": "eager",
         "cost": "auto", "plan": None, **changes,
     }  # fmt: skip
-    return read_options(model, "min", **given)
+    return read_options(model, budget, **given)
 
 
 def named(candidate, bits):
@@ -652,6 +653,22 @@ def test_plans_take_codes_of_derivatives():
     assert sum(step.report().noise.values()) == pytest.approx(added, rel=0.25)
     grown = fxmem.plan(model, step.plan.predicted_peak + 150_000, (x,), allow=ALLOW, **loss)
     assert grown.predicted_peak <= step.plan.predicted_peak + 150_000
+
+
+def test_what_is_written_over_is_not_what_a_code_that_is_not_kept_was_made_of():
+    """Then there is nothing decoded to write over, and the plan knows: it is not made a second time."""
+    model, x, loss = gated_perceptron(layers=3)
+    given = (None, None, loss["loss_fn"], loss["loss_inputs"])
+    with analyzed(model, options_for(model, on_infeasible="best"), (x,), *given) as (analysis, _):
+        kept = analysis.planner.keep_all().outcome.peak
+        for share in (0.8, 0.6, 0.5):
+            budget = int(share * kept)
+            options = options_for(model, on_infeasible="best", budget=budget)
+            applied = pipeline._applied(analysis, options, budget)
+            assert applied.form.allotment is not None
+            assert not applied.settled
+            bindings = applied.form.expected.bindings()
+            assert applied.line.peak(bindings).nbytes <= applied.choice.outcome.peak <= budget
 
 
 class Mixer(Mlp):

@@ -46,7 +46,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
-CHECKED_VERSIONS = ("2.11.0", "2.13.0")
+CHECKED_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # torch's compiler stack is not thread-safe, so every capture and compilation holds this lock.

@@ -74,6 +74,7 @@ class Operator:
     rng_state: bytes of generator state to keep if the operator is to run again; 0 if not random.
     writes_over: of these forward values, the first that nobody reads again gives its bytes to the
     result of a forward operator.  decodes: does it make again, of a code, what the code is made of?
+    overwrites: does it write over what was decoded?
     """
 
     node: fx.Node
@@ -87,6 +88,7 @@ class Operator:
     remakes: tuple[int, ...] = ()
     writes_over: tuple[int, ...] = ()
     decodes: bool = False
+    overwrites: bool = False
 
 
 @dataclass
@@ -189,7 +191,26 @@ def with_codes(flow: Dataflow, plain: Dataflow, cost: Cost, encoders: Container[
     for v, more in keeping.items():
         noise = values[v].node.meta.get(NOISE, 0)
         values[v] = replace(values[v], code=True, keeping=max(more, 0.0), noise=noise)
+    _read_by_overwriters(operators, values)
     return replace(flow, operators=operators, values=values, waiting=waiting)
+
+
+def _read_by_overwriters(operators: list[Operator], values: list[Value]) -> None:
+    """What writes over a decoded value reads the code, too: if that is not kept, nothing is decoded.
+
+    The operator then reads what the code is made of, which is saved or made again, and may not be written
+    over.
+    """
+    codes: dict[int, int] = {}
+    for i, op in enumerate(operators):
+        lossy = [v for v in op.reads if values[v].noise]
+        if op.decodes and lossy:
+            codes |= {values[v].storage: lossy[0] for v in op.makes}
+        elif op.backward and not op.makes:
+            written = [k for k in storages_in(op.node.meta.get("val")) if k in codes]
+            if written:
+                reads = tuple(sorted({codes[written[0]], *op.reads}))
+                operators[i] = replace(op, reads=reads, overwrites=True)
 
 
 def _add_operator(

@@ -42,13 +42,20 @@ def recompute_pass(flow: Dataflow, planner: Planner, choice: Choice) -> Recomput
     """A choice over numbers as a pass over nodes."""
     operators, values = flow.operators, flow.values
     kept = choice.kept | planner.simulator.always_kept
+    recomputed = (one for one in choice.outcome.recomputed if not _reads_no_code(flow, *one))
     return RecomputePass(
         tuple(
             Recompute(operators[i].node.name, operators[flow.num_forward + j].node.name)
-            for i, j in choice.outcome.recomputed
+            for i, j in recomputed
         ),
         frozenset(values[v].node.name for v in kept),
     )
+
+
+def _reads_no_code(flow: Dataflow, i: int, j: int) -> bool:
+    """Would a code be made for an operator that writes over what is decoded, and reads that alone?"""
+    makes_code = any(flow.values[v].noise for v in flow.operators[i].makes)
+    return makes_code and flow.operators[flow.num_forward + j].overwrites
 
 
 def _refuse_unplanned_noise(graph: JointGraph) -> None:
