@@ -13,7 +13,7 @@ kept          neither
 Noise is at most 1 % of the minibatch's own variance.  ``saved`` is what saved tensors make of a smallest
 peak: no code can take more off it than that.  Budgets lie at shares of the way from the smallest peak of
 the codes alone to the peak with everything kept, where each way has a plan, and ``--below`` of the way
-from the smallest peak of both to that of the codes.  Ways that fit also run, in turns.  Times are planned
+from the smallest peak of both to that of the codes.  Ways that fit also run, in turns, and are planned
 by what operators take on this machine.  Results go to a JSON file after each family, in the place of what
 was there of it.
 """
@@ -44,8 +44,8 @@ WAYS = {
 NOISE = fxmem.Noise(0.01)
 
 
-def options_for(way: str, budget: Any) -> Any:
-    return options_of(budget, allow=WAYS[way], noise=NOISE, on_infeasible="best", cost="measure")
+def options_for(way: str, budget: Any, cost: str = "auto") -> Any:
+    return options_of(budget, allow=WAYS[way], noise=NOISE, on_infeasible="best", cost=cost)
 
 
 def decided(analysis: Analysis, way: str, budget: Any) -> fxmem.Plan:
@@ -165,7 +165,8 @@ def main() -> None:
     for name in options.families:
         step = Step(name, options.size, "cpu")
         given = (step.args, step.kwargs, None, None, ())
-        with analyzed(step.model, options_for("joint", "min"), *given) as (analysis, _):
+        cost = "measure" if options.task == "budgets" else "auto"
+        with analyzed(step.model, options_for("joint", "min", cost), *given) as (analysis, _):
             row = {"family": name, "size": options.size, **find(step, analysis, options)}
         if options.task == "budgets":
             clock(step, row)
