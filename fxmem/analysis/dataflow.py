@@ -209,7 +209,9 @@ def _read_by_overwriters(operators: list[Operator], values: list[Value]) -> None
         elif op.backward and not op.makes:
             written = [k for k in storages_in(op.node.meta.get("val")) if k in codes]
             if written:
-                reads = tuple(sorted({codes.pop(written[0]), *op.reads}))  # once: it is no code's then
+                reads = tuple(
+                    sorted({codes.pop(written[0]), *op.reads})
+                )  # once: it is no code's then
                 operators[i] = replace(op, reads=reads, overwrites=True)
 
 
