@@ -209,10 +209,8 @@ def _read_by_overwriters(operators: list[Operator], values: list[Value]) -> None
         elif op.backward and not op.makes:
             written = [k for k in storages_in(op.node.meta.get("val")) if k in codes]
             if written:
-                reads = tuple(
-                    sorted({codes.pop(written[0]), *op.reads})
-                )  # once: it is no code's then
-                operators[i] = replace(op, reads=reads, overwrites=True)
+                code = codes.pop(written[0])  # what writes there next writes over no decoded value
+                operators[i] = replace(op, reads=tuple(sorted({code, *op.reads})), overwrites=True)
 
 
 def _add_operator(

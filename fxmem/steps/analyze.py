@@ -110,8 +110,8 @@ class Analysis:
             saved = [s for s in self._saved if noise.bounded or s.use is not Use.SMOOTH]
             if not saved:
                 return Allotment(Statistics({}, (), 0), noise.ceiling, (), ())
-            known = self._statistics(self._runs, noise, saved)
-            found = candidates_of(known, self._runs)
+            known = self._statistics(self.runs, noise, saved)
+            found = candidates_of(known, self.runs)
             self._allotted = noise, Allotment.of(known, noise.ceiling, found, noise.bounded)
         return self._allotted[1]
 
@@ -140,13 +140,13 @@ class Analysis:
     ) -> dict[str, float]:
         """Parameter -> the variance that the kept codes are seen to add to its gradient."""
         codes = tuple(code for code in codes_of(allotment) if code.source in kept)
-        coded = QuantizePass(codes).apply(self._runs)
+        coded = QuantizePass(codes).apply(self.runs)
         if self._draws is None:
-            self._draws = travelling.Draws(self._runs, self.examples, self.call.model)
+            self._draws = travelling.Draws(self.runs, self.examples, self.call.model)
         return self._draws.distances(coded, draws)
 
     @cached_property
-    def _runs(self) -> JointGraph:
+    def runs(self) -> JointGraph:
         """The step as it runs when the tangents come that are expected."""
         return UndefinedTangentsPass(self.undefined).apply(self.graph)
 

@@ -10,7 +10,6 @@ from fxmem.analysis.rebatch import resized
 from fxmem.analysis.simulate import Simulator
 from fxmem.basics.errors import PlanMismatchError
 from fxmem.codes.gradient_noise import check_measurable
-from fxmem.passes.tangents import UndefinedTangentsPass
 from fxmem.planning.allotment import Allotment
 from fxmem.planning.plan import Plan, fingerprint, keys
 from fxmem.planning.planner import Choice, Planner
@@ -64,8 +63,7 @@ def _choose(
     A loaded plan is of either form, and its fingerprint says of which.
     """
     if "quantize" in options.allow:
-        runs = UndefinedTangentsPass(analysis.undefined).apply(analysis.graph)
-        check_measurable(runs, analysis.examples, analysis.call, options.noise)
+        check_measurable(analysis.runs, analysis.examples, analysis.call, options.noise)
     if options.plan is not None:
         form = _form_of(analysis, options.plan, options)
         return form, find_choice(form, options.plan), None
