@@ -2,7 +2,8 @@
 
 ``FAMILIES[name].build(size)`` gives ``(model, args, kwargs)``, the loss is inside the model, and
 ``loss_of(model(*args, **kwargs))`` is the scalar to run backward on.  Sizes: ``tiny`` for fuzzing
-(milliseconds), ``small`` for CI (activations outweigh parameters), ``bench`` for comparisons.
+(milliseconds), ``small`` for CI (activations outweigh parameters), ``bench`` for comparisons,
+``wide`` for as many channels as models in use have, and few layers.
 
 Weights and inputs are seeded by the build alone; dropout draws from the global generator, so a
 comparison seeds it before each step.
@@ -18,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-SIZES = ("tiny", "small", "bench")
+SIZES = ("tiny", "small", "bench", "wide")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture at three sizes; ``batch`` holds the batch size of each."""
+    """One architecture at four sizes; ``batch`` holds the batch size of each."""
 
     name: str
     make: Callable[..., Built] = field(repr=False)
@@ -353,6 +354,7 @@ TABLE: tuple[tuple[Callable[..., Built], float, dict[str, dict[str, Any]]], ...]
             tiny=(2, 16, 16, 40, 2, 2),
             small=(4, 128, 64, 172, 4, 4),
             bench=(4, 256, 128, 344, 4, 12),
+            wide=(4, 256, 512, 1376, 8, 2),
         ),
     ),
     (
@@ -363,6 +365,7 @@ TABLE: tuple[tuple[Callable[..., Built], float, dict[str, dict[str, Any]]], ...]
             tiny=(2, 16, 16, 2, 2),
             small=(4, 128, 64, 4, 4),
             bench=(4, 256, 128, 4, 12),
+            wide=(4, 256, 512, 8, 2),
         ),
     ),
     (
@@ -373,6 +376,7 @@ TABLE: tuple[tuple[Callable[..., Built], float, dict[str, dict[str, Any]]], ...]
             tiny=(2, 16, 4, 16, 32, 2, 2),
             small=(8, 32, 4, 64, 128, 4, 6),
             bench=(16, 64, 4, 128, 256, 4, 8),
+            wide=(16, 64, 8, 512, 2048, 8, 2),
         ),
     ),
     (
@@ -383,6 +387,7 @@ TABLE: tuple[tuple[Callable[..., Built], float, dict[str, dict[str, Any]]], ...]
             tiny=(2, 16, 4, [1, 1]),
             small=(8, 96, 8, [2, 2, 2]),
             bench=(32, 128, 16, [3, 4, 6]),
+            wide=(8, 128, 64, [1, 1, 1]),
         ),
     ),
     (
@@ -393,6 +398,7 @@ TABLE: tuple[tuple[Callable[..., Built], float, dict[str, dict[str, Any]]], ...]
             tiny=(2, 16, [8, 16], [1, 1]),
             small=(6, 48, [16, 32], [3, 3]),
             bench=(16, 128, [24, 48, 96], [3, 3, 6]),
+            wide=(8, 64, [96, 192], [2, 2]),
         ),
     ),
     (
@@ -403,6 +409,7 @@ TABLE: tuple[tuple[Callable[..., Built], float, dict[str, dict[str, Any]]], ...]
             tiny=(2, 16, 4, 2),
             small=(4, 48, 8, 3),
             bench=(8, 128, 16, 4),
+            wide=(4, 64, 32, 3),
         ),
     ),
     (
@@ -413,6 +420,7 @@ TABLE: tuple[tuple[Callable[..., Built], float, dict[str, dict[str, Any]]], ...]
             tiny=(2, 8, 8, 4, [2, 2]),
             small=(8, 24, 16, 8, [4, 4, 4]),
             bench=(16, 64, 24, 12, [6, 6, 6]),
+            wide=(8, 32, 64, 32, [4, 4, 4]),
         ),
     ),
     (
@@ -423,6 +431,7 @@ TABLE: tuple[tuple[Callable[..., Built], float, dict[str, dict[str, Any]]], ...]
             tiny=(2, 12, 10, 16, 32, 2, 1),
             small=(4, 96, 64, 48, 96, 4, 4),
             bench=(8, 256, 192, 96, 192, 4, 6),
+            wide=(4, 160, 128, 384, 1536, 8, 2),
         ),
     ),
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxmem.codes import derivatives, narrow_floats, native, packing, quantizers
+from fxmem.codes import bits, derivatives, narrow_floats, native, packing, pools, quantizers
 from fxmem.graphs.activations import ACTIVATIONS
 from fxmem.graphs.workspace import Call
 
@@ -75,6 +75,43 @@ def test_derivatives_have_the_bits_of_torchs_operators(activation, bits, given):
             for multiplied in (derivatives._multiply_by_torch, derivatives._multiply_natively)
         ]
         torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+@compiled
+@pytest.mark.parametrize("n", range(len(list(samples()))))
+def test_bits_and_what_reads_them_are_those_of_torchs_operators(n):
+    x = list(samples())[n]
+    for left, right in bits._compared(x):
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+        assert same(left.signbit(), right.signbit()) or left.isnan().any()
+
+
+WINDOWS = [
+    native.Window([2, 2], [2, 2], [0, 0], [1, 1]),
+    native.Window([3, 3], [2, 1], [1, 1], [1, 1]),
+    native.Window([3, 2], [1, 3], [1, 0], [2, 3]),
+    native.Window([16, 16], [1, 1], [8, 8], [1, 1]),
+    native.Window([1, 5], [1, 2], [0, 2], [1, 1]),
+]
+
+
+@compiled
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_pools_have_the_bits_of_torchs_operators(window):
+    x = torch.randn(2, 3, 17, 19, generator=torch.Generator().manual_seed(0))
+    x[:, :, 3:9, 4:15] = 1.0  # windows with more than one largest element
+    for seen in (x, x.contiguous(memory_format=torch.channels_last), x[0], x[:0]):
+        assert pools._agrees_on(seen, window)
+
+
+@compiled
+def test_bits_that_are_others_are_seen(monkeypatch):
+    """What is tried once on each machine would see it."""
+    assert bits._native_agrees(torch.device("cpu"))
+    monkeypatch.setattr(
+        bits.native, "pack_positive", lambda x, code: bits.native.pack_above(x, 0.0, code)
+    )
+    assert not bits._native_agrees(torch.device("cpu"))
 
 
 @compiled

@@ -13,7 +13,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 from fxmem.basics.noise import keys  # noqa: E402
-from fxmem.codes import encodings, quantizers, triton_kernels  # noqa: E402
+from fxmem.codes import quantizers, triton_kernels  # noqa: E402
+from fxmem.codes.bits import pack_by_torch  # noqa: E402
 from fxmem.codes.packing import FLOATS, flat  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,7 +74,7 @@ def main():
                     wrong.append((str(dtype), bits, group, name, seed, encoded, decoded))
     for n in (0, 1, 7, 8, 9, 8192, 10001):
         mask = torch.rand(n, generator=torch.Generator().manual_seed(n)).gt(0.5).to(DEVICE)
-        want = encodings.pack_by_torch(mask)
+        want = pack_by_torch(mask)
         bits, back = torch.full_like(want, 0xA5), torch.zeros_like(mask)
         triton_kernels.pack(mask, bits)
         triton_kernels.unpack(want, back)

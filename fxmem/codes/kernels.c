@@ -1,4 +1,4 @@
-/* Groups of integers, blocks of MXFP4 and codes of derivatives in one pass each, for float32 on the CPU.
+/* Bits, groups of integers, blocks of MXFP4 and codes of derivatives in one pass each, for float32 on the CPU.
  *
  * The results are those of the operators' own torch code, bit for bit: the same roundings in the same
  * order, so it is to be compiled without contraction, and the same noise of each place.
@@ -50,6 +50,135 @@ static void join(uint8_t *restrict words, const uint8_t *restrict codes, int64_t
     for (int64_t j = 0; j < bytes; j++) words[j] = codes[j];
     for (int n = 1; n < 8 / bits; n++)
         for (int64_t j = 0; j < bytes; j++) words[j] |= (uint8_t)(codes[n * bytes + j] << (bits * n));
+}
+
+/* -- One bit an element --------------------------------------------------------------------------- */
+
+enum { STRETCH = 64 };
+
+/* Eight bytes of 0 or 1, the first one lowest. */
+static inline uint8_t gathered(const uint8_t *flags) {
+    uint64_t word;
+    memcpy(&word, flags, 8);
+    return (uint8_t)(word * 0x0102040810204080u >> 56);
+}
+
+void fxmem_pack(const uint8_t *mask, int64_t count, uint8_t *bits) {
+    int64_t whole = count / 8;
+    for (int64_t j = 0; j < whole; j++) bits[j] = gathered(mask + 8 * j);
+    uint8_t rest[8] = {0};
+    memcpy(rest, mask + 8 * whole, (size_t)(count % 8));
+    if (count % 8) bits[whole] = gathered(rest);
+}
+
+/* What is not a number is above, and not positive. */
+void fxmem_pack_above(const float *x, int64_t count, float threshold, uint8_t *bits) {
+    for (int64_t at = 0; at < count; at += STRETCH) {
+        int64_t left = count - at < STRETCH ? count - at : STRETCH;
+        uint8_t flags[STRETCH] = {0};
+        for (int64_t i = 0; i < left; i++) flags[i] = !(x[at + i] <= threshold);
+        fxmem_pack(flags, left, bits + at / 8);
+    }
+}
+
+void fxmem_pack_positive(const float *x, int64_t count, uint8_t *bits) {
+    for (int64_t at = 0; at < count; at += STRETCH) {
+        int64_t left = count - at < STRETCH ? count - at : STRETCH;
+        uint8_t flags[STRETCH] = {0};
+        for (int64_t i = 0; i < left; i++) flags[i] = x[at + i] > 0;
+        fxmem_pack(flags, left, bits + at / 8);
+    }
+}
+
+/* Each bit in a byte of its own, as 0 or 1. */
+static inline uint64_t spread(uint8_t bits) {
+    uint64_t word = bits * 0x0101010101010101u & 0x8040201008040201u;
+    return (word + 0x7F7F7F7F7F7F7F7Fu) >> 7 & 0x0101010101010101u;
+}
+
+void fxmem_unpack(const uint8_t *bits, int64_t count, uint8_t *mask) {
+    int64_t whole = count / 8;
+    for (int64_t j = 0; j < whole; j++) {
+        uint64_t word = spread(bits[j]);
+        memcpy(mask + 8 * j, &word, 8);
+    }
+    uint64_t rest = count % 8 ? spread(bits[whole]) : 0;
+    memcpy(mask + 8 * whole, &rest, (size_t)(count % 8));
+}
+
+/* Without a branch, so that compilers take many at a time. */
+static inline float chosen(uint32_t bit, float where, float otherwise) {
+    return as_float(as_word(otherwise) ^ ((as_word(where) ^ as_word(otherwise)) & -bit));
+}
+
+/* found: may be the gradient itself.  Where a bit is 0 comes the gradient times ``otherwise``. */
+static inline void multiply(const float *grad, int64_t count, const uint8_t *bits, float where, float otherwise,
+                            float *found) {
+    for (int64_t j = 0; j < count / 8; j++)
+        for (int k = 0; k < 8; k++) found[8 * j + k] = grad[8 * j + k] * chosen(bits[j] >> k & 1, where, otherwise);
+    for (int64_t i = count / 8 * 8; i < count; i++)
+        found[i] = grad[i] * chosen(bits[i / 8] >> i % 8 & 1, where, otherwise);
+}
+
+void fxmem_dropout_backward(const float *grad, int64_t count, const uint8_t *bits, float scale, float *found) {
+    multiply(grad, count, bits, scale, 0.0f * scale, found);
+}
+
+void fxmem_leaky_relu_backward(const float *grad, int64_t count, const uint8_t *bits, float slope, float *found) {
+    multiply(grad, count, bits, 1.0f, slope, found);
+}
+
+/* A zero where a bit is 0, whatever the gradient. */
+void fxmem_threshold_backward(const float *grad, int64_t count, const uint8_t *bits, float *found) {
+    for (int64_t j = 0; j < count / 8; j++)
+        for (int k = 0; k < 8; k++) found[8 * j + k] = chosen(bits[j] >> k & 1, grad[8 * j + k], 0.0f);
+    for (int64_t i = count / 8 * 8; i < count; i++) found[i] = chosen(bits[i / 8] >> i % 8 & 1, grad[i], 0.0f);
+}
+
+/* -- Max pools --------------------------------------------------------------------------------------- */
+
+enum { KERNEL_WIDTH, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X };
+
+/* Indices into planes of this width -> indices into windows, in the same layout. */
+void fxmem_pool_offsets(const int64_t *indices, const int64_t *size, const int64_t *strides, int64_t width,
+                        const int64_t *how, uint8_t *offsets) {
+    uint32_t wide = (uint32_t)width, tall = (uint32_t)how[DILATION_Y], broad = (uint32_t)how[DILATION_X];
+    for (int64_t n = 0; n < size[0]; n++) for (int64_t c = 0; c < size[1]; c++) for (int64_t y = 0; y < size[2]; y++) {
+        int64_t row = n * strides[0] + c * strides[1] + y * strides[2], top = y * how[STRIDE_Y] - how[PADDING_Y];
+        int64_t left = -how[PADDING_X];
+        for (int64_t x = 0; x < size[3]; x++, row += strides[3], left += how[STRIDE_X]) {
+            uint32_t index = (uint32_t)indices[row], line = index / wide;
+            uint32_t down = line - (uint32_t)top, right = index - line * wide - (uint32_t)left;
+            if (tall > 1) down /= tall;
+            if (broad > 1) right /= broad;
+            offsets[row] = (uint8_t)(down * (uint32_t)how[KERNEL_WIDTH] + right);
+        }
+    }
+}
+
+static inline int64_t within(int64_t at, int64_t size) { return at < 0 ? 0 : at < size ? at : size - 1; }
+
+/* found: zeros.  Windows come in the order in which torch's kernel adds them up. */
+void fxmem_pool_backward(const float *grad, const int64_t *size, const int64_t *strides, const uint8_t *offsets,
+                         const int64_t *of_offsets, const int64_t *how, float *found, const int64_t *whole,
+                         const int64_t *of_found) {
+    int64_t down[256], right[256];
+    for (int n = 0; n < 256; n++) {
+        down[n] = n / how[KERNEL_WIDTH] * how[DILATION_Y];
+        right[n] = n % how[KERNEL_WIDTH] * how[DILATION_X];
+    }
+    for (int64_t n = 0; n < size[0]; n++) for (int64_t c = 0; c < size[1]; c++) {
+        float *plane = found + n * of_found[0] + c * of_found[1];
+        for (int64_t y = 0; y < size[2]; y++) {
+            const float *from = grad + n * strides[0] + c * strides[1] + y * strides[2];
+            const uint8_t *code = offsets + n * of_offsets[0] + c * of_offsets[1] + y * of_offsets[2];
+            int64_t top = y * how[STRIDE_Y] - how[PADDING_Y], left = -how[PADDING_X];
+            for (int64_t x = 0; x < size[3]; x++, from += strides[3], code += of_offsets[3], left += how[STRIDE_X]) {
+                int64_t row = within(top + down[*code], whole[2]), column = within(left + right[*code], whole[3]);
+                plane[row * of_found[2] + column * of_found[3]] += *from;
+            }
+        }
+    }
 }
 
 /* -- Groups of integers ------------------------------------------------------------------------- */

@@ -1,4 +1,4 @@
-"""Codes of float32 on the CPU in one pass each: ``kernels.c``, where there is a compiler for it.
+"""Codes of masks and of float32 on the CPU in one pass each: ``kernels.c``, where there is a compiler.
 
 torch takes some sixty operators for what a loop does in registers, and memory beside the tensor for each.
 The loop is compiled when it is first needed, in less than a second, and kept in the cache's folder; where
@@ -15,9 +15,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,9 +35,11 @@ _FLAGS += ("-fno-trapping-math", "-ffp-contract=off")
 """No products and sums in one rounding: the bits are torch's."""
 
 
-def on_native(x: torch.Tensor, agrees: Callable[[torch.device], bool]) -> bool:
+def on_native(
+    x: torch.Tensor, agrees: Callable[[torch.device], bool], dtype: torch.dtype = torch.float32
+) -> bool:
     """Is it a tensor that the compiled loops know, and do they give what the torch code gives?"""
-    plain = x.device.type == "cpu" and x.dtype is torch.float32
+    plain = x.device.type == "cpu" and x.dtype is dtype
     return plain and library() is not None and is_proven(agrees, x.device)
 
 
@@ -51,11 +54,20 @@ def library() -> ctypes.CDLL | None:
         log.info("codes are computed by torch's operators: %s", error)
         return None
     pointer, count, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.fxmem_pool_offsets.argtypes = (pointer,) * 3 + (count, pointer, pointer)
+    found.fxmem_pool_backward.argtypes = (pointer,) * 9
     found.fxmem_quantize_groups.argtypes = (pointer, count, pointer, count, small, pointer, count)
     found.fxmem_dequantize_groups.argtypes = (pointer, count, pointer, count, small)
     found.fxmem_quantize_mxfp4.argtypes = (pointer, count, pointer, pointer, count)
     found.fxmem_dequantize_mxfp4.argtypes = (pointer, count, pointer)
     real = ctypes.c_float
+    found.fxmem_pack.argtypes = (pointer, count, pointer)
+    found.fxmem_pack_above.argtypes = (pointer, count, real, pointer)
+    found.fxmem_pack_positive.argtypes = (pointer, count, pointer)
+    found.fxmem_unpack.argtypes = (pointer, count, pointer)
+    found.fxmem_threshold_backward.argtypes = (pointer, count, pointer, pointer)
+    found.fxmem_leaky_relu_backward.argtypes = (pointer, count, pointer, real, pointer)
+    found.fxmem_dropout_backward.argtypes = (pointer, count, pointer, real, pointer)
     found.fxmem_round_derivatives.argtypes = (
         *(pointer, count, pointer, real, real, small),
         *(pointer, count, count),
@@ -106,6 +118,79 @@ def _loops() -> ctypes.CDLL:
     found = library()
     assert found is not None
     return found
+
+
+def pack(mask: torch.Tensor, bits: torch.Tensor) -> None:
+    _loops().fxmem_pack(*_memory(mask), bits.data_ptr())
+
+
+def pack_above(x: torch.Tensor, threshold: float, bits: torch.Tensor) -> None:
+    _loops().fxmem_pack_above(*_memory(x), threshold, bits.data_ptr())
+
+
+def pack_positive(x: torch.Tensor, bits: torch.Tensor) -> None:
+    _loops().fxmem_pack_positive(*_memory(x), bits.data_ptr())
+
+
+def unpack(bits: torch.Tensor, mask: torch.Tensor) -> None:
+    _loops().fxmem_unpack(bits.data_ptr(), mask.numel(), mask.data_ptr())
+
+
+def threshold_backward(grad: torch.Tensor, bits: torch.Tensor, found: torch.Tensor) -> None:
+    _loops().fxmem_threshold_backward(*_memory(grad), bits.data_ptr(), found.data_ptr())
+
+
+def leaky_relu_backward(
+    grad: torch.Tensor, bits: torch.Tensor, slope: float, found: torch.Tensor
+) -> None:
+    _loops().fxmem_leaky_relu_backward(*_memory(grad), bits.data_ptr(), slope, found.data_ptr())
+
+
+def dropout_backward(
+    grad: torch.Tensor, bits: torch.Tensor, scale: float, found: torch.Tensor
+) -> None:
+    _loops().fxmem_dropout_backward(*_memory(grad), bits.data_ptr(), scale, found.data_ptr())
+
+
+class Window(NamedTuple):
+    """A pool's, in rows and columns."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    def numbers(self) -> ctypes.Array[ctypes.c_int64]:
+        """As the loops take them, which need not know how many rows there are."""
+        return _numbers([self.kernel[1], *self.stride, *self.padding, *self.dilation])
+
+
+def pool_offsets(indices: torch.Tensor, width: int, window: Window, offsets: torch.Tensor) -> None:
+    """width: of what the indices are into.  offsets: laid out as the indices."""
+    given = _in_four_dimensions(indices)
+    _loops().fxmem_pool_offsets(
+        *(given.data_ptr(), _numbers(given.shape), _numbers(given.stride()), width),
+        *(window.numbers(), offsets.data_ptr()),
+    )
+
+
+def pool_backward(
+    grad: torch.Tensor, offsets: torch.Tensor, window: Window, found: torch.Tensor
+) -> None:
+    grad, offsets, whole = map(_in_four_dimensions, (grad, offsets, found.zero_()))
+    _loops().fxmem_pool_backward(
+        *(grad.data_ptr(), _numbers(grad.shape), _numbers(grad.stride())),
+        *(offsets.data_ptr(), _numbers(offsets.stride()), window.numbers()),
+        *(whole.data_ptr(), _numbers(whole.shape), _numbers(whole.stride())),
+    )
+
+
+def _in_four_dimensions(images: torch.Tensor) -> torch.Tensor:
+    return images if images.ndim == 4 else images.unsqueeze(0)
+
+
+def _numbers(given: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(given))(*given)
 
 
 def quantize_groups(
