@@ -1,9 +1,10 @@
-"""Lossy encodings: bytes, error and bias against their formulas, speed against a copy of the same bytes.
+"""Encodings: bytes, error and bias against their formulas, speed against a copy of the same bytes.
 
     python benchmarks/codes.py --elements 4194304 --draws 64
 
 On the CPU and, where there is one, on a CUDA device.  The tensors are normal, or Student's t of three
-degrees of freedom, which has outliers.  Writes JSON.
+degrees of freedom, which has outliers.  Lossless codes are timed beside the backward that reads what eager
+saves, and give its bits.  Writes JSON.
 """
 
 import argparse
@@ -24,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 import fxmem  # noqa: E402
+from fxmem.codes import encodings as lossless  # noqa: E402
 from fxmem.codes.lossy import DERIVATIVES, LOSSY, LossyEncoding  # noqa: E402
 from fxmem.graphs.activations import ACTIVATIONS  # noqa: E402
 
@@ -158,6 +160,86 @@ def rows_of(options: argparse.Namespace, device: str) -> Iterator[Row]:
                 yield row
 
 
+# -- Lossless ----------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass
+class Lossless:
+    """bytes, saved: of an element of the code, and of what eager saves in its place.  same: are the
+    gradients equal to the bit?  encode, backward, eager: nanoseconds an element of the gradient that comes;
+    eager is the backward that reads what eager saves.
+    """
+
+    encoding: str
+    device: str
+    bytes: float
+    saved: float
+    same: bool
+    encode: float
+    backward: float
+    eager: float
+
+
+Steps = tuple[torch.Tensor, torch.Tensor, Any, Any, Any]
+"""What eager saves, the gradient that comes, and what encodes, reads the code, and reads what is saved."""
+
+
+def rectified(x: torch.Tensor) -> Steps:
+    return (
+        *(x, x.flip(0), lossless.pack_positive),
+        lambda grad, code: lossless.threshold_backward(grad, code, [0]),
+        lambda grad, saved: aten.threshold_backward(grad, saved, 0),
+    )
+
+
+def dropped(x: torch.Tensor) -> Steps:
+    return (
+        *(x > -1, x.flip(0), lossless.pack),
+        lambda grad, code: lossless.dropout_backward(grad, code, [0], 1 / 0.9),
+        lambda grad, saved: aten.native_dropout_backward(grad, saved, 1 / 0.9),
+    )
+
+
+def pooled(x: torch.Tensor) -> Steps:
+    images = x[: len(x) // 1024 * 1024].view(-1, 16, 8, 8)
+    how = [3, 3], [2, 2], [1, 1], [1, 1]
+    largest, indices = aten.max_pool2d_with_indices(images, *how)
+    size, strides = list(images.shape), list(images.stride())
+    return (
+        *(indices, largest, lambda saved: lossless.pool_offsets(saved, 8, *how)),
+        lambda grad, code: lossless.pool_backward(grad, code, size, strides, *how, False),
+        lambda grad, saved: aten.max_pool2d_with_indices_backward(grad, images, *how, False, saved),
+    )
+
+
+LOSSLESS = {"relu": rectified, "dropout": dropped, "max pool": pooled}
+
+
+def lossless_rows(options: argparse.Namespace, device: str) -> Iterator[Lossless]:
+    for name, steps in LOSSLESS.items():
+        x = sample_of("normal", options.elements, torch.float32, device).flatten()
+        saved, grad, encode, backward, eager = steps(x)
+        code = encode(saved)
+        clocks = {
+            "encode": lambda e=encode, s=saved: e(s),
+            "backward": lambda b=backward, g=grad, c=code: b(g, c),
+            "eager": lambda b=eager, g=grad, s=saved: b(g, s),
+        }
+        yield Lossless(
+            name,
+            device,
+            bytes=code.nbytes / grad.numel(),
+            saved=saved.nbytes / grad.numel(),
+            same=torch.equal(backward(grad, code), eager(grad, saved)),
+            **{n: seconds(c, device, options.runs) / grad.numel() * 1e9 for n, c in clocks.items()},
+        )
+
+
+# -- Said ----------------------------------------------------------------------------------------------
+
+
 def table(rows: list[Row]) -> str:
     headers = ["encoding", "device", "type", "sample", "B/elt", "error", "error/formula"]
     headers += ["average/formula", "bias", "encode ns", "decode ns", "of a copy", "of a copy"]
@@ -187,7 +269,9 @@ def table(rows: list[Row]) -> str:
     return tabulate(lines, headers, disable_numparse=True)
 
 
-def document_of(device: str, options: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
+def document_of(
+    device: str, options: argparse.Namespace, rows: list[Row], exact: list[Lossless]
+) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -198,6 +282,7 @@ def document_of(device: str, options: argparse.Namespace, rows: list[Row]) -> di
         "sample": options.sample,
         "draws": options.draws,
         "rows": [dataclasses.asdict(row) for row in rows],
+        "lossless": [dataclasses.asdict(row) for row in exact],
     }
 
 
@@ -214,6 +299,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for device in options.devices.split(","):
+        exact = list(lossless_rows(options, device))
+        print(tabulate(map(dataclasses.asdict, exact), "keys", floatfmt=".3f"))
         rows: list[Row] = []
         for row in rows_of(options, device):
             rows.append(row)
@@ -221,7 +308,7 @@ def main() -> None:
         print(table(rows))
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"encodings-{device}.json"
-        path.write_text(json.dumps(document_of(device, options, rows), indent=1) + "\n")
+        path.write_text(json.dumps(document_of(device, options, rows, exact), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ def rows(family: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for bits in options.bits:
                 for use, uses in USES.items():
                     coded = Coded(analysis, allotment, uses, bits)
+                    if not coded.candidates:
+                        continue
                     found = measured(coded, options.draws, allotment.statistics.variance)
                     about = {"family": family, "size": options.size, "bits": bits, "use": use}
                     yield {**about, "draws": options.draws, **found}

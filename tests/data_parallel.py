@@ -308,7 +308,35 @@ def tensor_parallel():
             attempt()
         except fxmem.CaptureError as error:
             errors.append(str(error))
-    return {"errors": errors}
+    return {"errors": errors, "beside": parallel_beside_planned()}
+
+
+class Partly(nn.Module):
+    """One half is to be parallelized, the other to be planned."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Sequential(nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, WIDTH))
+        self.block = Block()
+
+    def forward(self, x):
+        # Compiled blocks cannot send gradients to a result that is still on its way: torch 2.13.
+        return self.block(x + self.wide(x)).square().mean()
+
+
+def parallel_beside_planned():
+    """What the error says to try: the gradients, and whether there is a plan."""
+    x, seen = batch(), []
+    for planned in (False, True):
+        model = made(Partly)
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(model.wide, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        if planned:
+            model.block.compile(backend="fxmem", options={"budget": "min"})
+        step(model, x)
+        seen.append([whole(p.grad) for p in model.parameters()])
+    pairs = zip(*seen, strict=True)
+    return [all(torch.equal(a, b) for a, b in pairs), len(fxmem.plans(model.block))]
 
 
 def main(rank, names, file, rendezvous):

@@ -82,6 +82,7 @@ def test_tensors_made_of_tensors_are_refused(quick):
     for seen in (seen["tensor_parallel"] for seen in quick):
         assert len(seen["errors"]) == 2
         assert all("0.weight is a tensor made of other tensors" in e for e in seen["errors"])
+        assert seen["beside"] == [True, 1]  # what the error says to try
 
 
 def test_graphs_of_ddps_buckets_share_a_budget(quick):

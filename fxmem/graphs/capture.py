@@ -227,7 +227,8 @@ def _refuse_subclasses(module: fx.GraphModule, roles: list[Input]) -> None:
             f"{whose} is a tensor made of other tensors, as DTensor's of tensor parallelism are, and the "
             "bytes of such parts are not planned yet.\n"
             "  try     plain tensors where the plan should be: fully_shard or DistributedDataParallel with "
-            'torch.compile(block, backend="fxmem") on blocks that are not parallelized themselves; or '
+            'torch.compile(block, backend="fxmem") on blocks that are not parallelized themselves, and '
+            "read no parallelized one's result before another operator has (x + parallel(x)); or "
             'backend="inductor" for the model as it is'
         )
 
