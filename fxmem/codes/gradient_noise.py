@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from fxmem._torch import autocast_off, fake_tensors_off, is_fake
 from fxmem.basics.errors import FxmemError
-from fxmem.basics.sizes import is_dense, tensors_in
+from fxmem.basics.sizes import hint, is_dense, tensors_in
 from fxmem.codes.lossless import ELEMENTS
 from fxmem.codes.lossy import DERIVATIVES, LossyEncoding, encodings
 from fxmem.graphs.capture import StepCall, training_step
@@ -127,9 +127,7 @@ def _is_worth_it(node: fx.Node) -> bool:
     value = node.meta["val"]
     if not value.is_floating_point() or LAYOUT in node.meta:
         return False
-    if any(not isinstance(n, int) for n in (*value.shape, *value.stride())):
-        return False
-    return is_dense(value) and value.numel() >= LEAST
+    return is_dense(value) and hint(value.numel()) >= LEAST
 
 
 def statistics(
@@ -176,13 +174,17 @@ def check_measurable(
 
 
 def given(graph: JointGraph, examples: Mapping[str, Any]) -> list[Any]:
-    """What a run of the step takes: the examples, and one for the gradient of the loss."""
-    return [
-        torch.ones((), dtype=n.meta["val"].dtype, device=n.meta["val"].device)
-        if is_backward(n)
-        else examples[n.name]
-        for n in graph.placeholders()
-    ]
+    """What a run of the step takes: the examples and their sizes, and one for the gradient of the loss."""
+    return [_given(node, examples) for node in graph.placeholders()]
+
+
+def _given(node: fx.Node, examples: Mapping[str, Any]) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return hint(value)
+    if is_backward(node):
+        return torch.ones((), dtype=value.dtype, device=value.device)
+    return examples[node.name]
 
 
 def parameter_gradients(graph: JointGraph, results: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from fxmem._torch import fake_tensors_off
 from fxmem.basics.sizes import tensors_in
@@ -88,7 +89,7 @@ class _Differentiated(fx.Interpreter):
 
     def squared_columns(self, examples: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """For each saved value, an estimate of what ``columns`` are in this file's first lines."""
-        constants = [t.detach() for t in given(self.joint, examples)]
+        constants = tree_map_only(torch.Tensor, torch.Tensor.detach, given(self.joint, examples))
         results = self.run(*constants, enable_io_processing=False)
         gradients = parameter_gradients(self.joint, results)
         noisy = [g for g in gradients.values() if g.requires_grad]
