@@ -84,6 +84,34 @@ def test_noise_must_reach_a_gradient_once():
     assert found["hardswish"] is Use.LINEAR
 
 
+def test_squares_of_a_product_count_where_its_elements_come_apart():
+    """An element's noise that meets itself in a sum, or is there several times, is not that of the product."""
+
+    def body(m, x):
+        h = [torch.tanh(x * scale) for scale in (1, 2, 3, 4, 5, 6)]
+        one = h[0] @ (m.a + m.b)
+        repeated = h[1] @ m.c.sum(0)
+        same = h[2].expand(4, 8, 8) @ m.d.expand(4, 8, 8)
+        single = h[3].view(64, 1) * m.e.expand(8)
+        other = h[4] * m.f
+        twice = h[5] @ (m.g + m.g)
+        return sum(t.sin().sum() for t in (one, repeated, same, single, other, twice))
+
+    parts = {n: tensor(8, 8) for n in "abdg"}
+    given = dict(parts, c=tensor(3, 8, 8), e=tensor(1), f=tensor(8))
+    graph = captured(body, tensor(8, 8), **given)
+    assert_expected_inline(
+        "\n".join(line for line in uses(graph).splitlines() if line.startswith("tanh")),
+        """\
+tanh linear: mm_5 linear
+tanh_1 travelling: mm_4 travelling
+tanh_2 travelling: bmm_1 travelling
+tanh_3 travelling: mul_15 travelling
+tanh_4 linear: mul_14 linear
+tanh_5 travelling: mm_3 travelling""",
+    )
+
+
 class Clip(torch.autograd.Function):
     """Its backward bends the gradient."""
 
@@ -261,6 +289,13 @@ def gains():
     return model, torch.randn(256, 64)
 
 
+def added_weights():
+    """Two parameters have the gradient of one product each."""
+    parts = {"w": torch.randn(32, 48) / 6, "v": torch.randn(48, 40) / 7, "u": torch.ones(48, 40)}
+    model = Shell(lambda m, x: (F.gelu(x @ m.w) @ (m.v + m.u)).sin().mean(), **parts)
+    return model, torch.randn(256, 32)
+
+
 def mixed_precision():
     parts = {"w": torch.randn(32, 48) / 6, "v": torch.randn(48, 40) / 7}
 
@@ -332,7 +367,7 @@ class Drawn:
 @pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize(
     "program",
-    [products, convolutions, batched_products, gains, mixed_precision],
+    [products, convolutions, batched_products, gains, added_weights, mixed_precision],
     ids=lambda p: p.__name__,
 )
 def test_predicted_variance_is_measured_variance(program, bits):

@@ -249,7 +249,8 @@ class _Recorder(fx.Interpreter):
         for encoding in encodings():
             if encoding.name in self.found[name]:
                 variance = float((encoding.variance(x) * columns).sum(dtype=torch.float64))
-                self.found[name][encoding.name][product.parameters[0]] += variance
+                for parameter in product.parameters:
+                    self.found[name][encoding.name][parameter] += variance
 
     def _squared_columns(self, x: torch.Tensor, product: Product, node: fx.Node) -> torch.Tensor:
         """For each element of ``x``, the squared norm of what a change of it changes in the result.
