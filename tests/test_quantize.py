@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (a node is one line of text, however long)
 
+import copy
 import re
 from dataclasses import replace
 from itertools import accumulate
@@ -806,8 +807,20 @@ def test_what_cannot_be_measured_is_refused():
     refused("from 0 to below 1", model, (x,), noise=1.5, **loss)
     refused("from 0 to below 1", model, (x,), noise=fxmem.Noise(-1), **loss)
     refused("bounded should be", model, (x,), noise=fxmem.Noise(bounded=1), **loss)
+    refused("list of tuples", model, (x,), noise=fxmem.Noise(0.01, iter([(x, y)])), **loss)
+    narrow = fxmem.Noise(0.01, [(x[:, 1:], y)])
+    refused("batches of fxmem.Noise, and the model refuses", model, (x,), noise=narrow, **loss)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    refused("no parameter", frozen, (x.clone().requires_grad_(),), **loss)
     meta = {"loss_fn": F.cross_entropy, "loss_inputs": (y.to("meta"),)}
     refused("real parameters", model.to("meta"), (x.to("meta"),), **meta)
+
+
+def test_an_example_whose_gradients_are_zero_says_nothing_of_noise():
+    """As where all targets are padding; any code would add nothing to nothing there."""
+    model, x, y, _ = perceptron(layers=2)
+    loss = {"loss_fn": F.cross_entropy, "loss_inputs": (torch.full_like(y, -100),)}
+    assert fxmem.plan(model, "min", (x,), allow=CODES, **loss).noise is None
 
 
 def test_an_infeasible_budget_names_the_one_that_works(smallest):

@@ -171,6 +171,11 @@ def check_measurable(
             'allow="quantize" compares the noise that it adds with that of your gradients, so it '
             "needs the loss\n  try: loss_fn=..., loss_inputs=(...), or a model that returns its loss"
         )
+    if not any(p.requires_grad for p in call.model.parameters()):
+        raise FxmemError(
+            'allow="quantize" compares the noise that it adds with that of the parameters\' gradients, '
+            'and no parameter of this model trains\n  try: plan without "quantize"'
+        )
     with fake_tensors_off():
         _others(call, noise) if noise.batches else _parts(call)
 
@@ -308,7 +313,7 @@ def _minibatch(
         spread = _Spread()
         spread.add(full)
         for one in calls:
-            spread.add(_gradients(one))
+            spread.add(_gradients_of_batch(one))
         return spread.variances(), len(calls)
     parts, rows, batch = _parts(call)
     spread = _Spread()
@@ -350,6 +355,10 @@ class _Spread:
         return own > 0 and both / own > math.sqrt(times)
 
 
+_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
+"""What models raise where sizes or types are not those that they expect."""
+
+
 def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
     """Without ``backward``, which would run hooks that wait for the gradients of a step."""
     named = {n: p for n, p in call.model.named_parameters() if p.requires_grad}
@@ -361,10 +370,21 @@ def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
     return {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
+def _gradients_of_batch(call: StepCall) -> dict[str, torch.Tensor]:
+    try:
+        return _gradients(call)
+    except _REFUSALS as error:
+        raise FxmemError(
+            "the noise of gradients is found from the batches of fxmem.Noise, and the model refuses "
+            f"one: {str(error).splitlines()[0]}\n"
+            "  try: tuples of (*inputs, *loss_inputs), like the example"
+        ) from error
+
+
 def _gradients_of_part(call: StepCall) -> dict[str, torch.Tensor]:
     try:
         return _gradients(call)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except _REFUSALS as error:
         raise FxmemError(
             "the noise of gradients is found from parts of the example, cut along the first dimension, "
             f"and the model refuses one: {str(error).splitlines()[0]}\n"
