@@ -89,14 +89,15 @@ def test_squares_of_a_product_count_where_its_elements_come_apart():
     """An element's noise that meets itself in a sum, or is there several times, is not that of the product."""
 
     def body(m, x):
-        h = [torch.tanh(x * scale) for scale in (1, 2, 3, 4, 5, 6)]
+        h = [torch.tanh(x * scale) for scale in (1, 2, 3, 4, 5, 6, 7)]
         one = h[0] @ (m.a + m.b)
         repeated = h[1] @ m.c.sum(0)
         same = h[2].expand(4, 8, 8) @ m.d.expand(4, 8, 8)
         single = h[3].view(64, 1) * m.e.expand(8)
         other = h[4] * m.f
         twice = h[5] @ (m.g + m.g)
-        return sum(t.sin().sum() for t in (one, repeated, same, single, other, twice))
+        parts = [half @ m.a[:4] for half in h[6].chunk(2, 1)]
+        return sum(t.sin().sum() for t in (one, repeated, same, single, other, twice, *parts))
 
     parts = {n: tensor(8, 8) for n in "abdg"}
     given = dict(parts, c=tensor(3, 8, 8), e=tensor(1), f=tensor(8))
@@ -104,12 +105,13 @@ def test_squares_of_a_product_count_where_its_elements_come_apart():
     assert_expected_inline(
         "\n".join(line for line in uses(graph).splitlines() if line.startswith("tanh")),
         """\
-tanh linear: mm_5 linear
-tanh_1 travelling: mm_4 travelling
+tanh linear: mm_9 linear
+tanh_1 travelling: mm_8 travelling
 tanh_2 travelling: bmm_1 travelling
-tanh_3 travelling: mul_15 travelling
-tanh_4 linear: mul_14 linear
-tanh_5 travelling: mm_3 travelling""",
+tanh_3 travelling: mul_18 travelling
+tanh_4 linear: mul_17 linear
+tanh_5 travelling: mm_7 travelling
+tanh_6 travelling: mm_6 travelling, mm_5 travelling""",
     )
 
 
@@ -744,6 +746,29 @@ def test_what_moves_means_is_taken_where_it_is_allowed(tmp_path):
         fxmem.plan(model, "min", (x,), plan=file, **given)
     again = fxmem.plan(model, "min", (x,), plan=file, noise=bounded, **given)
     assert again.predicted_peak == step.plan.predicted_peak
+
+
+def test_gradients_that_are_complex_have_two_parts():
+    def body(m, x):
+        h = torch.tanh(x @ m.a)
+        z = torch.complex(h, F.gelu(h @ m.b)) @ m.w
+        return (z * m.v).abs().square().mean()
+
+    torch.manual_seed(0)
+    parts = {"a": torch.randn(32, 32) / 6, "b": torch.randn(32, 32) / 6}
+    parts["w"] = torch.randn(32, 32, dtype=torch.complex64) / 6
+    model = Shell(body, **parts, v=torch.randn(32, dtype=torch.complex64))
+    x = torch.randn(512, 32)
+    noise = fxmem.Noise(0.1, bounded=0.02)
+    step = fxmem.optimize(model, "min", (x,), allow=CODES, noise=noise)
+    group = next(g for g in step.plan.noise.parameters if g.parameters == "w")
+    model(x).backward()
+    exact, model.w.grad = model.w.grad, None
+    assert group.square == pytest.approx(float(exact.abs().square().sum()), rel=1e-4)
+    step(x).backward()
+    moved = float((model.w.grad - exact).abs().square().sum())
+    assert moved > 0
+    assert group.added == pytest.approx(moved, rel=0.2)
 
 
 def test_means_that_move_too_far_are_left_alone(monkeypatch):

@@ -149,7 +149,7 @@ def statistics(
         run = _Recorder(graph, saved)
         full = run.gradients(examples)
         minibatch, backwards = _minibatch(call, noise, full)
-        squares = {name: float(g.double().square().sum()) for name, g in full.items()}
+        squares = {name: float(in_double(g).square().sum()) for name, g in full.items()}
     return Statistics(minibatch, tuple(run.sensitivities()), backwards + 1, squares)
 
 
@@ -199,6 +199,12 @@ def parameter_gradients(graph: JointGraph, results: Sequence[Any]) -> dict[str, 
         for leaf, gradient in zip(leaves, late, strict=True)
         if gradient is not None and leaf.keeps_gradient
     }
+
+
+def in_double(gradient: torch.Tensor) -> torch.Tensor:
+    """In float64; of a complex one, both parts."""
+    parts = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+    return parts.to(torch.float64)
 
 
 # -- What codes add -----------------------------------------------------------------------------------
@@ -336,7 +342,7 @@ class _Spread:
     def add(self, gradients: Mapping[str, torch.Tensor]) -> None:
         self.count += 1
         for name, gradient in gradients.items():
-            wide = gradient.detach().to(torch.float64)
+            wide = in_double(gradient.detach())
             self.squares[name] += float(wide.square().sum())
             self.sums[name] = self.sums[name] + wide if name in self.sums else wide.clone()
 
@@ -350,7 +356,7 @@ class _Spread:
     def is_summed(self, full: Mapping[str, torch.Tensor], times: float) -> bool:
         """Is the gradient of the whole batch the sum of those of its parts, rather than the mean?"""
         means = {name: total / self.count for name, total in self.sums.items() if name in full}
-        both = sum(float((full[name].to(torch.float64) * m).sum()) for name, m in means.items())
+        both = sum(float((in_double(full[name]) * m).sum()) for name, m in means.items())
         own = sum(float(m.square().sum()) for m in means.values())
         return own > 0 and both / own > math.sqrt(times)
 

@@ -326,7 +326,9 @@ class _Consumers:
 def _repeats(source: fx.Node, node: fx.Node) -> bool:
     """Is an element of ``source`` several ones of the node's result?"""
     value, seen = source.meta["val"], node.meta["val"]
-    return isinstance(value, torch.Tensor) and bool(hint(seen.numel()) > hint(value.numel()))
+    if not isinstance(value, torch.Tensor) or not isinstance(seen, torch.Tensor):
+        return False  # one of several results, or several parts of one
+    return bool(hint(seen.numel()) > hint(value.numel()))
 
 
 def _other_use(reader: fx.Node) -> Use:
