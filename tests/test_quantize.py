@@ -603,6 +603,11 @@ def test_noise_is_measured(smallest):
     assert predicted / added == pytest.approx(1, abs=0.1)
 
 
+def test_a_plan_says_in_a_line_that_it_is_noisy(smallest):
+    plan = smallest[-1].plan
+    assert str(plan).endswith(f" encoded, unbiased noise of {100 * plan.noise.predicted:.3g} %)")
+
+
 def test_where_nothing_is_gained_nothing_is_noisy():
     model, x, _, loss = perceptron(layers=3)
     assert fxmem.plan(model, "2x", (x,), allow=ALLOW, **loss).noise is None
