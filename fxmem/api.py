@@ -354,6 +354,12 @@ def _read_noise(noise: Any) -> Noise:
     bounded: Any = found.bounded
     if isinstance(bounded, bool) or not isinstance(bounded, (int, float)) or not 0 <= bounded < 1:
         raise FxmemError(f"bounded should be a number from 0 to below 1, not {bounded!r}")
+    batches: Any = found.batches
+    if not isinstance(batches, (list, tuple)):
+        raise FxmemError(
+            "the batches of fxmem.Noise should be a list of tuples, (*inputs, *loss_inputs) each, not "
+            f"{type(batches).__name__}"
+        )
     return found
 
 

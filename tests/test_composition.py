@@ -413,3 +413,34 @@ def test_an_error_inside_vmap_leaves_no_level_of_it_on(monkeypatch):
     with pytest.raises(fxmem.CaptureError, match="in the middle of it"):
         optimized(Mapped(), (torch.randn(X),))
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+
+
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda h: F.adaptive_avg_pool2d(h, 1).flatten(1),
+        lambda h: F.adaptive_avg_pool3d(h.unsqueeze(2), 1).flatten(1),
+        lambda h: h.sin().transpose_(2, 3).mean((2, 3)),
+        lambda h: h.sin().unsqueeze_(0).squeeze_(0).mean((2, 3)),
+    ],
+    ids=["pool2d", "pool3d", "transpose_", "squeeze_"],
+)
+def test_operators_that_set_strides_are_captured(strided):
+    """They look whether the storage is large enough; that of a wrapper while it is traced has no bytes."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x):
+            return strided(self.conv(x).relu()).square().mean()
+
+    model = Net().to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 6, 6).to(memory_format=torch.channels_last)
+    step = fxmem.optimize(model, "2x", (x,))
+    model(x).backward()
+    exact = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    step(x).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), exact, strict=True))

@@ -5,7 +5,7 @@ import torch
 
 from fxmem.codes import bits, derivatives, narrow_floats, native, packing, pools, quantizers
 from fxmem.graphs.activations import ACTIVATIONS
-from fxmem.graphs.workspace import Call
+from fxmem.graphs.workspace import Call, Workspaces, measure_call
 
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -162,3 +162,15 @@ def test_loops_that_give_other_bits_are_not_used():
 
     with pytest.warns(UserWarning, match="other bits"):
         assert not native.on_native(torch.randn(640), differs)
+
+
+@compiled
+def test_loops_are_proven_before_what_they_hold_is_measured():
+    """Comparing them holds bytes that no later call does."""
+    packing.is_proven.cache_clear()
+    native.implementation.cache_clear()
+    x = torch.randn(640)
+    call = Call.of(torch.ops.fxmem.quantize_blocks.default, (x, "mxfp4", torch.tensor(1), 0), {})
+    Workspaces().look_up(call, x.device)
+    seen = [measure_call(call, x.device).nbytes for _ in range(2)]
+    assert Workspaces().look_up(call, x.device).nbytes == seen[0] == seen[1]

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (a node is one line of text, however long)
 
+import copy
 import re
 from dataclasses import replace
 from itertools import accumulate
@@ -82,6 +83,36 @@ def test_noise_must_reach_a_gradient_once():
     assert found["gelu"] is Use.TRAVELLING
     assert found["silu"] is Use.TRAVELLING
     assert found["hardswish"] is Use.LINEAR
+
+
+def test_squares_of_a_product_count_where_its_elements_come_apart():
+    """An element's noise that meets itself in a sum, or is there several times, is not that of the product."""
+
+    def body(m, x):
+        h = [torch.tanh(x * scale) for scale in (1, 2, 3, 4, 5, 6, 7)]
+        one = h[0] @ (m.a + m.b)
+        repeated = h[1] @ m.c.sum(0)
+        same = h[2].expand(4, 8, 8) @ m.d.expand(4, 8, 8)
+        single = h[3].view(64, 1) * m.e.expand(8)
+        other = h[4] * m.f
+        twice = h[5] @ (m.g + m.g)
+        parts = [half @ m.a[:4] for half in h[6].chunk(2, 1)]
+        return sum(t.sin().sum() for t in (one, repeated, same, single, other, twice, *parts))
+
+    parts = {n: tensor(8, 8) for n in "abdg"}
+    given = dict(parts, c=tensor(3, 8, 8), e=tensor(1), f=tensor(8))
+    graph = captured(body, tensor(8, 8), **given)
+    assert_expected_inline(
+        "\n".join(line for line in uses(graph).splitlines() if line.startswith("tanh")),
+        """\
+tanh linear: mm_9 linear
+tanh_1 travelling: mm_8 travelling
+tanh_2 travelling: bmm_1 travelling
+tanh_3 travelling: mul_18 travelling
+tanh_4 linear: mul_17 linear
+tanh_5 travelling: mm_7 travelling
+tanh_6 travelling: mm_6 travelling, mm_5 travelling""",
+    )
 
 
 class Clip(torch.autograd.Function):
@@ -261,6 +292,13 @@ def gains():
     return model, torch.randn(256, 64)
 
 
+def added_weights():
+    """Two parameters have the gradient of one product each."""
+    parts = {"w": torch.randn(32, 48) / 6, "v": torch.randn(48, 40) / 7, "u": torch.ones(48, 40)}
+    model = Shell(lambda m, x: (F.gelu(x @ m.w) @ (m.v + m.u)).sin().mean(), **parts)
+    return model, torch.randn(256, 32)
+
+
 def mixed_precision():
     parts = {"w": torch.randn(32, 48) / 6, "v": torch.randn(48, 40) / 7}
 
@@ -332,7 +370,7 @@ class Drawn:
 @pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize(
     "program",
-    [products, convolutions, batched_products, gains, mixed_precision],
+    [products, convolutions, batched_products, gains, added_weights, mixed_precision],
     ids=lambda p: p.__name__,
 )
 def test_predicted_variance_is_measured_variance(program, bits):
@@ -565,6 +603,11 @@ def test_noise_is_measured(smallest):
     assert predicted / added == pytest.approx(1, abs=0.1)
 
 
+def test_a_plan_says_in_a_line_that_it_is_noisy(smallest):
+    plan = smallest[-1].plan
+    assert str(plan).endswith(f" encoded, unbiased noise of {100 * plan.noise.predicted:.3g} %)")
+
+
 def test_where_nothing_is_gained_nothing_is_noisy():
     model, x, _, loss = perceptron(layers=3)
     assert fxmem.plan(model, "2x", (x,), allow=ALLOW, **loss).noise is None
@@ -710,6 +753,29 @@ def test_what_moves_means_is_taken_where_it_is_allowed(tmp_path):
     assert again.predicted_peak == step.plan.predicted_peak
 
 
+def test_gradients_that_are_complex_have_two_parts():
+    def body(m, x):
+        h = torch.tanh(x @ m.a)
+        z = torch.complex(h, F.gelu(h @ m.b)) @ m.w
+        return (z * m.v).abs().square().mean()
+
+    torch.manual_seed(0)
+    parts = {"a": torch.randn(32, 32) / 6, "b": torch.randn(32, 32) / 6}
+    parts["w"] = torch.randn(32, 32, dtype=torch.complex64) / 6
+    model = Shell(body, **parts, v=torch.randn(32, dtype=torch.complex64))
+    x = torch.randn(512, 32)
+    noise = fxmem.Noise(0.1, bounded=0.02)
+    step = fxmem.optimize(model, "min", (x,), allow=CODES, noise=noise)
+    group = next(g for g in step.plan.noise.parameters if g.parameters == "w")
+    model(x).backward()
+    exact, model.w.grad = model.w.grad, None
+    assert group.square == pytest.approx(float(exact.abs().square().sum()), rel=1e-4)
+    step(x).backward()
+    moved = float((model.w.grad - exact).abs().square().sum())
+    assert moved > 0
+    assert group.added == pytest.approx(moved, rel=0.2)
+
+
 def test_means_that_move_too_far_are_left_alone(monkeypatch):
     """What is seen has the last word: less of it is tried once, then none."""
     model, x, given = mixers()
@@ -771,8 +837,20 @@ def test_what_cannot_be_measured_is_refused():
     refused("from 0 to below 1", model, (x,), noise=1.5, **loss)
     refused("from 0 to below 1", model, (x,), noise=fxmem.Noise(-1), **loss)
     refused("bounded should be", model, (x,), noise=fxmem.Noise(bounded=1), **loss)
+    refused("list of tuples", model, (x,), noise=fxmem.Noise(0.01, iter([(x, y)])), **loss)
+    narrow = fxmem.Noise(0.01, [(x[:, 1:], y)])
+    refused("batches of fxmem.Noise, and the model refuses", model, (x,), noise=narrow, **loss)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    refused("no parameter", frozen, (x.clone().requires_grad_(),), **loss)
     meta = {"loss_fn": F.cross_entropy, "loss_inputs": (y.to("meta"),)}
     refused("real parameters", model.to("meta"), (x.to("meta"),), **meta)
+
+
+def test_an_example_whose_gradients_are_zero_says_nothing_of_noise():
+    """As where all targets are padding; any code would add nothing to nothing there."""
+    model, x, y, _ = perceptron(layers=2)
+    loss = {"loss_fn": F.cross_entropy, "loss_inputs": (torch.full_like(y, -100),)}
+    assert fxmem.plan(model, "min", (x,), allow=CODES, **loss).noise is None
 
 
 def test_an_infeasible_budget_names_the_one_that_works(smallest):

@@ -683,6 +683,7 @@ INT4 = BY_NAME["int4 g64"]
         ({"dtypes": ()}, "of no type of tensor"),
         ({"dtypes": (torch.int64,)}, "no lossy code"),
         ({"seeded": False}, "no seed to take a mean over"),
+        ({"variance": lambda x: {}["no such key"]}, "fails on a small tensor: KeyError"),
     ],
     ids=lambda given: given if isinstance(given, str) else next(iter(given)),
 )
@@ -734,6 +735,46 @@ def test_a_biased_encoding_is_not_unbiased():
             fxmem.register_encoding(honest)
     finally:
         lossy._REGISTERED.clear()
+
+
+def test_errors_of_elements_must_be_independent():
+    """All rounded by one draw: right for each element, but the errors of a sum do not average out."""
+
+    @torch.library.custom_op("fxmem_tests::dither", mutates_args=())
+    def dither(x: torch.Tensor, seed: torch.Tensor, stream: int) -> torch.Tensor:
+        draw = torch.rand((), generator=torch.Generator().manual_seed(int(seed) + 99 * stream))
+        return (x * 2 + draw).floor().flatten().to(torch.int8)
+
+    @dither.register_fake
+    def _(x, seed, stream):
+        return x.new_empty((x.numel(),), dtype=torch.int8)
+
+    @torch.library.custom_op("fxmem_tests::halves", mutates_args=())
+    def halves(
+        code: torch.Tensor, size: list[int], stride: list[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        found = code.new_empty_strided(size, stride, dtype=dtype)
+        return found.copy_(torch.as_strided(code.to(dtype) / 2, size, stride))
+
+    @halves.register_fake
+    def _(code, size, stride, dtype):
+        return code.new_empty_strided(size, stride, dtype=dtype)
+
+    def variance(x):
+        share = (x * 2).frac().abs()
+        return share * (1 - share) / 4
+
+    mine = lossy.LossyEncoding(
+        "dither",
+        fxmem.ELEMENTS,
+        torch.ops.fxmem_tests.dither.default,
+        torch.ops.fxmem_tests.halves.default,
+        variance=variance,
+        average=lambda x: torch.full_like(x, 1 / 24),
+        dtypes=(torch.float32,),
+    )
+    with pytest.raises(EncodingError, match="sums over all elements"):
+        fxmem.register_encoding(mine)
 
 
 def test_a_name_that_is_taken_is_refused():

@@ -257,8 +257,8 @@ def joint_export(output: Any) -> Iterator[Any]:
     # Autocast is for the forward: users leave it before they call backward().
     outside = torch._functorch.config.patch(backward_pass_autocast="off")
     with tracing(context), random_as_in_eager(), outside, contextlib.ExitStack() as stack:
-        maps = _maps(backend_input.graph_module)
-        wrappers = contextlib.nullcontext() if maps else _wrappers_of_no_bytes()
+        looks = _looks_at_storages(backend_input.graph_module)
+        wrappers = contextlib.nullcontext() if looks else _wrappers_of_no_bytes()
         with wrappers, _levels_of_functorch_kept():
             exported = aot_export_joint_with_descriptors(
                 stack, backend_input.graph_module, tuple(backend_input.example_inputs)
@@ -266,10 +266,21 @@ def joint_export(output: Any) -> Iterator[Any]:
         yield exported
 
 
-def _maps(module: fx.GraphModule) -> bool:
-    """Is ``vmap`` in the graph?  Under it some operators look whether a storage holds its tensor."""
-    calls = (n for n in module.graph.nodes if n.op == "call_function")
-    return any("vmap" in getattr(node.target, "__name__", "") for node in calls)
+def _looks_at_storages(module: fx.GraphModule) -> bool:
+    """Does something in the graph look whether a storage holds its tensor?
+
+    Under ``vmap`` some operators do; and what sets strides does: views in place, and pools down to one
+    element in channels_last.
+    """
+    calls = (n for n in module.graph.nodes if n.op in ("call_function", "call_method"))
+    names = {str(getattr(node.target, "__name__", node.target)) for node in calls}
+    return bool(names & _SET_STRIDES) or any("vmap" in name for name in names)
+
+
+_SET_STRIDES = {
+    *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "as_strided_"),
+    *("squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"),
+}
 
 
 @contextlib.contextmanager

@@ -130,6 +130,7 @@ def _round_by_torch(
 _round_natively = native.round_derivatives
 
 
+@native.proof
 def _native_agrees(device: torch.device) -> bool:
     """With the torch code, with a last group that is not full?"""
     seed = torch.full((1,), 3, dtype=torch.int64, device=device)

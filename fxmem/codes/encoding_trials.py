@@ -27,11 +27,16 @@ def check_encoding(encoding: LossyEncoding) -> None:
             reason = failed(encoding)
             if reason:
                 raise EncodingError(f"encoding {encoding.name!r}: {reason}")
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as e:
-        raise EncodingError(f"encoding {encoding.name!r} fails on a small tensor: {e}") from e
+    except EncodingError:
+        raise
+    except Exception as e:  # of a user's code, whatever it may be
+        what = f"{type(e).__name__}: {e}"
+        raise EncodingError(f"encoding {encoding.name!r} fails on a small tensor: {what}") from e
 
 
 def _declaration(encoding: LossyEncoding) -> str | None:
+    if not isinstance(encoding.name, str) or not encoding.name:
+        return "its name should be a word"
     for role in ("encoder", "decoder"):
         operator = getattr(encoding, role)
         if not isinstance(operator, torch._ops.OpOverload):
@@ -120,4 +125,20 @@ def _errors(encoding: LossyEncoding) -> str | None:
             f"the mean of {draws} draws is off by {rest:.4g} an element, root mean square, where "
             f"without bias it would be by {allowed:.4g}"
         )
+    return _together(errors, expected) if encoding.unbiased else None
+
+
+_SUMS = (("all elements", [1, 2], 4.0), ("rows", [2], 1.25), ("columns", [1], 1.25))
+"""Over what errors are added up, and how far their variance may be off: one sum of a draw varies more."""
+
+
+def _together(errors: torch.Tensor, expected: float) -> str | None:
+    """Do errors of elements come apart, so that variances of sums over them add up?"""
+    for what, dims, times in _SUMS:
+        measured = float(errors.sum(dims).square().sum()) / len(errors)
+        if not expected / times <= measured <= expected * times:
+            return (
+                f"the errors of its elements are not independent: the variance of sums over {what} is "
+                f"{measured:.4g}, not {expected:.4g}"
+            )
     return None

@@ -147,7 +147,7 @@ def statistics(
         run = _Recorder(graph, saved)
         full = run.gradients(examples)
         minibatch, backwards = _minibatch(call, noise, full)
-        squares = {name: float(g.double().square().sum()) for name, g in full.items()}
+        squares = {name: float(in_double(g).square().sum()) for name, g in full.items()}
     return Statistics(minibatch, tuple(run.sensitivities()), backwards + 1, squares)
 
 
@@ -168,6 +168,11 @@ def check_measurable(
         raise FxmemError(
             'allow="quantize" compares the noise that it adds with that of your gradients, so it '
             "needs the loss\n  try: loss_fn=..., loss_inputs=(...), or a model that returns its loss"
+        )
+    if not any(p.requires_grad for p in call.model.parameters()):
+        raise FxmemError(
+            'allow="quantize" compares the noise that it adds with that of the parameters\' gradients, '
+            'and no parameter of this model trains\n  try: plan without "quantize"'
         )
     with fake_tensors_off():
         _others(call, noise) if noise.batches else _parts(call)
@@ -196,6 +201,12 @@ def parameter_gradients(graph: JointGraph, results: Sequence[Any]) -> dict[str, 
         for leaf, gradient in zip(leaves, late, strict=True)
         if gradient is not None and leaf.keeps_gradient
     }
+
+
+def in_double(gradient: torch.Tensor) -> torch.Tensor:
+    """In float64; of a complex one, both parts."""
+    parts = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+    return parts.to(torch.float64)
 
 
 # -- What codes add -----------------------------------------------------------------------------------
@@ -251,7 +262,8 @@ class _Recorder(fx.Interpreter):
         for encoding in encodings():
             if encoding.name in self.found[name]:
                 variance = float((encoding.variance(x) * columns).sum(dtype=torch.float64))
-                self.found[name][encoding.name][product.parameters[0]] += variance
+                for parameter in product.parameters:
+                    self.found[name][encoding.name][parameter] += variance
 
     def _squared_columns(self, x: torch.Tensor, product: Product, node: fx.Node) -> torch.Tensor:
         """For each element of ``x``, the squared norm of what a change of it changes in the result.
@@ -309,7 +321,7 @@ def _minibatch(
         spread = _Spread()
         spread.add(full)
         for one in calls:
-            spread.add(_gradients(one))
+            spread.add(_gradients_of_batch(one))
         return spread.variances(), len(calls)
     parts, rows, batch = _parts(call)
     spread = _Spread()
@@ -332,7 +344,7 @@ class _Spread:
     def add(self, gradients: Mapping[str, torch.Tensor]) -> None:
         self.count += 1
         for name, gradient in gradients.items():
-            wide = gradient.detach().to(torch.float64)
+            wide = in_double(gradient.detach())
             self.squares[name] += float(wide.square().sum())
             self.sums[name] = self.sums[name] + wide if name in self.sums else wide.clone()
 
@@ -346,9 +358,13 @@ class _Spread:
     def is_summed(self, full: Mapping[str, torch.Tensor], times: float) -> bool:
         """Is the gradient of the whole batch the sum of those of its parts, rather than the mean?"""
         means = {name: total / self.count for name, total in self.sums.items() if name in full}
-        both = sum(float((full[name].to(torch.float64) * m).sum()) for name, m in means.items())
+        both = sum(float((in_double(full[name]) * m).sum()) for name, m in means.items())
         own = sum(float(m.square().sum()) for m in means.values())
         return own > 0 and both / own > math.sqrt(times)
+
+
+_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
+"""What models raise where sizes or types are not those that they expect."""
 
 
 def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
@@ -362,10 +378,21 @@ def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
     return {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
+def _gradients_of_batch(call: StepCall) -> dict[str, torch.Tensor]:
+    try:
+        return _gradients(call)
+    except _REFUSALS as error:
+        raise FxmemError(
+            "the noise of gradients is found from the batches of fxmem.Noise, and the model refuses "
+            f"one: {str(error).splitlines()[0]}\n"
+            "  try: tuples of (*inputs, *loss_inputs), like the example"
+        ) from error
+
+
 def _gradients_of_part(call: StepCall) -> dict[str, torch.Tensor]:
     try:
         return _gradients(call)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except _REFUSALS as error:
         raise FxmemError(
             "the noise of gradients is found from parts of the example, cut along the first dimension, "
             f"and the model refuses one: {str(error).splitlines()[0]}\n"

@@ -324,6 +324,7 @@ def _quantize_natively(
     return code
 
 
+@native.proof
 def _native_agrees(device: torch.device) -> bool:
     """With the torch code, with a last block that is not full?"""
     seed, how = torch.full((1,), 3, dtype=torch.int64, device=device), ([5003], [1], torch.float32)

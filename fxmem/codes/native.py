@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from fxmem._torch import fake_tensors_off
 from fxmem.basics.noise import Noise
 from fxmem.codes.packing import is_proven
 from fxmem.graphs.workspace import IMPLEMENTATIONS, cache_folder
@@ -79,9 +80,26 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+PROOFS: list[Callable[[torch.device], bool]] = []
+"""What compares loops with torch's operators, for ``on_native``."""
+
+
+def proof(agrees: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    """Decorator of these."""
+    PROOFS.append(agrees)
+    return agrees
+
+
 @cache
 def implementation() -> str:
-    """Which code the operators of ours run: a hash of all of it, and whether the loops are compiled."""
+    """Which code the operators of ours run: a hash of all of it, and whether the loops are compiled.
+
+    The loops are proven here, so that it is no part of what an operator is seen to hold, or of a step.
+    """
+    if library() is not None:
+        with fake_tensors_off(), torch.no_grad():
+            for agrees in PROOFS:
+                is_proven(agrees, torch.device("cpu"))
     files = sorted(p for p in SOURCE.parent.iterdir() if p.suffix in (".py", ".c"))
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
     return f"@{digest}{'' if library() is None else '+loops'}"

@@ -238,6 +238,7 @@ def _triton_agrees(device: torch.device) -> bool:
     return all(_agree(_quantize_by_triton, _dequantize_by_triton, d, device) for d in FLOATS)
 
 
+@native.proof
 def _native_agrees(device: torch.device) -> bool:
     return _agree(_quantize_natively, _dequantize_natively, torch.float32, device)
 

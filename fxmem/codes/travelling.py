@@ -31,6 +31,7 @@ from fxmem.codes.gradient_noise import (
     Variances,
     encodings_of,
     given,
+    in_double,
     parameter_gradients,
 )
 from fxmem.codes.seeds import step_seed
@@ -167,8 +168,9 @@ class _Differentiated(fx.Interpreter):
 
 def _signs(like: torch.Tensor, seed: int, n: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * seed + n)
-    signs = torch.randint(2, like.shape, generator=generator, dtype=torch.int8) * 2 - 1
-    return signs.to(like)
+    parts = torch.view_as_real(like.resolve_conj()) if like.is_complex() else like
+    signs = torch.randint(2, parts.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    return torch.view_as_complex(signs.to(parts)) if like.is_complex() else signs.to(like)
 
 
 def _is_attention(target: Any) -> bool:
@@ -226,7 +228,7 @@ class Draws:
         for seed in range(draws):
             for name, gradient in self._gradients(coded, seed).items():
                 with fake_tensors_off():
-                    error = gradient.double() - self.right[name].double()
+                    error = in_double(gradient) - in_double(self.right[name])
                     found[name] += float(error.square().sum()) / draws
         return dict(found)
 

@@ -242,7 +242,7 @@ class _Consumers:
         linear = _LINEAR_IN.get(reader.target, ())
         if reads != [operand] or len(places) != 1 or places[0] not in linear or reader.kwargs:
             return None
-        return (Product(reader, operand, path, self._reached(reader)),)
+        return (Product(reader, operand, path, self._reached(reader, operand, path)),)
 
     def _settled(self, saved: Saved) -> Saved:
         """With worse uses for travelling where noise would not keep its mean."""
@@ -276,9 +276,18 @@ class _Consumers:
             if begun and node.op != "output":
                 yield node
 
-    def _reached(self, product: fx.Node) -> tuple[str, ...]:
-        """The parameters whose gradients the product is part of; none if it goes anywhere else."""
+    def _reached(
+        self, product: fx.Node, operand: fx.Node, path: tuple[fx.Node, ...]
+    ) -> tuple[str, ...]:
+        """The parameters whose gradients the product is part of; none if it goes anywhere else.
+
+        None also where noises of one element meet, or one noise is there several times: their squares
+        are then not those of the product.
+        """
+        if any(_repeats(view.all_input_nodes[0], view) for view in path):
+            return ()
         place = _RESULT_OF_OPERAND.get(product.target)
+        apart = product.target is aten.mul.Tensor and not _repeats(operand, product)
         found: set[str] = set()
         seen: set[fx.Node] = set()
         stack = [(u, product) for u in product.users if place is None or u.args[1] == place]
@@ -293,6 +302,10 @@ class _Consumers:
             sums = node.target in _SUMS and not node.kwargs.get("alpha")
             if node in seen or not (sums or node.target in CASTS or node in self.views):
                 return ()  # also where two ways from the product meet
+            if node.target is aten.sum.dim_IntList and not apart:
+                return ()
+            if node.args.count(source) > 1 or _repeats(source, node):
+                return ()
             seen.add(node)
             stack += [(user, node) for user in node.users]
         return tuple(sorted(found))
@@ -308,6 +321,14 @@ class _Consumers:
                     return []
                 names.append(leaf.name)
         return names
+
+
+def _repeats(source: fx.Node, node: fx.Node) -> bool:
+    """Is an element of ``source`` several ones of the node's result?"""
+    value, seen = source.meta["val"], node.meta["val"]
+    if not isinstance(value, torch.Tensor) or not isinstance(seen, torch.Tensor):
+        return False  # one of several results, or several parts of one
+    return bool(hint(seen.numel()) > hint(value.numel()))
 
 
 def _other_use(reader: fx.Node) -> Use:

@@ -227,7 +227,13 @@ class Allotment:
 
 
 def candidates_of(statistics: Statistics, graph: JointGraph) -> Iterator[Candidate]:
-    """What may be a code, each with a stream of random numbers of its own."""
+    """What may be a code, each with a stream of random numbers of its own.
+
+    Nothing where the example's gradients do not differ from part to part, or are no numbers: whatever
+    codes add there says nothing about other batches.
+    """
+    if not 0 < statistics.variance < math.inf:
+        return
     nodes = {node.name: node for node in graph.nodes}
     for stream, found in enumerate(statistics.sensitivities):
         value = nodes[found.source].meta["val"]

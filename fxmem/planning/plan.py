@@ -354,8 +354,17 @@ class Plan:
         return (
             f"Plan(peak {self.predicted_peak:,} bytes, unchanged {self.baseline_peak:,}, "
             f"+{self.predicted_overhead:.1%} time, {counts['recompute']} recomputed, "
-            f"{counts['keep']} kept)"
+            f"{counts['keep']} kept{self._codes(counts['encode'])})"
         )
+
+    def _codes(self, n: int) -> str:
+        """How many values are codes, and what that does to gradients, if any are."""
+        if not n:
+            return ""
+        noise = self.noise
+        if noise is None or noise.tier == "exact":
+            return f", {n} encoded"
+        return f", {n} encoded, {noise.tier} noise of {100 * noise.predicted:.3g} %"
 
 
 def _action(decision: Decision | None) -> str:

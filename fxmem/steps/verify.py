@@ -10,6 +10,7 @@ from torch import nn
 
 from fxmem.basics.errors import VerificationError
 from fxmem.basics.units import format_bytes
+from fxmem.codes.gradient_noise import in_double
 from fxmem.graphs.capture import StepCall, training_step
 from fxmem.graphs.measure import measure
 from fxmem.graphs.standins import backward
@@ -81,7 +82,7 @@ def _measured_noise(optimized: Any, call: StepCall, parameters: Any) -> dict[str
         for name, gradient in both[0].items():
             other = both[1][name]
             if gradient is not None and other is not None:
-                error = (gradient.double() - other.double()).square().sum()
+                error = (in_double(gradient) - in_double(other)).square().sum()
                 found[name] += float(error) / DRAWS
     return found
 
