@@ -4,6 +4,7 @@ before                                          after
   # backward                                      # backward
   d = native_batch_norm_backward(..., mean', ...)  d = native_batch_norm_backward(..., None, ...)
   e = mul(g, counter)                              e = mul(g, counter_before)
+  n = sym_size(h, 0)                               (n is asked for where h is made)
 
 A training batch norm's backward takes the running statistics and ignores them, yet reading them
 would save two tensors that the step itself overwrites.  An input that the step changes is read by
@@ -31,9 +32,11 @@ class CleanupPass:
 
     def apply(self, graph: JointGraph) -> JointGraph:
         graph = graph.copy()
-        for node in graph.nodes:
+        for node in list(graph.nodes):
             if node.target is aten.native_batch_norm_backward.default and node.args[7] is True:
                 _forget_running_statistics(node)
+            elif _is_size(node) and not any(map(is_backward, node.all_input_nodes)):
+                _ask_in_forward(node)
         for mutated in graph.mutated_inputs():
             _copy_for_backward(graph.module.graph, mutated)
         graph.module.graph.eliminate_dead_code(has_effect)
@@ -43,6 +46,19 @@ class CleanupPass:
 def _forget_running_statistics(node: fx.Node) -> None:
     # native_batch_norm_backward(grad, input, weight, running_mean, running_var, ...)
     node.args = (*node.args[:3], None, None, *node.args[5:])
+
+
+def _is_size(node: fx.Node) -> bool:
+    return is_backward(node) and isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _ask_in_forward(size: fx.Node) -> None:
+    sources = set(size.all_input_nodes)
+    last = next(n for n in reversed(size.graph.nodes) if n in sources)
+    if last.op == "placeholder":
+        last = size.graph.find_nodes(op="placeholder")[-1]
+    last.append(size)
+    size.meta["partitioner_tag"] = "is_forward"
 
 
 def _copy_for_backward(graph: fx.Graph, mutated: fx.Node) -> None:

@@ -40,7 +40,7 @@ from fxmem.basics.sizes import storages_in
 from fxmem.codes.lossless import LOSSLESS, Encoding, Reading
 from fxmem.graphs.fakes import refresh, replace_uses, views_below
 from fxmem.graphs.graph import JointGraph, is_backward, is_view
-from fxmem.passes.base import insert_like
+from fxmem.passes.base import insert_like, sizes_and_strides
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def _replace(node: fx.Node, how: Reading, code: fx.Node) -> None:
 def _decode(node: fx.Node, how: Reading, code: fx.Node) -> None:
     """The node reads what is decoded before it."""
     views = [n for n in (node, *views_below(node)) if is_view(n)]
-    decoded = _insert(node, how.decoder, (code, *how.decoded), "decoded")
+    given = sizes_and_strides(how.source) if how.decoded is None else how.decoded
+    decoded = _insert(node, how.decoder, (code, *given), "decoded")
     decoded.meta[INSTEAD_OF] = ""
     decoded.meta[PLAIN] = Plain(None, None)
     node.replace_input_with(how.source, decoded)

@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from fxmem.analysis.dataflow import INSTEAD_OF, NOISE
@@ -36,10 +35,8 @@ from fxmem.codes.seeds import step_seed
 from fxmem.graphs.consumers import Reader, saved_values
 from fxmem.graphs.fakes import fake_value, replace_uses
 from fxmem.graphs.graph import JointGraph, Role, has_effect
-from fxmem.passes.base import insert_like
+from fxmem.passes.base import insert_like, sizes_and_strides
 from fxmem.passes.encode import PLAIN, Plain, plain_call
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def _encode(graph: fx.Graph, source: fx.Node, code: Code, seed: fx.Node) -> fx.N
 
 def _read_decoded(readers: Sequence[Reader], source: fx.Node, code: Code, q: fx.Node) -> None:
     """Each reader decodes right before it reads, through views of its own of what is decoded."""
-    layout = (*_sizes_and_strides(source), source.meta["val"].dtype)
+    layout = (*sizes_and_strides(source), source.meta["val"].dtype)
     for reader in dict.fromkeys(r.node for r in readers):
         args = code.encoding.to_decode(q, *layout)
         decoded = _insert(reader, code.encoding.decoder, args, {}, "dequantized")
@@ -117,24 +114,6 @@ def _read_decoded(readers: Sequence[Reader], source: fx.Node, code: Code, q: fx.
             for view in ways:
                 shown, now = view, _view_again(view, shown, now, reader)
             reader.replace_input_with(shown, now)
-
-
-def _sizes_and_strides(source: fx.Node) -> tuple[list[Any], list[Any]]:
-    """As numbers, or as nodes of the forward where they may change."""
-    value = source.meta["val"]
-    sizes = [_known(n, source, aten.sym_size.int, d) for d, n in enumerate(value.shape)]
-    strides = [_known(n, source, aten.sym_stride.int, d) for d, n in enumerate(value.stride())]
-    return sizes, strides
-
-
-def _known(number: Any, source: fx.Node, asked: Any, dim: int) -> Any:
-    if isinstance(number, int):
-        return number
-    graph = source.graph
-    with graph.inserting_after(source):
-        node = insert_like(graph, source, asked, (source, dim), suffix="size", backward=False)
-    del node.meta["fxmem_origin"]
-    return node
 
 
 def _read_derivative(readers: Sequence[Reader], source: fx.Node, code: Code, q: fx.Node) -> None:

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import (
 )
 
 import fxmem
+from fxmem.analysis.dynamic import marked
 from fxmem.graphs import batch_norm as cudnn
 from fxmem.graphs import operators
 from fxmem.graphs.capture import StepCall, capture
-from fxmem.graphs.graph import JointGraph, OutputKind
+from fxmem.graphs.graph import JointGraph, OutputKind, is_backward
 from fxmem.graphs.operators import recomputable_nodes, refusal, second_call, second_call_outputs
 from fxmem.graphs.partition import split
 from fxmem.passes import cudnn_batch_norm, recompute
@@ -268,6 +269,23 @@ def test_an_input_that_the_step_changes_is_copied_for_the_backward():
     assert differences(plain, run(graph))  # what reading the changed input would give
     copy = after.node(f"{changed_input}_before")
     assert refusal(copy) == "the step changes this input"
+
+
+def test_sizes_of_forward_tensors_are_asked_for_in_the_forward():
+    def body(m, x):
+        return F.gelu(x.view(-1, 4, 8) @ m.w).square().sum()
+
+    names = {"args[0]": {0: "B"}}
+    model, x = Body(body, w=tensor(8, 8)), tensor(64, 8)
+    with capture(marked(StepCall(model, (x,)), names), names) as found:
+        graph = found.graph
+    late = [n for n in graph.nodes if is_backward(n) and isinstance(n.meta["val"], torch.SymInt)]
+    assert late
+    after = CleanupPass().apply(graph)
+    order = {name: n for n, name in enumerate(node.name for node in after.nodes)}
+    for node in map(after.node, (n.name for n in late)):
+        assert not is_backward(node)
+        assert all(order[s.name] < order[node.name] for s in node.all_input_nodes)
 
 
 def test_cleanup_leaves_other_graphs_alone():

@@ -863,13 +863,57 @@ def test_an_infeasible_budget_names_the_one_that_works(smallest):
     assert fxmem.plan(model, floor, (x,), allow=CODES, **loss).predicted_peak <= floor
 
 
-def test_sizes_that_change_get_no_codes():
-    """Their bytes would not be known."""
-    model, x, _, _ = perceptron(layers=2)
-    model = nn.Sequential(model, nn.Flatten(0))
-    names = {"dynamic_shapes": {0: {0: "B"}}, "loss_fn": lambda out: out.square().mean()}
-    plan = fxmem.plan(model, "min", (x,), allow=CODES, **names)
-    assert plan.noise is None
+class Gated(nn.Module):
+    """Its sizes follow from the batch's through views."""
+
+    def __init__(self):
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.gates = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        x = x.view(-1, 4, 64)
+        for up, gate in zip(self.ups, self.gates, strict=True):
+            x = x + F.gelu(up(x)) * F.silu(gate(x))
+        return x.square().mean()
+
+
+def test_sizes_that_change_have_codes():
+    """One plan serves them; at each size its bytes are kept, and the noise is what it is at the others."""
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(512, 64)
+    how = {"dynamic_shapes": {0: {0: "B"}}, "allow": CODES, "noise": 0.02}
+    step = fxmem.optimize(model, "0.7x", (x,), **how)
+    plan = step.plan
+    assert plan.noise.tier == "unbiased"
+    assert plan.valid_for["B"][1] >= 512
+    off = []
+    for rows in (512, 256, 128):
+        some = torch.randn(rows, 64)
+        want = gradients_of(model, model, some)
+        got = gradients_of(step, model, some)
+        errors = sum(float((g - w).square().sum()) for g, w in zip(got, want, strict=True))
+        off.append(errors / sum(float(w.square().sum()) for w in want))
+        sizes, loss = cpu_allocations(lambda some=some: backward_of(step, model, some))
+        del loss
+        less = (512 - rows) * 64 * 4
+        assert plan.resident - less + max(accumulate(sizes)) <= plan.predicted_peak
+    assert all(0 < error < 0.1 for error in off)
+    assert max(off) < 3 * min(off)
+    assert len(step._session.programs) == 1
+
+
+def backward_of(run, model, x):
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    loss = run(x)
+    loss.backward()
+    return loss
+
+
+def gradients_of(run, model, x):
+    backward_of(run, model, x)
+    return [p.grad.clone() for p in model.parameters()]
 
 
 def test_hooks_of_gradients_do_not_run_while_noise_is_measured():

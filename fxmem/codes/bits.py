@@ -284,6 +284,7 @@ def _triton_agrees(device: torch.device) -> bool:
     return torch.equal(bits, pack_by_torch(mask)) and torch.equal(mask, again)
 
 
+@native.proof
 def _native_agrees(device: torch.device) -> bool:
     """Of numbers of all kinds, as many as end within a byte."""
     x = torch.linspace(-3, 3, 1003, device=device)

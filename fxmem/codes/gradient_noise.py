@@ -277,7 +277,7 @@ class _Recorder(fx.Interpreter):
             leaf = torch.zeros_like(x, dtype=_wide(x.dtype)).requires_grad_()
             seen: Any = leaf
             for step in product.path:
-                seen = seen if step.target in CASTS else _again(step, seen)
+                seen = seen if step.target in CASTS else again(step, seen)
             given = iter([seen if o is None else _squared(o) for o in others])
             values = dict(zip(node.all_input_nodes, given, strict=True))
             args = list(fx.node.map_arg(tuple(node.args), lambda n: values[n]))
@@ -289,9 +289,14 @@ class _Recorder(fx.Interpreter):
         return columns
 
 
-def _again(view: fx.Node, seen: torch.Tensor) -> torch.Tensor:
+def again(view: fx.Node, seen: torch.Tensor) -> torch.Tensor:
     """The view of another tensor than the one that the graph has there."""
-    args, kwargs = fx.node.map_arg((view.args, dict(view.kwargs)), lambda n: seen)
+
+    def taken(node: fx.Node) -> Any:
+        value = node.meta["val"]
+        return seen if isinstance(value, torch.Tensor) else hint(value)
+
+    args, kwargs = fx.node.map_arg((view.args, dict(view.kwargs)), taken)
     result: torch.Tensor = view.target(*args, **kwargs)  # type: ignore[operator]
     return result
 

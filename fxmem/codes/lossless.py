@@ -35,7 +35,7 @@ class Reading:
 
     more: what the encoder takes beside it.  reader: what reads the code in the node's place, with
     ``arguments``, where None stands for the code.  Without one the node stays, and reads in the place of
-    ``source`` what ``decoder`` makes of the code and ``decoded``.
+    ``source`` what ``decoder`` makes of the code and ``decoded``; None: and its sizes and strides.
     """
 
     source: fx.Node
@@ -43,7 +43,7 @@ class Reading:
     reader: Any = None
     arguments: tuple[Any, ...] = ()
     decoder: Any = None
-    decoded: tuple[Any, ...] = ()
+    decoded: tuple[Any, ...] | None = ()
 
 
 Finder = Callable[[fx.Node], Iterator[Reading]]
@@ -141,17 +141,8 @@ def _of_max_pool(node: fx.Node) -> Iterator[Reading]:
 def _of_bool(node: fx.Node) -> Iterator[Reading]:
     """Any reader: of a mask."""
     for mask in node.all_input_nodes:
-        layout = _layout(mask) if _is_saved(mask) else None
-        if layout is not None and mask.meta["val"].dtype is torch.bool:
-            yield Reading(mask, (), decoder=encodings.unpack, decoded=layout)
-
-
-def _layout(x: fx.Node) -> tuple[list[int], list[int]] | None:
-    """Sizes and strides, if both are fixed."""
-    value = x.meta["val"]
-    if any(not isinstance(n, int) for n in (*value.shape, *value.stride())):
-        return None
-    return list(value.shape), list(value.stride())
+        if _is_saved(mask) and mask.meta["val"].dtype is torch.bool:
+            yield Reading(mask, (), decoder=encodings.unpack, decoded=None)
 
 
 def _of_indices(short: torch.dtype, node: fx.Node) -> Iterator[Reading]:

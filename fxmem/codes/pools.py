@@ -110,6 +110,7 @@ def _corners(like: torch.Tensor, window: native.Window) -> tuple[torch.Tensor, t
 # -- Do they agree? --------------------------------------------------------------------------------------
 
 
+@native.proof
 def _native_agrees(device: torch.device) -> bool:
     """Of windows that overlap, with padding and without, in either layout."""
     x = torch.linspace(0, 40, 2 * 3 * 9 * 11, device=device).sin().view(2, 3, 9, 11)

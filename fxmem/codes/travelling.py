@@ -29,6 +29,7 @@ from fxmem.basics.sizes import tensors_in
 from fxmem.codes.gradient_noise import (
     Sensitivity,
     Variances,
+    again,
     encodings_of,
     given,
     in_double,
@@ -138,17 +139,11 @@ class _Differentiated(fx.Interpreter):
         for name, reader in mine:
             leaf, operand = self.leaves[name], name
             for view in reader.views:
-                leaf, operand = self._again(view, leaf), view.name
+                with torch.enable_grad():
+                    leaf, operand = again(view, leaf), view.name
             seen[operand] = leaf
         known = {n: seen.get(n.name, self.env[n]) for n in node.all_input_nodes}
         return fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
-
-    def _again(self, view: fx.Node, x: torch.Tensor) -> torch.Tensor:
-        """The view of what is given, in place of what the graph has there."""
-        args, kwargs = fx.node.map_arg((view.args, dict(view.kwargs)), lambda n: x)
-        with torch.enable_grad():
-            found: torch.Tensor = view.target(*args, **kwargs)  # type: ignore[operator]
-        return found
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         differentiated = torch.is_grad_enabled() and any(
