@@ -20,6 +20,7 @@ from fxmem.basics.device import library_memory
 from fxmem.basics.errors import BudgetInfeasibleError, CaptureError, FixedSizeError, FxmemError
 from fxmem.basics.gpus import GPUS, Gpu
 from fxmem.basics.sizes import symbol
+from fxmem.codes.gradient_noise import Noise
 from fxmem.graphs.workspace import device_at_hand
 from fxmem.planning.plan import Plan
 from fxmem.reports.fits import Alternative, Fit, Fits, usable
@@ -42,6 +43,7 @@ def report(
     loss_fn: Callable[..., Any] | None = None,
     loss_inputs: Any = (),
     allow: Any = DEFAULT,
+    noise: float | Noise = 0.01,
     reserve: Any = 0,
     on_infeasible: str = "raise",
     cost: Any = "auto",
@@ -55,14 +57,16 @@ def report(
     ``FxmemError`` for what only a plan has, without a budget.
     """
     if budget is None:
-        _refuse_without_a_budget(allow=allow, on_infeasible=on_infeasible, cost=cost, gpus=gpus)
+        _refuse_without_a_budget(
+            allow=allow, noise=noise, on_infeasible=on_infeasible, cost=cost, gpus=gpus
+        )
         found = liveness(
             model, example_inputs, example_kwargs=example_kwargs, dynamic_shapes=dynamic_shapes,
             loss_fn=loss_fn, loss_inputs=loss_inputs, reserve=reserve,
         )  # fmt: skip
         return StepReport(found, _unchanged(found))
     options = read_options(
-        model, budget, allow=allow, noise=0.01, reserve=reserve, on_infeasible=on_infeasible,
+        model, budget, allow=allow, noise=noise, reserve=reserve, on_infeasible=on_infeasible,
         compiler="eager", cost=cost, plan=None,
     )  # fmt: skip
     step = (model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs)
@@ -80,7 +84,13 @@ def report(
 
 # -- Without a budget ---------------------------------------------------------------------------------
 
-_OF_PLANS = {"allow": DEFAULT, "on_infeasible": "raise", "cost": "auto", "gpus": False}
+_OF_PLANS = {
+    "allow": DEFAULT,
+    "noise": 0.01,
+    "on_infeasible": "raise",
+    "cost": "auto",
+    "gpus": False,
+}
 """What only a plan has, and what it is where nobody gives it."""
 
 
@@ -139,6 +149,7 @@ def fits(
     loss_fn: Callable[..., Any] | None = None,
     loss_inputs: Any = (),
     allow: Any = DEFAULT,
+    noise: float | Noise = 0.01,
     reserve: Any = 0,
     gpus: tuple[Gpu, ...] = GPUS,
 ) -> Fits:
@@ -151,7 +162,7 @@ def fits(
     model on the meta device.  Raises as ``fxmem.plan`` does, but not where the step fits nowhere.
     """
     options = read_options(
-        model, "min", allow=allow, noise=0.01, reserve=reserve, on_infeasible="raise",
+        model, "min", allow=allow, noise=noise, reserve=reserve, on_infeasible="raise",
         compiler="eager", cost="auto", plan=None,
     )  # fmt: skip
     step = (model, example_inputs, example_kwargs, dynamic_shapes, loss_fn, loss_inputs)

@@ -863,6 +863,13 @@ def test_an_infeasible_budget_names_the_one_that_works(smallest):
     assert fxmem.plan(model, floor, (x,), allow=CODES, **loss).predicted_peak <= floor
 
 
+def test_reports_take_the_ceiling():
+    model, x, _, loss = perceptron(rows=512, width=64)
+    codes = ("lossless", "quantize")
+    found = fxmem.report(model, (x,), "min", allow=codes, noise=0.2, **loss)
+    assert "ceiling 20 %" in str(found)
+
+
 class Gated(nn.Module):
     """Its sizes follow from the batch's through views."""
 

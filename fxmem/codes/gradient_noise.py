@@ -52,7 +52,8 @@ Variances = dict[str, float]
 class Noise:
     """What the ``noise`` argument may be in place of its ceiling.
 
-    ceiling: variance that codes may add to the gradient, as a share of the minibatch's own.
+    ceiling: variance that codes may add to the gradient, as a share of the minibatch's own: what is
+    predicted of a plan is at most that, and what two draws of it show at most a quarter more.
     batches: more arguments like the example's, ``(*inputs, *loss_inputs)`` each, to find the latter
     from; without them the example is cut into parts along its first dimension.  bounded: how far codes
     whose mean gradients do not keep may move the gradient of any group of parameters, as a share of its
