@@ -310,13 +310,17 @@ def foresee(family: str, size: str) -> Iterator[dict[str, Any]]:
         step = Step(family, size, "cpu")
         lowered, made = list[Any](), list[Any]()
         start = cpu_seconds()
-        with noted("foreseen", lowered, of=fxmem.steps.inductor.Inductor), noted("_compiled", made):
-            with fresh_inductor_cache(), inductor_config.patch(compile_threads=1):
-                try:
-                    module, row["op_by_op"] = optimized(step, budget)
-                except fxmem.BudgetInfeasibleError:
-                    yield {**row, "refused": True}
-                    continue
+        with (
+            noted("foreseen", lowered, of=fxmem.steps.inductor.Inductor),
+            noted("_compiled", made),
+            fresh_inductor_cache(),
+            inductor_config.patch(compile_threads=1),
+        ):
+            try:
+                module, row["op_by_op"] = optimized(step, budget)
+            except fxmem.BudgetInfeasibleError:
+                yield {**row, "refused": True}
+                continue
         row["processor_seconds"] = round(cpu_seconds() - start, 1)
         row["lowered"], row["compiled"] = len(lowered), len(made)
         (tried, *_), coded = made[0]

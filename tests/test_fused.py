@@ -60,7 +60,7 @@ def test_operators_make_their_results_and_a_kernel_writes_over_what_it_read_last
         "Made buf2 256",
         "Called aten.mm.default {}",
         "Freed buf1",
-        "Freed arg0_1",
+        "Freed x_1",
     ]
     assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 512
 

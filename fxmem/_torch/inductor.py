@@ -313,12 +313,19 @@ def _read(scheduler: Any, module: fx.GraphModule) -> Schedule:
     returned: Any = module.graph.output_node().args[0]
     made = [out if _is_tensor(out) else None for out in V.graph.graph_outputs]
     strides = {
-        node.name: tuple(out.get_stride())
+        node.name: tuple(map(_symbolic, out.get_stride()))
         for node, out in zip(returned, made, strict=True)
         if isinstance(node, fx.Node) and out is not None
     }
     roots = [None if out is None else _root(scheduler, out.get_name()) for out in made]
     return Schedule(events, roots, strides)
+
+
+def _symbolic(size: Any) -> Any:
+    """A size that Inductor computes with, as sizes of tensors are."""
+    if isinstance(size, int):
+        return size
+    return V.graph.sizevars.shape_env.create_symintnode(size, hint=_hints([size])[0])
 
 
 def _is_tensor(out: Any) -> bool:

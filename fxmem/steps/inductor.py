@@ -61,10 +61,6 @@ PLANS = 3
 """So many are lowered at most, before code is made of one."""
 
 
-_FORWARD = "making code of the step's forward with Inductor"
-_BACKWARD = "making code of the step's backward with Inductor"
-
-
 class Inductor:
     """Code for both halves of a planned step; see ``Code`` in backward.py."""
 
@@ -77,7 +73,7 @@ class Inductor:
 
     def forward(self) -> _torch.BoxedCallable:
         module = _copy(self.split.forward)
-        with explained(_FORWARD, module):
+        with explained("making code of the step's forward with Inductor", module):
             code, self.strides = _torch_inductor.inductor(module, **self._of_forward(module))
         return code
 
@@ -88,7 +84,7 @@ class Inductor:
 
     def backward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
         module = _copy(module)
-        with explained(_BACKWARD, module):
+        with explained("making code of the step's backward with Inductor", module):
             code, _ = _torch_inductor.inductor(module, **self._of_backward(module, self.strides))
         return code
 
@@ -98,15 +94,13 @@ class Inductor:
         table: gets what it lacks about operators.
         """
         module = _copy(self.split.forward)
-        with explained(_FORWARD, module):
-            first = _torch_inductor.schedule(module, **self._of_forward(module))
+        first = _torch_inductor.schedule(module, **self._of_forward(module))
         if first is None:
             return None
         backward = without_unread(self.backward_for(planned.undefined))
         module = _copy(backward)
-        with explained(_BACKWARD, module):
-            how = self._of_backward(module, first.strides)
-            second = _torch_inductor.schedule(module, **how)
+        how = self._of_backward(module, first.strides)
+        second = _torch_inductor.schedule(module, **how)
         if second is None:
             return None
         halves = replace(self.split, backward=backward)
@@ -363,7 +357,7 @@ def _before_code(
         if any(next_one[0].plan.decisions == one.plan.decisions for one in seen):
             break
         code = Inductor(next_one[0])
-        one = _Tried(*next_one, code, code.foreseen(next_one[0], table, analysis.device))
+        one = _Tried(*next_one, code, _foreseen(code, next_one[0], table, analysis.device))
         seen.append(one)
         if one.foreseen is None:
             break
@@ -372,6 +366,16 @@ def _before_code(
     if not fitting:
         return min(seen, key=lambda one: one.foreseen or 0)
     return min(fitting, key=lambda one: one.plan.added_seconds)
+
+
+def _foreseen(
+    code: Inductor, planned: Planned, table: Workspaces, device: torch.device
+) -> int | None:
+    try:
+        return code.foreseen(planned, table, device)
+    except Exception:  # to compile says what is wrong, if anything is but this look ahead
+        log.info("the peak of Inductor's code cannot be foreseen", exc_info=True)
+        return None
 
 
 def _planned_again(
