@@ -23,7 +23,7 @@ from torch._functorch.partitioners import (
     reordering_to_mimic_autograd_engine,
 )
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor import ir
+from torch._inductor import compile_fx, ir
 from torch._inductor.codegen import wrapper
 from torch._inductor.codegen.common import Kernel
 from torch._inductor.compile_fx import compile_fx_inner
@@ -180,11 +180,13 @@ def inductor(
     static_inputs: Sequence[int],
     visible: Sequence[int],
     strides: Strides,
+    lowered: Any = None,
 ) -> tuple[BoxedCallable, Strides]:
     """Code for one half, and the strides of what it returns.
 
     static_inputs: places of the inputs that lie where they are from step to step.  visible: of
     outputs whose strides must stay.  strides: of inputs, where those are not as they were traced.
+    lowered: what ``schedule`` found of the same half, which can be made code of once.
     """
     mode = _fake_mode(module)
     given = module.graph.find_nodes(op="placeholder")
@@ -204,6 +206,7 @@ def inductor(
         _fake_generator_states(mode),
         TracingContext.report_output_strides() as found,
         _keyed_by(visible),
+        _lowered_before(lowered) if lowered is not None else contextlib.nullcontext(),
     ):
         code: Any = compile_fx_inner(
             module,
@@ -270,12 +273,14 @@ class Called(NamedTuple):
 class Schedule:
     """What the code of one half will do to memory.
 
-    returned: of each output the buffer or input that it lies in.  strides: of what it returns.
+    returned: of each output the buffer or input that it lies in.  strides: of what it returns.  lowered:
+    Inductor's graph, of which code may be made.
     """
 
     events: list[Made | Moved | Freed | Called]
     returned: list[str | None]
     strides: Strides
+    lowered: Any = None
 
 
 class _Scheduled(BaseException):
@@ -303,22 +308,40 @@ def schedule(module: fx.GraphModule, **how: Any) -> Schedule | None:
     return None
 
 
+@contextlib.contextmanager
+def _lowered_before(graph: Any) -> Iterator[None]:
+    """Inside, a half is lowered and its kernels are fused as they were when ``schedule`` looked."""
+    with (
+        mock.patch.object(compile_fx, "GraphLowering", return_value=graph),
+        mock.patch.object(graph, "run", return_value=None),
+        mock.patch.object(graph, "_update_scheduler", return_value=None),
+    ):
+        yield
+
+
 def _read(scheduler: Any, module: fx.GraphModule) -> Schedule:
     """The wrapper around the kernels is written and planned as it always is, without the kernels."""
+    graph: Any = V.graph
+    before = {
+        name: getattr(graph, name).copy() for name in ("removed_buffers", "inplaced_to_remove")
+    }
     for node in scheduler.nodes:
         _without_kernel(scheduler, node)
     scheduler.free_buffers()
-    V.graph.wrapper_code.run_wrapper_ir_passes(is_inference=False)
-    events = [event for line in V.graph.wrapper_code.lines for event in _events(line)]
+    graph.wrapper_code.run_wrapper_ir_passes(is_inference=False)
+    events = [event for line in graph.wrapper_code.lines for event in _events(line)]
+    vars(graph).update(before)  # as if nothing had been written, so that the code may still be
+    scheduler.completed_operations.clear()
+    scheduler.current_node = None
     returned: Any = module.graph.output_node().args[0]
-    made = [out if _is_tensor(out) else None for out in V.graph.graph_outputs]
+    made = [out if _is_tensor(out) else None for out in graph.graph_outputs]
     strides = {
         node.name: tuple(map(_symbolic, out.get_stride()))
         for node, out in zip(returned, made, strict=True)
         if isinstance(node, fx.Node) and out is not None
     }
     roots = [None if out is None else _root(scheduler, out.get_name()) for out in made]
-    return Schedule(events, roots, strides)
+    return Schedule(events, roots, strides, graph)
 
 
 def _symbolic(size: Any) -> Any:

@@ -70,11 +70,16 @@ class Inductor:
             self.saved = _worth_saving(self.graph)
             self.split = self._halves(self.graph)
         self.strides: _torch_inductor.Strides = {}
+        self.lowered: list[Any] = []
 
     def forward(self) -> _torch.BoxedCallable:
         module = _copy(self.split.forward)
         with explained("making code of the step's forward with Inductor", module):
-            code, self.strides = _torch_inductor.inductor(module, **self._of_forward(module))
+            code, self.strides = _torch_inductor.inductor(
+                module,
+                **self._of_forward(module),
+                lowered=self.lowered[0] if self.lowered else None,
+            )
         return code
 
     def backward_for(self, undefined: tuple[str, ...]) -> fx.GraphModule:
@@ -85,7 +90,12 @@ class Inductor:
     def backward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
         module = _copy(module)
         with explained("making code of the step's backward with Inductor", module):
-            code, _ = _torch_inductor.inductor(module, **self._of_backward(module, self.strides))
+            code, _ = _torch_inductor.inductor(
+                module,
+                **self._of_backward(module, self.strides),
+                lowered=self.lowered[1] if self.lowered else None,
+            )
+            self.lowered = []
         return code
 
     def foreseen(self, planned: Planned, table: Workspaces, device: torch.device) -> int | None:
@@ -103,6 +113,7 @@ class Inductor:
         second = _torch_inductor.schedule(module, **how)
         if second is None:
             return None
+        self.lowered = [first.lowered, second.lowered]
         halves = replace(self.split, backward=backward)
         added = peak_of(first, second, halves, table, _loss_outside(planned), device)
         return planned.plan.resident + added
