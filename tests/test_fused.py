@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx
 from torch._inductor import metrics
+from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxmem._torch import inductor as _torch_inductor
@@ -31,6 +32,10 @@ def scheduled(function, *tensors, backward=False):
     return found
 
 
+def centred(x):
+    return ((x - x.sum(1, keepdim=True)).exp(),)
+
+
 def told(schedule):
     """Events as text, operators without their nodes."""
     return [f"{type(e).__name__} {' '.join(map(str, e[:2]))}" for e in map(_plain, schedule.events)]
@@ -41,10 +46,10 @@ def _plain(event):
 
 
 def test_what_lives_within_one_kernel_takes_no_memory():
-    found = scheduled(lambda x: (x.sin().cos().exp(),), torch.randn(8, 4))
-    assert [e for e in told(found) if e.startswith("Made")] == ["Made buf0 128"]
-    assert found.returned == ["buf0"]
-    assert found.strides["exp"] == (4, 1)
+    found = scheduled(centred, torch.randn(8, 64))
+    assert [e for e in told(found) if e.startswith("Made")] == ["Made buf1 2048"]
+    assert found.returned == ["buf1"]
+    assert found.strides == {"exp": (64, 1)}
 
 
 def test_operators_make_their_results_and_a_kernel_writes_over_what_it_read_last():
@@ -63,6 +68,36 @@ def test_operators_make_their_results_and_a_kernel_writes_over_what_it_read_last
         "Freed x_1",
     ]
     assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 512
+
+
+def test_code_of_what_was_lowered_before_is_the_same_code(monkeypatch):
+    """Byte for byte, and without lowering again."""
+    written, lowered = [], []
+
+    def without_compiler(graph, code):
+        written.append(code.value)
+        return SimpleNamespace(call=None, __file__=__file__)
+
+    def noted(graph, *args):
+        lowered.append(graph)
+        return run_graph(graph, *args)
+
+    run_graph = GraphLowering.run
+    monkeypatch.setattr(GraphLowering, "_compile_to_module_lines", without_compiler)
+    monkeypatch.setattr(GraphLowering, "run", noted)
+    given = [symbolic_fake_mode().from_tensor(torch.randn(64, 64), static_shapes=True)]
+    how = {"backward": False, "static_inputs": [], "visible": range(1), "strides": {}}
+
+    def traced():
+        return make_fx(lambda x: (*centred(torch.mm(x.sin(), x)), x.sum(0)))(*given)
+
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _torch_inductor.inductor(traced(), **how)
+        found = _torch_inductor.schedule(traced(), **how)
+        _torch_inductor.inductor(traced(), **how, lowered=found.lowered)
+    assert len(lowered) == 2
+    first, second = ([x for x in code.splitlines() if x[:1] != "#"] for code in written)
+    assert first == second
 
 
 # -- In numbers --------------------------------------------------------------------------------------
