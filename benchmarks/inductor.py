@@ -5,9 +5,12 @@ turns and on one thread: torch.compile as it is beside a budget of what eager pe
 that a peer reaches (``activation_memory_budget``, compiled checkpoints by block) fxmem with those bytes.
 ``--codes`` times a step whose codes fuse beside the same step with codes in operators of fxmem's own.
 ``--compile`` compares seconds of processor time from nothing to the first step's end, caches empty.
+``--foresee`` compares what code is foreseen to peak at with what it is then measured to peak at, and counts
+the plans that were lowered and those that code was made of.
 
     python benchmarks/inductor.py --keep --families gpt2 resnet --size tiny
     python benchmarks/inductor.py --speed --families gpt2 --size small
+    python benchmarks/inductor.py --compile --foresee --families gpt2 llama --size small
 """
 
 import argparse
@@ -295,6 +298,54 @@ def compilation(family: str, size: str) -> dict[str, Any]:
     return row
 
 
+# -- What is foreseen --------------------------------------------------------------------------------
+
+FORESEEN = ("0.8x", "0.6x", "0.4x")
+
+
+def foresee(family: str, size: str) -> Iterator[dict[str, Any]]:
+    """One row a budget; caches are empty, for nothing is foreseen of code that is there already."""
+    for budget in FORESEEN:
+        row: dict[str, Any] = {"family": family, "size": size, "budget": budget}
+        step = Step(family, size, "cpu")
+        lowered, made = list[Any](), list[Any]()
+        start = cpu_seconds()
+        with (
+            noted("foreseen", lowered, of=fxmem.steps.inductor.Inductor),
+            noted("_compiled", made),
+            fresh_inductor_cache(),
+            inductor_config.patch(compile_threads=1),
+        ):
+            try:
+                module, row["op_by_op"] = optimized(step, budget)
+            except fxmem.BudgetInfeasibleError:
+                yield {**row, "refused": True}
+                continue
+        row["processor_seconds"] = round(cpu_seconds() - start, 1)
+        row["lowered"], row["compiled"] = len(lowered), len(made)
+        (tried, *_), coded = made[0]
+        measured = coded.planned.plan.predicted_peak
+        row["operator_by_operator"] = tried.plan.predicted_peak / measured
+        row["foreseen"] = tried.foreseen and tried.foreseen / measured
+        row["of_budget"] = module.plan.predicted_peak / module.plan.budget
+        row["predicted_overhead"] = module.plan.predicted_overhead
+        yield row
+
+
+@contextlib.contextmanager
+def noted(name: str, calls: list[Any], of: Any = fxmem.steps.inductor) -> Iterator[None]:
+    """Inside, the arguments of each call of a function and what it gave are noted."""
+    function = getattr(of, name)
+
+    def called(*args: Any) -> Any:
+        found = function(*args)
+        calls.append((args, found))
+        return found
+
+    with mock.patch.object(of, name, called):
+        yield
+
+
 # -- The script --------------------------------------------------------------------------------------
 
 
@@ -319,7 +370,7 @@ def main() -> None:
     parser.add_argument("--size", default="small")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    for kind in ("keep", "speed", "codes", "compile"):
+    for kind in ("keep", "speed", "codes", "compile", "foresee"):
         parser.add_argument(f"--{kind}", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -335,6 +386,8 @@ def main() -> None:
             jobs["codes"] = codes(family, given.size, given.rounds)
         if given.compile:
             jobs["compile"] = iter([compilation(family, given.size)])
+        if given.foresee:
+            jobs["foresee"] = foresee(family, given.size)
         for kind, rows in jobs.items():
             for row in rows:
                 write(given.out, kind, row)

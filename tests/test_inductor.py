@@ -40,6 +40,20 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(_torch_inductor, "inductor", lambda module, **_: (boxed(module), {}))
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """What code was made of, as it was tried, and the plan as it was measured."""
+    seen, make = [], inductor._compiled
+
+    def noted(tried, *rest):
+        coded = make(tried, *rest)
+        seen.append((tried, coded.planned.plan))
+        return coded
+
+    monkeypatch.setattr(inductor, "_compiled", noted)
+    return seen
+
+
 def assert_close(want, got):
     """Random numbers are the same ones; sums may be rounded otherwise."""
     assert torch.equal(want["generator"], got["generator"])
@@ -74,10 +88,14 @@ def products(module):
 # -- With Inductor's kernels -------------------------------------------------------------------------
 
 
-def test_a_step_keeps_its_budget_and_eagers_dropout():
+def test_a_step_keeps_its_budget_and_eagers_dropout(compiled):
     model, x = seeded(Net), batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
-    step = fxmem.optimize(model, "0.6x", (x,), compiler="inductor")
+    with fresh_inductor_cache():
+        step = fxmem.optimize(model, "0.6x", (x,), compiler="inductor")
+    ((tried, kept),) = compiled  # code was made once, of the plan that was kept
+    assert tried.foreseen == pytest.approx(step.plan.predicted_peak, rel=0.005)
+    assert kept is step.plan
     assert_close(want, stepped(step, model, x))
     assert step.plan.recomputed
     peak = measured(step, model, x) + step.plan.resident
@@ -184,12 +202,55 @@ def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog
     ],
 )
 def test_when_to_plan_again(predicted, measured, added, target):
-    plan = SimpleNamespace(budget=1000, predicted_peak=predicted, smallest=False)
-    plan.added_seconds = added
-    first = SimpleNamespace(planned=SimpleNamespace(plan=SimpleNamespace(predicted_peak=measured)))
-    options = SimpleNamespace(plan=None)
-    planned = SimpleNamespace(plan=plan)
-    assert inductor._second_target(planned, first, options) == target
+    plan = SimpleNamespace(budget=1000, predicted_peak=predicted, added_seconds=added)
+    assert inductor._target(plan, measured) == target
+
+
+def foresees(monkeypatch, of):
+    """Let each plan's code be foreseen to peak at what ``of`` says of the plan."""
+    seen = []
+
+    def foreseen(self, planned, *_):
+        seen.append(planned.plan)
+        return of(planned.plan)
+
+    monkeypatch.setattr(inductor.Inductor, "foreseen", foreseen)
+    return seen
+
+
+def test_a_plan_whose_code_would_not_fit_gets_none(interpreted, compiled, monkeypatch):
+    seen = foresees(monkeypatch, lambda plan: int(1.2 * plan.predicted_peak))
+    monkeypatch.setattr(inductor, "_peak", lambda coded, _: seen[-1].predicted_peak)
+    step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
+    assert len(seen) == 2
+    assert 1.2 * seen[0].predicted_peak > step.plan.budget >= 1.2 * seen[1].predicted_peak
+    assert [tried.plan for tried, _ in compiled] == seen[1:]
+    assert step.plan.decisions == seen[1].decisions
+
+
+def test_a_plan_whose_code_would_leave_room_is_planned_for_more(interpreted, compiled, monkeypatch):
+    seen = foresees(monkeypatch, lambda plan: int(0.7 * plan.predicted_peak))
+    monkeypatch.setattr(inductor, "_peak", lambda coded, _: coded.planned.plan.predicted_peak // 2)
+    step = fxmem.optimize(seeded(Net), "0.5x", (batch(256),), compiler="inductor")
+    assert 1 < len(seen) <= inductor.PLANS
+    assert seen[0].added_seconds > seen[-1].added_seconds
+    ((tried, _),) = compiled  # half of the budget is free as measured, which is not tried again
+    assert tried.plan is seen[-1]
+    assert step.plan.budget == seen[0].budget
+
+
+def test_code_that_does_not_keep_what_was_foreseen_is_planned_again(
+    interpreted, compiled, monkeypatch
+):
+    seen = foresees(monkeypatch, lambda plan: plan.predicted_peak)
+    monkeypatch.setattr(
+        inductor, "_peak", lambda coded, _: int(1.2 * coded.planned.plan.predicted_peak)
+    )
+    step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
+    assert len(seen) == 1
+    assert len(compiled) == 2
+    assert compiled[0][1].predicted_peak > step.plan.budget >= step.plan.predicted_peak
+    assert step.plan is compiled[1][1]
 
 
 def test_what_goes_with_the_device():
@@ -225,8 +286,10 @@ def test_each_plan_has_graphs_of_its_own_in_the_cache():
     assert roomy[0]["hit"] == tight[0]["hit"] == 0
     assert roomy[0]["miss"] >= 2
     assert tight[0]["miss"] >= 2
-    assert roomy_again == ({"hit": roomy[0]["miss"], "miss": 0}, *roomy[1:])
-    assert tight_again == ({"hit": tight[0]["miss"], "miss": 0}, *tight[1:])
+    for first, again in ((roomy, roomy_again), (tight, tight_again)):
+        assert again[0]["miss"] == 0
+        assert again[0]["hit"] >= 2
+        assert again[1:] == first[1:]
     assert tight[1] < roomy[1]
 
 

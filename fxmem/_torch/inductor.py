@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -22,9 +23,13 @@ from torch._functorch.partitioners import (
     reordering_to_mimic_autograd_engine,
 )
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor import compile_fx, ir
+from torch._inductor.codegen import wrapper
+from torch._inductor.codegen.common import Kernel
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.scheduler import NopKernelSchedulerNode, Scheduler
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._prims import rng_prims
@@ -175,11 +180,13 @@ def inductor(
     static_inputs: Sequence[int],
     visible: Sequence[int],
     strides: Strides,
+    lowered: Any = None,
 ) -> tuple[BoxedCallable, Strides]:
     """Code for one half, and the strides of what it returns.
 
     static_inputs: places of the inputs that lie where they are from step to step.  visible: of
     outputs whose strides must stay.  strides: of inputs, where those are not as they were traced.
+    lowered: what ``schedule`` found of the same half, which can be made code of once.
     """
     mode = _fake_mode(module)
     given = module.graph.find_nodes(op="placeholder")
@@ -199,6 +206,7 @@ def inductor(
         _fake_generator_states(mode),
         TracingContext.report_output_strides() as found,
         _keyed_by(visible),
+        _lowered_before(lowered) if lowered is not None else contextlib.nullcontext(),
     ):
         code: Any = compile_fx_inner(
             module,
@@ -226,6 +234,215 @@ def _keyed_by(visible: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
     config: Any = compiler_config
     patch: contextlib.AbstractContextManager[Any] = config.patch(cache_key_tag=tag)
     return patch
+
+
+# -- What kernels there will be, before there is code of them ----------------------------------------
+
+
+class Made(NamedTuple):
+    """A buffer is allocated."""
+
+    name: str
+    nbytes: int
+
+
+class Moved(NamedTuple):
+    """A buffer takes the memory of one that nothing reads any more."""
+
+    name: str
+    source: str
+
+
+class Freed(NamedTuple):
+    """A buffer or an input is let go."""
+
+    name: str
+
+
+class Called(NamedTuple):
+    """An operator runs as it is; it may hold more meanwhile.
+
+    strides: by their shapes, those of its operands, which are lowered to others than were traced.
+    """
+
+    node: fx.Node
+    strides: dict[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the code of one half will do to memory.
+
+    returned: of each output the buffer or input that it lies in.  strides: of what it returns.  lowered:
+    Inductor's graph, of which code may be made.
+    """
+
+    events: list[Made | Moved | Freed | Called]
+    returned: list[str | None]
+    strides: Strides
+    lowered: Any = None
+
+
+class _Scheduled(BaseException):
+    """Ends a compilation where its kernels are known and none is written."""
+
+    def __init__(self, found: Schedule) -> None:
+        super().__init__()
+        self.found = found
+
+
+def schedule(module: fx.GraphModule, **how: Any) -> Schedule | None:
+    """What ``inductor`` would make of a half, at a small share of its time; None where torch has its code.
+
+    The module is changed: give a copy.
+    """
+
+    def stop(scheduler: Any) -> None:
+        raise _Scheduled(_read(scheduler, module))
+
+    with mock.patch.object(Scheduler, "codegen", stop):
+        try:
+            inductor(module, **how)
+        except _Scheduled as stopped:
+            return stopped.found
+    return None
+
+
+@contextlib.contextmanager
+def _lowered_before(graph: Any) -> Iterator[None]:
+    """Inside, a half is lowered and its kernels are fused as they were when ``schedule`` looked."""
+    with (
+        mock.patch.object(compile_fx, "GraphLowering", return_value=graph),
+        mock.patch.object(graph, "run", return_value=None),
+        mock.patch.object(graph, "_update_scheduler", return_value=None),
+    ):
+        yield
+
+
+def _read(scheduler: Any, module: fx.GraphModule) -> Schedule:
+    """The wrapper around the kernels is written and planned as it always is, without the kernels."""
+    graph: Any = V.graph
+    before = {
+        name: getattr(graph, name).copy() for name in ("removed_buffers", "inplaced_to_remove")
+    }
+    for node in scheduler.nodes:
+        _without_kernel(scheduler, node)
+    scheduler.free_buffers()
+    graph.wrapper_code.run_wrapper_ir_passes(is_inference=False)
+    events = [event for line in graph.wrapper_code.lines for event in _events(line)]
+    vars(graph).update(before)  # as if nothing had been written, so that the code may still be
+    scheduler.completed_operations.clear()
+    scheduler.current_node = None
+    returned: Any = module.graph.output_node().args[0]
+    made = [out if _is_tensor(out) else None for out in graph.graph_outputs]
+    strides = {
+        node.name: tuple(map(_symbolic, out.get_stride()))
+        for node, out in zip(returned, made, strict=True)
+        if isinstance(node, fx.Node) and out is not None
+    }
+    roots = [None if out is None else _root(scheduler, out.get_name()) for out in made]
+    return Schedule(events, roots, strides, graph)
+
+
+def _symbolic(size: Any) -> Any:
+    """A size that Inductor computes with, as sizes of tensors are."""
+    if isinstance(size, int):
+        return size
+    return V.graph.sizevars.shape_env.create_symintnode(size, hint=_hints([size])[0])
+
+
+def _is_tensor(out: Any) -> bool:
+    return isinstance(out, ir.IRNode) and out.has_tensor_output()
+
+
+def _without_kernel(scheduler: Any, node: Any) -> None:
+    """What ``Scheduler.codegen`` does for a node, but for the code of its kernel."""
+    device = node.get_device()
+    alone = node.is_extern() or node.is_template()
+    if alone:
+        scheduler.free_buffers()  # what is written in C++ is one function up to here
+    scheduler.current_node = node
+    scheduler.buffer_names_to_free.update(node.last_usage)
+    kernel = Kernel(increase_kernel_count=False)
+    with V.set_kernel_handler(kernel):
+        for one in node.get_nodes():
+            if not isinstance(one, NopKernelSchedulerNode):
+                one.decide_inplace_update()
+            one.mark_run()
+        if node.is_extern():
+            V.graph.wrapper_code.writeline(_Call(node))
+        elif not isinstance(node, NopKernelSchedulerNode):
+            kernel.store_buffer_names.update(node.get_buffer_names())
+            kernel.remove_kernel_local_buffers()
+    V.graph.removed_buffers |= kernel.removed_buffers
+    V.graph.inplaced_to_remove |= kernel.inplaced_to_remove
+    if alone or (device is not None and device.type != "cpu"):
+        scheduler.free_buffers()
+    scheduler.completed_operations.update(node.get_operation_names())
+
+
+class _Call(wrapper.WrapperLine):
+    """Stands in the wrapper for the call of an operator.  node: the scheduler's."""
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+
+
+def _events(line: Any) -> Iterator[Made | Moved | Freed | Called]:
+    if isinstance(line, wrapper.AllocateLine):
+        yield _made(line.node)
+    elif isinstance(line, wrapper.ReuseLine):
+        yield Moved(line.reused_as.get_name(), line.node.get_name())
+    elif isinstance(line, (wrapper.FreeIfNotReusedLine, wrapper.FreeLine)):
+        if not getattr(line, "is_reused", False):
+            yield Freed(line.node.get_name())
+    elif isinstance(line, _Call):
+        yield from map(_made, _made_by(line.node))
+        operator = line.node.node.get_origin_node()
+        if operator is not None:
+            given = filter(_is_tensor, getattr(line.node.node, "inputs", ()))
+            yield Called(operator, {_hints(x.get_size()): _hints(x.get_stride()) for x in given})
+
+
+def _hints(sizes: Any) -> tuple[int, ...]:
+    return tuple(map(V.graph.sizevars.optimization_hint, sizes))
+
+
+def _made_by(node: Any) -> Iterator[Any]:
+    """The buffers that an operator allocates itself."""
+    for out in node.get_outputs():
+        buffer = out.node
+        if isinstance(buffer.layout, ir.MultiOutputLayout):
+            users = (user.node.node for user in out.users if hasattr(user.node, "node"))
+            yield from (b for b in users if isinstance(b, ir.MultiOutput) and _is_new(b))
+        elif isinstance(buffer, ir.ExternKernelAlloc) and _is_new(buffer):
+            yield buffer
+
+
+def _is_new(buffer: Any) -> bool:
+    """Has it memory of its own?"""
+    known = buffer.get_inputs_that_alias_output() or buffer.get_mutation_names()
+    return not known and not isinstance(buffer.layout, ir.NoneLayout)
+
+
+def _made(buffer: Any) -> Made:
+    numel = V.graph.sizevars.optimization_hint(V.graph.get_allocation_storage_size(buffer))
+    return Made(buffer.get_name(), numel * buffer.get_dtype().itemsize)
+
+
+def _root(scheduler: Any, name: str) -> str:
+    """The buffer or input in whose memory a buffer lies."""
+    found = scheduler.mutation_real_name.get(name, name)
+    if found in scheduler.name_to_buf:
+        buffer = scheduler.name_to_buf[found].node
+        if isinstance(buffer.layout, ir.NonOwningLayout):
+            return _root(scheduler, buffer.layout.view.get_name())
+        for other in buffer.get_inputs_that_alias_output():
+            return _root(scheduler, other)
+    return str(found)
+
+
+# -- In a step ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

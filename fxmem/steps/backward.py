@@ -79,15 +79,20 @@ class Backward:
         return run(wanted)
 
     def _prepare(self, undefined: tuple[str, ...]) -> fx.GraphModule:
-        module = self.code.backward_for(undefined)
-        taken = module.graph.find_nodes(op="placeholder")
-        for node in [n for n in taken if not n.users]:
-            module.graph.erase_node(node)
-        module.recompile()
+        module = without_unread(self.code.backward_for(undefined))
         places = [self.names.index(n.name) for n in module.graph.find_nodes(op="placeholder")]
         display = copy.copy(module)
         self.variants[undefined] = (places, self.code.backward(module))
         return display
+
+
+def without_unread(module: fx.GraphModule) -> fx.GraphModule:
+    """The same module, changed in place: it takes no input that it does not read."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        if not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 @dataclass(frozen=True)

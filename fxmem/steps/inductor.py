@@ -3,15 +3,17 @@
 Inductor fuses, so two things differ from the plan.  What a kernel can make again at no cost is not
 saved: a minimum cut of the rewritten graph says what that is, with every twin where the plan put it.
 And what is never written to memory does not count, so the peak that was predicted operator by operator
-is only about right: one step is run and measured, the prediction corrected, and the step planned once
-more if it does not fit, or if there is much room left.
+is only about right.  Inductor's schedule of the kernels, which takes little of the time that their code
+takes, says what that will peak at (fused.py); the step is planned again until it will fit without much
+room left.  Then one step of the code is run and measured.  If it does not keep the budget after all, the
+step is planned and compiled once more.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any
@@ -36,10 +38,13 @@ from fxmem.graphs.graph import (
 )
 from fxmem.graphs.measure import cpu_allocations, measure
 from fxmem.graphs.partition import Split, split
+from fxmem.graphs.workspace import Workspaces
 from fxmem.passes.tangents import UndefinedTangentsPass
+from fxmem.planning.plan import Plan
 from fxmem.steps.analyze import Analysis
-from fxmem.steps.backward import Backward, Coded, op_by_op
+from fxmem.steps.backward import Backward, Coded, op_by_op, without_unread
 from fxmem.steps.compile_errors import explained
+from fxmem.steps.fused import peak_of
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity, decided
@@ -47,10 +52,13 @@ from fxmem.steps.validity import Validity, decided
 log = logging.getLogger(__name__)
 
 MARGIN = 0.01
-"""Of the budget, left free by a second plan: what it will peak at is known from the first one's error."""
+"""Of the budget, left free by a further plan: what it will peak at is known from the last one's error."""
 
 ROOM = 0.1
-"""Of the budget: with more left, a plan that costs time is worth a second one."""
+"""Of the budget: with more left, a plan that costs time is worth a further one."""
+
+PLANS = 3
+"""So many are lowered at most, before code is made of one."""
 
 
 class Inductor:
@@ -62,16 +70,15 @@ class Inductor:
             self.saved = _worth_saving(self.graph)
             self.split = self._halves(self.graph)
         self.strides: _torch_inductor.Strides = {}
+        self.lowered: list[Any] = []
 
     def forward(self) -> _torch.BoxedCallable:
         module = _copy(self.split.forward)
         with explained("making code of the step's forward with Inductor", module):
             code, self.strides = _torch_inductor.inductor(
                 module,
-                backward=False,
-                static_inputs=_static(module, self.graph),
-                visible=range(self.split.num_forward_outputs),
-                strides={},
+                **self._of_forward(module),
+                lowered=self.lowered[0] if self.lowered else None,
             )
         return code
 
@@ -85,12 +92,49 @@ class Inductor:
         with explained("making code of the step's backward with Inductor", module):
             code, _ = _torch_inductor.inductor(
                 module,
-                backward=True,
-                static_inputs=_static(module, self.graph),
-                visible=range(len(output_values(module))),
-                strides=self.strides,
+                **self._of_backward(module, self.strides),
+                lowered=self.lowered[1] if self.lowered else None,
             )
+            self.lowered = []
         return code
+
+    def foreseen(self, planned: Planned, table: Workspaces, device: torch.device) -> int | None:
+        """Bytes that the step will peak at; None where torch has code of it already.
+
+        table: gets what it lacks about operators.
+        """
+        module = _copy(self.split.forward)
+        first = _torch_inductor.schedule(module, **self._of_forward(module))
+        if first is None:
+            return None
+        backward = without_unread(self.backward_for(planned.undefined))
+        module = _copy(backward)
+        how = self._of_backward(module, first.strides)
+        second = _torch_inductor.schedule(module, **how)
+        if second is None:
+            return None
+        self.lowered = [first.lowered, second.lowered]
+        halves = replace(self.split, backward=backward)
+        added = peak_of(first, second, halves, table, _loss_outside(planned), device)
+        return planned.plan.resident + added
+
+    def _of_forward(self, module: fx.GraphModule) -> dict[str, Any]:
+        return {
+            "backward": False,
+            "static_inputs": _static(module, self.graph),
+            "visible": range(self.split.num_forward_outputs),
+            "strides": {},
+        }
+
+    def _of_backward(
+        self, module: fx.GraphModule, strides: _torch_inductor.Strides
+    ) -> dict[str, Any]:
+        return {
+            "backward": True,
+            "static_inputs": _static(module, self.graph),
+            "visible": range(len(output_values(module))),
+            "strides": strides,
+        }
 
     def _halves(self, graph: JointGraph) -> Split:
         nodes = {node.name: node for node in graph.nodes}
@@ -168,8 +212,8 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
 # -- One step, measured ------------------------------------------------------------------------------
 
 
-def _compiled(planned: Planned, analysis: Analysis, graph: JointGraph) -> Coded:
-    code = Inductor(planned)
+def _compiled(tried: _Tried, analysis: Analysis, graph: JointGraph) -> Coded:
+    planned, code = tried.planned, tried.code
     forward = code.forward()
     coded = Coded(planned, code.split, forward, Backward(planned, graph, code))
     with explained("running the step as Inductor's code", planned.graph.module):
@@ -177,6 +221,7 @@ def _compiled(planned: Planned, analysis: Analysis, graph: JointGraph) -> Coded:
     plan = planned.plan
     budget = max(plan.predicted_peak, peak) if plan.smallest else plan.budget
     plan = replace(plan, predicted_peak=peak, budget=budget)
+    log.info("%s", _said(tried, peak))
     return replace(coded, planned=replace(planned, plan=plan))
 
 
@@ -249,6 +294,24 @@ def _loss_outside(planned: Planned) -> int:
 # -- The step that fits ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """A plan in Inductor's operators.  foreseen: bytes that its code will peak at, if that is known."""
+
+    planned: Planned
+    validity: Validity | None
+    code: Inductor
+    foreseen: int | None
+
+    @property
+    def plan(self) -> Plan:
+        return self.planned.plan
+
+    @property
+    def fits(self) -> bool:
+        return self.foreseen is None or self.foreseen <= self.plan.budget
+
+
 def inductor_step(
     analysis: Analysis,
     options: Options,
@@ -261,50 +324,103 @@ def inductor_step(
     found, here: what was decided, and the sizes that may change as they are now.
     """
     planned, validity = found
-    first = _compiled(planned, analysis, graph)
-    log.info("%s", _said(planned, first))
-    tried = [(first, planned, validity)]
-    target = _second_target(planned, first, options)
-    if target is not None:
-        other, other_validity = _planned_again(analysis, options, planned, target, here)
-        if other.plan.decisions != planned.plan.decisions:
-            second = _compiled(other, analysis, graph)
-            log.info("%s", _said(other, second))
-            tried.append((second, other, other_validity))
-    fitting = [one for one in tried if _fits(one[0])]
+    first = _before_code(analysis, options, found, here)
+    coded = [(_compiled(first, analysis, graph), first)]
+    measured = coded[0][0].planned.plan
+    if first.foreseen is None or not _fits(measured):
+        second = _planned_again(
+            analysis, options, planned, first.plan, measured.predicted_peak, here
+        )
+        if second is not None and second[0].plan.decisions != first.plan.decisions:
+            last = _Tried(*second, Inductor(second[0]), None)
+            coded.append((_compiled(last, analysis, graph), last))
+    fitting = [one for one in coded if _fits(one[0].planned.plan)]
     if not fitting:
         log.warning(
             "Inductor's code for the step peaks at %s, more than the budget of %s, so the step runs "
             "operator by operator",
-            format_bytes(min(one[0].planned.plan.predicted_peak for one in tried)),
+            format_bytes(min(one.planned.plan.predicted_peak for one, _ in coded)),
             format_bytes(planned.plan.budget),
         )
         return op_by_op(planned, graph), validity
-    best, was, valid = min(fitting, key=lambda one: one[0].planned.plan.added_seconds)
+    best, tried = min(fitting, key=lambda one: one[0].planned.plan.added_seconds)
+    valid = tried.validity
     if valid is not None:
         # Larger sizes come with a larger error, those that are served with this one at most.
-        more = best.planned.plan.predicted_peak - was.plan.predicted_peak
+        more = best.planned.plan.predicted_peak - tried.plan.predicted_peak
         valid = replace(valid, limit=valid.limit - max(more, 0))
     return best, valid
 
 
+def _before_code(
+    analysis: Analysis,
+    options: Options,
+    found: tuple[Planned, Validity | None],
+    here: Mapping[str, int],
+) -> _Tried:
+    """The plan to make code of: of those whose code will fit, the one that adds the least time."""
+    if _may_stay(found[0].plan):
+        return _Tried(*found, Inductor(found[0]), None)
+    table = Workspaces(analysis.workspaces.table)
+    seen: list[_Tried] = []
+    next_one: tuple[Planned, Validity | None] | None = found
+    while next_one is not None and len(seen) < PLANS:
+        if any(next_one[0].plan.decisions == one.plan.decisions for one in seen):
+            break
+        code = Inductor(next_one[0])
+        one = _Tried(*next_one, code, _foreseen(code, next_one[0], table, analysis.device))
+        seen.append(one)
+        if one.foreseen is None:
+            break
+        next_one = _planned_again(analysis, options, found[0], one.plan, one.foreseen, here)
+    fitting = [one for one in seen if one.fits]
+    if not fitting:
+        return min(seen, key=lambda one: one.foreseen or 0)
+    return min(fitting, key=lambda one: one.plan.added_seconds)
+
+
+def _foreseen(
+    code: Inductor, planned: Planned, table: Workspaces, device: torch.device
+) -> int | None:
+    try:
+        return code.foreseen(planned, table, device)
+    except Exception:  # to compile says what is wrong, if anything is but this look ahead
+        log.info("the peak of Inductor's code cannot be foreseen", exc_info=True)
+        return None
+
+
 def _planned_again(
-    analysis: Analysis, options: Options, planned: Planned, target: int, here: Mapping[str, int]
-) -> tuple[Planned, Validity | None]:
-    """The step planned for other bytes, operator by operator, under the same budget."""
-    plan = planned.plan
+    analysis: Analysis,
+    options: Options,
+    first: Planned,
+    plan: Plan,
+    peak: int,
+    here: Mapping[str, int],
+) -> tuple[Planned, Validity | None] | None:
+    """The step planned for other bytes, operator by operator, under the same budget.
+
+    first: as it was planned for the budget.  plan, peak: what was tried last, and its code's peak.
+    None where that may stay, or no other is allowed.
+    """
+    if first.plan.smallest or options.plan is not None or not _fits(first.plan):
+        return None
+    target = _target(plan, peak)
+    if target is None:
+        return None
     asked = Budget("bytes", Fraction(target + plan.reserve), plan.asked)
     again = replace(options, budget=asked, on_infeasible="best")
-    found, validity = decided(analysis, again, here, memory=planned.memory is not None)
+    found, validity = decided(analysis, again, here, memory=first.memory is not None)
     return replace(found, plan=replace(found.plan, budget=plan.budget)), validity
 
 
-def _second_target(planned: Planned, first: Coded, options: Options) -> int | None:
-    """Bytes to plan for once more, operator by operator; None where the first plan may stay."""
-    plan, measured = planned.plan, first.planned.plan.predicted_peak
-    if plan.smallest or options.plan is not None or plan.predicted_peak > plan.budget:
-        return None
-    room = plan.budget - measured
+def _may_stay(plan: Plan) -> bool:
+    """Does it cost nothing, with room for what code may take more?  Then it is only measured."""
+    return plan.added_seconds <= 0 and plan.predicted_peak <= (1 - ROOM) * plan.budget
+
+
+def _target(plan: Plan, peak: int) -> int | None:
+    """Bytes to plan for, operator by operator, after a plan whose code peaks so; None if it may stay."""
+    room = plan.budget - peak
     if room < 0:
         return max(int(plan.predicted_peak + room - MARGIN * plan.budget), 1)
     if room > ROOM * plan.budget and plan.added_seconds > 0:
@@ -312,14 +428,14 @@ def _second_target(planned: Planned, first: Coded, options: Options) -> int | No
     return None
 
 
-def _fits(coded: Coded) -> bool:
-    plan = coded.planned.plan
+def _fits(plan: Plan) -> bool:
     return plan.predicted_peak <= plan.budget
 
 
-def _said(planned: Planned, coded: Coded) -> str:
-    operator, measured = planned.plan.predicted_peak, coded.planned.plan.predicted_peak
+def _said(tried: _Tried, measured: int) -> str:
+    foreseen = "" if tried.foreseen is None else f"{format_bytes(tried.foreseen)} were foreseen, "
     return (
-        f"Inductor's code peaks at {format_bytes(measured)}, measured; operator by operator "
-        f"{format_bytes(operator)} were predicted, the budget is {format_bytes(planned.plan.budget)}"
+        f"Inductor's code peaks at {format_bytes(measured)}, measured; {foreseen}operator by operator "
+        f"{format_bytes(tried.plan.predicted_peak)} were predicted, "
+        f"the budget is {format_bytes(tried.plan.budget)}"
     )

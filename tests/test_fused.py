@@ -1,0 +1,141 @@
+"""What a step will peak at as Inductor's kernels: the schedule of each half, run through in numbers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import fx
+from torch._inductor import metrics
+from torch._inductor.graph import GraphLowering
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxmem._torch import inductor as _torch_inductor
+from fxmem._torch import symbolic_fake_mode
+from fxmem._torch.inductor import Called, Freed, Made, Moved, Schedule
+from fxmem.graphs.graph import OutputKind
+from fxmem.graphs.workspace import Workspaces
+from fxmem.steps.fused import peak_of, run
+
+CPU = torch.device("cpu")
+
+
+def scheduled(function, *tensors, backward=False):
+    mode = symbolic_fake_mode()
+    given = [mode.from_tensor(t, static_shapes=True) for t in tensors]
+    module = make_fx(function)(*given)
+    kernels = metrics.generated_kernel_count
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        found = _torch_inductor.schedule(
+            module, backward=backward, static_inputs=[], visible=range(1), strides={}
+        )
+    assert metrics.generated_kernel_count == kernels  # no code was made
+    return found
+
+
+def centred(x):
+    return ((x - x.sum(1, keepdim=True)).exp(),)
+
+
+def told(schedule):
+    """Events as text, operators without their nodes."""
+    return [f"{type(e).__name__} {' '.join(map(str, e[:2]))}" for e in map(_plain, schedule.events)]
+
+
+def _plain(event):
+    return Called(event.node.target, {}) if isinstance(event, Called) else event
+
+
+def test_what_lives_within_one_kernel_takes_no_memory():
+    found = scheduled(centred, torch.randn(8, 64))
+    assert [e for e in told(found) if e.startswith("Made")] == ["Made buf1 2048"]
+    assert found.returned == ["buf1"]
+    assert found.strides == {"exp": (64, 1)}
+
+
+def test_operators_make_their_results_and_a_kernel_writes_over_what_it_read_last():
+    def function(x):
+        y = torch.mm(x, x)
+        return (torch.mm(y.sin(), x),)
+
+    found = scheduled(function, torch.randn(8, 8))
+    assert told(found) == [
+        "Made buf0 256",
+        "Called aten.mm.default {}",
+        "Moved buf1 buf0",
+        "Made buf2 256",
+        "Called aten.mm.default {}",
+        "Freed buf1",
+        "Freed x_1",
+    ]
+    assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 512
+
+
+def test_code_of_what_was_lowered_before_is_the_same_code(monkeypatch):
+    """Byte for byte, and without lowering again."""
+    written, lowered = [], []
+
+    def without_compiler(graph, code):
+        written.append(code.value)
+        return SimpleNamespace(call=None, __file__=__file__)
+
+    def noted(graph, *args):
+        lowered.append(graph)
+        return run_graph(graph, *args)
+
+    run_graph = GraphLowering.run
+    monkeypatch.setattr(GraphLowering, "_compile_to_module_lines", without_compiler)
+    monkeypatch.setattr(GraphLowering, "run", noted)
+    given = [symbolic_fake_mode().from_tensor(torch.randn(64, 64), static_shapes=True)]
+    how = {"backward": False, "static_inputs": [], "visible": range(1), "strides": {}}
+
+    def traced():
+        return make_fx(lambda x: (*centred(torch.mm(x.sin(), x)), x.sum(0)))(*given)
+
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _torch_inductor.inductor(traced(), **how)
+        found = _torch_inductor.schedule(traced(), **how)
+        _torch_inductor.inductor(traced(), **how, lowered=found.lowered)
+    assert len(lowered) == 2
+    first, second = ([x for x in code.splitlines() if x[:1] != "#"] for code in written)
+    assert first == second
+
+
+# -- In numbers --------------------------------------------------------------------------------------
+
+
+def test_a_buffer_in_the_memory_of_another_adds_nothing():
+    events = [Made("a", 100), Moved("b", "a"), Made("c", 10), Freed("b"), Made("d", 50), Freed("c")]
+    assert run(Schedule(events, [], {}), {}, ["d"], Workspaces(), CPU) == (110, {"d": 50})
+
+
+def test_on_cuda_buffers_take_whole_blocks():
+    cuda = torch.device("cuda")
+    assert run(Schedule([Made("a", 513)], [], {}), {}, [], Workspaces(), cuda)[0] == 1024
+
+
+def _half(inputs, outputs):
+    graph = fx.Graph()
+    nodes = {name: graph.placeholder(name) for name in inputs}
+    graph.output([nodes[name] for name in outputs])
+    return fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        (OutputKind.RESULT, 250),  # the caller holds it: 100 + 50 and the gradient
+        (OutputKind.MUTATION, 150),  # it goes with its last reader
+    ],
+)
+def test_saved_tensors_end_with_the_last_reader_of_their_buffer(kind, peak):
+    forward = Schedule([Made("r", 100), Made("s", 50)], ["r", "r", "s", "s"], {})
+    events = [Freed("x"), Freed("y"), Made("g", 100), Freed("z")]
+    backward = Schedule(events, ["g"], {})
+    halves = SimpleNamespace(
+        forward=_half(["o", "x", "y", "z"], ["o", "x", "y", "z"]),
+        backward=_half(["x", "y", "z"], ["x"]),
+        num_forward_outputs=1,
+        output_kinds=[kind],
+    )
+    assert peak_of(forward, backward, halves, Workspaces(), 0, CPU) == peak
+    assert peak_of(forward, backward, halves, Workspaces(), 999, CPU) == 1149
