@@ -253,6 +253,34 @@ def test_code_that_does_not_keep_what_was_foreseen_is_planned_again(
     assert step.plan is compiled[1][1]
 
 
+class Pointwise(nn.Module):
+    """Most of its bytes are between operators that Inductor makes one kernel of."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        h = self.a(x)
+        h = (h.sin() * h.cos()).exp() * (h.square() + 1).rsqrt()
+        return self.b(h).square().mean()
+
+
+def test_code_may_keep_a_budget_that_operators_do_not():
+    torch.manual_seed(0)
+    model, x = Pointwise(), torch.randn(512, 64)
+    least = fxmem.plan(model, "min", (x,)).predicted_peak
+    with pytest.raises(fxmem.BudgetInfeasibleError):
+        fxmem.optimize(model, int(0.97 * least), (x,))
+    step = fxmem.optimize(model, int(0.97 * least), (x,), compiler="inductor")
+    assert step.plan.predicted_peak <= step.plan.budget < least
+    seen = step.plan.resident + measured(step, model, x)
+    assert seen == pytest.approx(step.plan.predicted_peak, abs=16)  # of scalars
+    with pytest.raises(fxmem.BudgetInfeasibleError) as found:
+        fxmem.optimize(model, least // 2, (x,), compiler="inductor")
+    assert found.value.smallest_peak <= least
+
+
 def test_what_goes_with_the_device():
     options = backend.read({"budget": "1GiB"})
     assert options.uses_inductor(torch.device("cuda"))

@@ -29,10 +29,10 @@ from fxmem.planning.plan import Plan
 from fxmem.reports.report import Report
 from fxmem.steps.analyze import Unchanged, analyze, unchanged_step
 from fxmem.steps.backward import Backward, Coded, refuse_autocast
-from fxmem.steps.code import step_code
+from fxmem.steps.code import decided_for_code, step_code
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
-from fxmem.steps.validity import Validity, decided
+from fxmem.steps.validity import Validity
 
 if TYPE_CHECKING:
     from fxmem.backend.session import Session
@@ -207,10 +207,10 @@ class _Builder:
         _surround(graph, self.around)
         analysis = analyze(graph, self.call, self.unchanged, self.options.cost)
         here = {info.name: info.hint for info in graph.symbols.values()}
-        found = decided(analysis, self.options, here)
         options = self.options
         if self.around is None:  # it runs once
             options = replace(options, compiler="eager")
+        found = decided_for_code(analysis, options, here)
         self.coded, self.validity = step_code(analysis, options, graph, found, here)
         self.planned = self.coded.planned
         self.joint = graph

@@ -44,6 +44,7 @@ from fxmem.planning.plan import Plan
 from fxmem.steps.analyze import Analysis
 from fxmem.steps.backward import Backward, Coded, op_by_op, without_unread
 from fxmem.steps.compile_errors import explained
+from fxmem.steps.decisions import infeasible
 from fxmem.steps.fused import peak_of
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
@@ -56,6 +57,9 @@ MARGIN = 0.01
 
 ROOM = 0.1
 """Of the budget: with more left, a plan that costs time is worth a further one."""
+
+UNSURE = 0.05
+"""Of the budget: so far above it, what is foreseen is not tried."""
 
 PLANS = 3
 """So many are lowered at most, before code is made of one."""
@@ -311,6 +315,11 @@ class _Tried:
     def fits(self) -> bool:
         return self.foreseen is None or self.foreseen <= self.plan.budget
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Is its code so much too large that none need be made?"""
+        return self.foreseen is not None and self.foreseen > (1 + UNSURE) * self.plan.budget
+
 
 def inductor_step(
     analysis: Analysis,
@@ -322,9 +331,12 @@ def inductor_step(
     """Code for a planned step that keeps its budget as measured; operator by operator if no code does.
 
     found, here: what was decided, and the sizes that may change as they are now.
+    Raises ``BudgetInfeasibleError`` where operators do not, either.
     """
     planned, validity = found
     first = _before_code(analysis, options, found, here)
+    if first.is_hopeless:
+        _refuse(options, planned.plan)
     coded = [(_compiled(first, analysis, graph), first)]
     measured = coded[0][0].planned.plan
     if first.foreseen is None or not _fits(measured):
@@ -336,6 +348,7 @@ def inductor_step(
             coded.append((_compiled(last, analysis, graph), last))
     fitting = [one for one in coded if _fits(one[0].planned.plan)]
     if not fitting:
+        _refuse(options, *(one.planned.plan for one, _ in coded), planned.plan)
         log.warning(
             "Inductor's code for the step peaks at %s, more than the budget of %s, so the step runs "
             "operator by operator",
@@ -348,8 +361,15 @@ def inductor_step(
     if valid is not None:
         # Larger sizes come with a larger error, those that are served with this one at most.
         more = best.planned.plan.predicted_peak - tried.plan.predicted_peak
-        valid = replace(valid, limit=valid.limit - max(more, 0))
+        limit = valid.limit if _fits(tried.plan) else tried.plan.predicted_peak
+        valid = replace(valid, limit=limit - max(more, 0))
     return best, valid
+
+
+def _refuse(options: Options, *plans: Plan) -> None:
+    """Raise ``BudgetInfeasibleError`` with the smallest of these, unless one fits or is to be applied."""
+    if options.on_infeasible == "raise" and not any(map(_fits, plans)):
+        raise infeasible(min(plans, key=lambda plan: plan.predicted_peak))
 
 
 def _before_code(

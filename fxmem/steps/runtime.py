@@ -29,9 +29,9 @@ from fxmem.planning.plan import Plan
 from fxmem.reports.report import Report
 from fxmem.steps.analyze import analyze, unchanged_step
 from fxmem.steps.backward import refuse_autocast
-from fxmem.steps.code import step_code
+from fxmem.steps.code import decided_for_code, step_code
 from fxmem.steps.options import Options
-from fxmem.steps.validity import Validity, decided
+from fxmem.steps.validity import Validity
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def build_program(call: StepCall, options: Options, names: Names) -> Program:
             return Program(captured.matches, _run_eagerly, None, None, None)
         analysis = analyze(captured.graph, call, unchanged, options.cost, captured.examples)
         here = sizes_by_name(call, names)
-        found = decided(analysis, options, here, memory=True)
+        found = decided_for_code(analysis, options, here, memory=True)
         coded, validity = step_code(analysis, options, captured.graph, found, here)
         planned, backward, forward = coded.planned, coded.backward, coded.split.forward
         shown = readable(captured.graph, forward, backward.module)
