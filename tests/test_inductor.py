@@ -167,6 +167,27 @@ def test_gradients_that_come_or_do_not(interpreted, budget):
         assert_close(stepped(run(eager), eager, x), stepped(run(step), model, x))
 
 
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.b(F.max_pool2d(F.relu(self.a(x)), 2)).square().mean()
+
+
+def test_a_pools_code_is_what_inductors_pool_makes_first(interpreted):
+    torch.manual_seed(0)
+    model, x = Pooled(), torch.randn(4, 3, 32, 32)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    step = fxmem.optimize(model, "min", (x,), compiler="inductor", allow=("lossless",))
+    assert [d.action for d in step.plan.decisions].count("encode") == 2
+    assert_close(want, stepped(step, model, x))
+    targets = [str(n.target) for n in step.forward_graph.graph.nodes]
+    assert "prims._low_memory_max_pool_with_offsets.default" in targets
+    assert not any("offsets_to_indices" in t or "pool_offsets" in t for t in targets)
+
+
 def test_sizes_that_change(interpreted):
     model = seeded(Net)
     shapes = {"x": {0: "B"}}
