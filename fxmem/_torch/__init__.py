@@ -257,30 +257,33 @@ def joint_export(output: Any) -> Iterator[Any]:
     # Autocast is for the forward: users leave it before they call backward().
     outside = torch._functorch.config.patch(backward_pass_autocast="off")
     with tracing(context), random_as_in_eager(), outside, contextlib.ExitStack() as stack:
-        looks = _looks_at_storages(backend_input.graph_module)
-        wrappers = contextlib.nullcontext() if looks else _wrappers_of_no_bytes()
-        with wrappers, _levels_of_functorch_kept():
-            exported = aot_export_joint_with_descriptors(
-                stack, backend_input.graph_module, tuple(backend_input.example_inputs)
-            )
-        yield exported
+        yield _exported(backend_input, stack)
 
 
-def _looks_at_storages(module: fx.GraphModule) -> bool:
-    """Does something in the graph look whether a storage holds its tensor?
+def _exported(backend_input: Any, stack: contextlib.ExitStack) -> Any:
+    """Traced with wrappers of no bytes; anew without where an operator looks into a wrapper's storage.
 
-    Under ``vmap`` some operators do; and what sets strides does: views in place, and pools down to one
+    Under ``vmap`` some operators do, and what sets strides does: views in place, and pools down to one
     element in channels_last.
     """
-    calls = (n for n in module.graph.nodes if n.op in ("call_function", "call_method"))
-    names = {str(getattr(node.target, "__name__", node.target)) for node in calls}
-    return bool(names & _SET_STRIDES) or any("vmap" in name for name in names)
+    with contextlib.ExitStack() as mine:
+        try:
+            with _wrappers_of_no_bytes():
+                exported = _joint(backend_input, mine)
+        except RuntimeError as error:
+            if "storage" not in str(error):
+                raise
+        else:
+            stack.enter_context(mine.pop_all())
+            return exported
+    return _joint(backend_input, stack)
 
 
-_SET_STRIDES = {
-    *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "as_strided_"),
-    *("squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"),
-}
+def _joint(backend_input: Any, stack: contextlib.ExitStack) -> Any:
+    with _levels_of_functorch_kept():
+        return aot_export_joint_with_descriptors(
+            stack, backend_input.graph_module, tuple(backend_input.example_inputs)
+        )
 
 
 @contextlib.contextmanager

@@ -333,10 +333,10 @@ def inductor_step(
     found, here: what was decided, and the sizes that may change as they are now.
     Raises ``BudgetInfeasibleError`` where operators do not, either.
     """
-    planned, validity = found
+    planned = found[0]
     first = _before_code(analysis, options, found, here)
     if first.is_hopeless:
-        _refuse(options, planned.plan)
+        return _without_code(options, graph, found, first.foreseen or 0)
     coded = [(_compiled(first, analysis, graph), first)]
     measured = coded[0][0].planned.plan
     if first.foreseen is None or not _fits(measured):
@@ -348,14 +348,8 @@ def inductor_step(
             coded.append((_compiled(last, analysis, graph), last))
     fitting = [one for one in coded if _fits(one[0].planned.plan)]
     if not fitting:
-        _refuse(options, *(one.planned.plan for one, _ in coded), planned.plan)
-        log.warning(
-            "Inductor's code for the step peaks at %s, more than the budget of %s, so the step runs "
-            "operator by operator",
-            format_bytes(min(one.planned.plan.predicted_peak for one, _ in coded)),
-            format_bytes(planned.plan.budget),
-        )
-        return op_by_op(planned, graph), validity
+        least = min((one.planned.plan for one, _ in coded), key=lambda plan: plan.predicted_peak)
+        return _without_code(options, graph, found, least.predicted_peak, least)
     best, tried = min(fitting, key=lambda one: one[0].planned.plan.added_seconds)
     valid = tried.validity
     if valid is not None:
@@ -366,10 +360,28 @@ def inductor_step(
     return best, valid
 
 
-def _refuse(options: Options, *plans: Plan) -> None:
-    """Raise ``BudgetInfeasibleError`` with the smallest of these, unless one fits or is to be applied."""
-    if options.on_infeasible == "raise" and not any(map(_fits, plans)):
-        raise infeasible(min(plans, key=lambda plan: plan.predicted_peak))
+def _without_code(
+    options: Options,
+    graph: JointGraph,
+    found: tuple[Planned, Validity | None],
+    peak: int,
+    *measured: Plan,
+) -> tuple[Coded, Validity | None]:
+    """The step operator by operator, since Inductor's code of it peaks higher than the budget.
+
+    peak: of its code, bytes.  measured: plans whose code was run.  Raises ``BudgetInfeasibleError`` with
+    the smallest where operators do not keep the budget, either.
+    """
+    planned, validity = found
+    if options.on_infeasible == "raise" and not _fits(planned.plan):
+        raise infeasible(min([planned.plan, *measured], key=lambda plan: plan.predicted_peak))
+    log.warning(
+        "Inductor's code for the step peaks at %s, more than the budget of %s, so the step runs "
+        "operator by operator",
+        format_bytes(peak),
+        format_bytes(planned.plan.budget),
+    )
+    return op_by_op(planned, graph), validity
 
 
 def _before_code(
