@@ -33,6 +33,7 @@ from peers import with_checkpoints
 from steps import FAMILIES, HERE, Family, Step, keep_freed_memory, side_by_side
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_inductor_cache
 
@@ -370,6 +371,14 @@ def write(path: Path, kind: str, row: dict[str, Any]) -> None:
     print(kind, row, flush=True)
 
 
+def refuse_scalar_code() -> None:
+    """torch tries once a process whether vector code runs; where that fails all timings are others."""
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT" and not pick_vec_isa():
+        raise SystemExit(
+            "Inductor finds no vector instructions here, though the processor has some"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
@@ -380,6 +389,7 @@ def main() -> None:
         parser.add_argument(f"--{kind}", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    refuse_scalar_code()
     inductor_config.fallback_random = True  # torch.compile then draws what eager draws
     keep_freed_memory()
     for family in given.families:
