@@ -392,21 +392,26 @@ def main() -> None:
     refuse_scalar_code()
     inductor_config.fallback_random = True  # torch.compile then draws what eager draws
     keep_freed_memory()
-    for family in given.families:
-        jobs: dict[str, Iterator[dict[str, Any]]] = {}
-        if given.keep:
-            jobs["keep"] = keep(family, given.size)
-        if given.speed:
-            jobs["speed"] = speed(family, given.size, given.rounds)
-        if given.codes:
-            jobs["codes"] = codes(family, given.size, given.rounds)
-        if given.compile:
-            jobs["compile"] = iter([compilation(family, given.size)])
-        if given.foresee:
-            jobs["foresee"] = foresee(family, given.size)
-        for kind, rows in jobs.items():
-            for row in rows:
-                write(given.out, kind, row)
+    with fresh_inductor_cache():  # of which code was made in another way, or by another processor
+        for family in given.families:
+            run(family, given)
+
+
+def run(family: str, given: argparse.Namespace) -> None:
+    jobs: dict[str, Iterator[dict[str, Any]]] = {}
+    if given.keep:
+        jobs["keep"] = keep(family, given.size)
+    if given.speed:
+        jobs["speed"] = speed(family, given.size, given.rounds)
+    if given.codes:
+        jobs["codes"] = codes(family, given.size, given.rounds)
+    if given.compile:
+        jobs["compile"] = iter([compilation(family, given.size)])
+    if given.foresee:
+        jobs["foresee"] = foresee(family, given.size)
+    for kind, rows in jobs.items():
+        for row in rows:
+            write(given.out, kind, row)
 
 
 if __name__ == "__main__":
