@@ -163,6 +163,14 @@ def _ones_where(bits: torch.Tensor, grad: torch.Tensor, order: list[int]) -> tor
     return found
 
 
+def _parts(
+    grad: torch.Tensor, bits: torch.Tensor, found: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Stretches of a gradient, of what has its bits, and of the result."""
+    grads, results = flat(grad), flat(found)
+    return ((grads[at], _spread(bits, at), results[at]) for at in _stretches(grad))
+
+
 def threshold_backward(grad: torch.Tensor, bits: torch.Tensor, order: list[int]) -> torch.Tensor:
     if not _is_laid_out(grad, order):
         return aten.threshold_backward.default(grad, _ones_where(bits, grad, order), 0)
@@ -191,10 +199,8 @@ def threshold_backward_out(
 def _threshold_backward_by_torch(
     grad: torch.Tensor, bits: torch.Tensor, found: torch.Tensor
 ) -> None:
-    grads, result = flat(grad), flat(found)
-    for at in _stretches(grad):
-        x = _spread(bits, at).to(grad.dtype)
-        aten.threshold_backward.grad_input(grads[at], x, 0, grad_input=result[at])
+    for g, x, result in _parts(grad, bits, found):
+        aten.threshold_backward.grad_input(g, x.to(g.dtype), 0, grad_input=result)
 
 
 def leaky_relu_backward(
@@ -234,10 +240,8 @@ def leaky_relu_backward_out(
 def _leaky_relu_backward_by_torch(
     grad: torch.Tensor, bits: torch.Tensor, slope: Any, found: torch.Tensor
 ) -> None:
-    grads, result = flat(grad), flat(found)
-    for at in _stretches(grad):
-        x = _spread(bits, at).to(grad.dtype)
-        aten.leaky_relu_backward.grad_input(grads[at], x, slope, False, grad_input=result[at])
+    for g, x, result in _parts(grad, bits, found):
+        aten.leaky_relu_backward.grad_input(g, x.to(g.dtype), slope, False, grad_input=result)
 
 
 def dropout_backward(
@@ -257,10 +261,8 @@ def dropout_backward(
 def _dropout_backward_by_torch(
     grad: torch.Tensor, bits: torch.Tensor, scale: float, found: torch.Tensor
 ) -> None:
-    grads, result = flat(grad), flat(found)
-    for at in _stretches(grad):
-        mask = _spread(bits, at).ne(0)
-        aten.native_dropout_backward.out(grads[at], mask, scale, out=result[at])
+    for g, x, result in _parts(grad, bits, found):
+        aten.native_dropout_backward.out(g, x.ne(0), scale, out=result)
 
 
 def fake_dropout_backward(

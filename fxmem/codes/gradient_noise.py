@@ -369,10 +369,6 @@ class _Spread:
         return own > 0 and both / own > math.sqrt(times)
 
 
-_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
-"""What models raise where sizes or types are not those that they expect."""
-
-
 def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
     """Without ``backward``, which would run hooks that wait for the gradients of a step."""
     named = {n: p for n, p in call.model.named_parameters() if p.requires_grad}
@@ -385,24 +381,29 @@ def _gradients(call: StepCall) -> dict[str, torch.Tensor]:
 
 
 def _gradients_of_batch(call: StepCall) -> dict[str, torch.Tensor]:
-    try:
-        return _gradients(call)
-    except _REFUSALS as error:
-        raise FxmemError(
-            "the noise of gradients is found from the batches of fxmem.Noise, and the model refuses "
-            f"one: {str(error).splitlines()[0]}\n"
-            "  try: tuples of (*inputs, *loss_inputs), like the example"
-        ) from error
+    return _gradients_or_refusal(
+        call,
+        "the batches of fxmem.Noise",
+        "tuples of (*inputs, *loss_inputs), like the example",
+    )
 
 
 def _gradients_of_part(call: StepCall) -> dict[str, torch.Tensor]:
+    return _gradients_or_refusal(
+        call,
+        "parts of the example, cut along the first dimension",
+        "noise=fxmem.Noise(0.01, batches=[(x, y), ...]) with more batches like the example",
+    )
+
+
+def _gradients_or_refusal(call: StepCall, source: str, remedy: str) -> dict[str, torch.Tensor]:
+    """source: where the step's inputs are from.  Raises ``FxmemError`` where the model refuses them."""
     try:
         return _gradients(call)
-    except _REFUSALS as error:
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise FxmemError(
-            "the noise of gradients is found from parts of the example, cut along the first dimension, "
-            f"and the model refuses one: {str(error).splitlines()[0]}\n"
-            "  try: noise=fxmem.Noise(0.01, batches=[(x, y), ...]) with more batches like the example"
+            f"the noise of gradients is found from {source}, and the model refuses one: "
+            f"{str(error).splitlines()[0]}\n  try: {remedy}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-/* Bits, groups of integers, blocks of MXFP4 and codes of derivatives in one pass each, for float32 on the CPU.
+/* Bits, pools, groups of integers, blocks of MXFP4 and codes of derivatives in one pass each, for float32 on the CPU.
  *
  * The results are those of the operators' own torch code, bit for bit: the same roundings in the same
  * order, so it is to be compiled without contraction, and the same noise of each place.
