@@ -1,5 +1,6 @@
 """What a step will peak at as Inductor's kernels: the schedule of each half, run through in numbers."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -70,13 +71,55 @@ def test_operators_make_their_results_and_a_kernel_writes_over_what_it_read_last
     assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 512
 
 
+def a_norms_backward(gradient, x, scale, weight):
+    """One product of what is made again, and one whose gradients flow on and into a weight."""
+    h = x * scale
+    made_again = torch.mm(weight, h * 2)
+    flowing = torch.mm(gradient, weight)
+    return made_again, flowing * h.cos(), (flowing * x).sum(0)
+
+
+def test_a_reduction_runs_before_what_can_be_written_over_its_operands(monkeypatch):
+    """A quarter less, and its kernel is in one function with the next one."""
+    given = [torch.randn(64, 64) for _ in range(4)]
+    found = scheduled(a_norms_backward, *given, backward=True)
+    kernels = ["Made buf4 256", "Made buf0 16384", "Moved buf3 buf2", "Freed scale_1", "Freed x_1"]
+    assert [e for e in told(found) if "gradient" not in e] == [
+        "Made buf2 16384",
+        "Called aten.mm.default {}",
+        *kernels,
+        "Made buf1 16384",
+        "Called aten.mm.default {}",
+        "Freed buf0",
+        "Freed weight_1",
+    ]
+    assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 49_408
+    monkeypatch.setattr(_torch_inductor, "reductions_early", contextlib.nullcontext)
+    late = scheduled(a_norms_backward, *given, backward=True)
+    assert told(late)[-3:] == ["Made buf4 256", "Freed buf2", "Freed x_1"]
+    assert run(late, {}, late.returned, Workspaces(), CPU)[0] == 65_536
+
+
+def test_another_pass_over_inductors_kernels_still_runs():
+    seen = []
+
+    def other(nodes):
+        seen.append(len(nodes))
+        return nodes
+
+    with torch._inductor.config.patch(_post_fusion_custom_pass=other):
+        scheduled(centred, torch.randn(8, 64))
+        assert torch._inductor.config._post_fusion_custom_pass is other
+    assert seen == [1]
+
+
 def test_code_of_what_was_lowered_before_is_the_same_code(monkeypatch):
     """Byte for byte, and without lowering again."""
     written, lowered = [], []
 
     def without_compiler(graph, code):
         written.append(code.value)
-        return SimpleNamespace(call=None, __file__=__file__)
+        return SimpleNamespace(call=lambda args: args, __file__=__file__)
 
     def noted(graph, *args):
         lowered.append(graph)

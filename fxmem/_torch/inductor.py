@@ -38,6 +38,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxmem._torch import BoxedCallable, as_in_a_step, random_as_in_eager
+from fxmem._torch.reductions import reductions_early
 
 Strides = dict[str, tuple[Any, ...]]
 """Name of a value -> the strides that it is given by."""
@@ -206,6 +207,7 @@ def inductor(
         _fake_generator_states(mode),
         TracingContext.report_output_strides() as found,
         _keyed_by(visible),
+        reductions_early(),
         _lowered_before(lowered) if lowered is not None else contextlib.nullcontext(),
     ):
         code: Any = compile_fx_inner(
@@ -310,8 +312,13 @@ def schedule(module: fx.GraphModule, **how: Any) -> Schedule | None:
 
 @contextlib.contextmanager
 def _lowered_before(graph: Any) -> Iterator[None]:
-    """Inside, a half is lowered and its kernels are fused as they were when ``schedule`` looked."""
+    """Inside, a half is rewritten, lowered and fused as it was when ``schedule`` looked."""
+
+    def rewrite(module: fx.GraphModule, *_: Any, **__: Any) -> None:
+        module.graph = graph.module.graph
+
     with (
+        mock.patch.object(compile_fx, "_recursive_post_grad_passes", rewrite),
         mock.patch.object(compile_fx, "GraphLowering", return_value=graph),
         mock.patch.object(graph, "run", return_value=None),
         mock.patch.object(graph, "_update_scheduler", return_value=None),

@@ -118,8 +118,12 @@ class Call:
             target, args = args[0], args[1:]
         elif target is run_with_rng_state:
             target, args = args[1], args[2:]
-        args, kwargs = pytree.tree_map_only(fx.Node, specs or node_specs, (args, dict(node.kwargs)))
-        return cls(target, *_specs(target, (args, kwargs)))
+        of_value, of_leaf = specs or node_specs, _leaf_spec(target)
+
+        def spec(x: Any) -> Any:
+            return _mapped(of_leaf, of_value(x)) if isinstance(x, fx.Node) else of_leaf(x)
+
+        return cls(target, *fx.node.map_aggregate((args, dict(node.kwargs)), spec))
 
     @property
     def signature(self) -> str:
@@ -154,14 +158,18 @@ _COPIES_STORAGES = {torch.ops.aten.copy.default}
 
 
 def _specs(target: Any, arguments: Any) -> Any:
-    return pytree.tree_map(_spec if target in _COPIES_STORAGES else _spec_without_room, arguments)
+    return pytree.tree_map(_leaf_spec(target), arguments)
+
+
+def _leaf_spec(target: Any) -> Callable[[Any], Any]:
+    return _spec if target in _COPIES_STORAGES else _spec_without_room
 
 
 def _spec_without_room(value: Any) -> Any:
-    if isinstance(value, TensorSpec):
-        return replace(value, room=0) if value.room else value
     spec = _spec(value)
-    return replace(spec, room=0) if isinstance(spec, TensorSpec) else spec
+    if isinstance(spec, TensorSpec) and spec.room:
+        return TensorSpec(spec.shape, spec.strides, spec.dtype)
+    return spec
 
 
 def _spec(value: Any) -> Any:
@@ -174,9 +182,16 @@ def _spec(value: Any) -> Any:
     return hint(value) if isinstance(value, torch.SymInt) else value
 
 
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """``tree_map``, which takes its time even over a single leaf: most values are one."""
+    if isinstance(value, (torch.Tensor, TensorSpec)):
+        return function(value)
+    return pytree.tree_map(function, value)
+
+
 def node_specs(node: fx.Node) -> Any:
     """The specs of a node's value, with the strides that it really has."""
-    specs = pytree.tree_map(_spec, node.meta.get("val"))
+    specs = _mapped(_spec, node.meta.get("val"))
     strides = node.meta.get(LAYOUT)
     if strides is None:
         return specs

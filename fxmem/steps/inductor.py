@@ -75,6 +75,7 @@ class Inductor:
             self.split = self._halves(self.graph)
         self.strides: _torch_inductor.Strides = {}
         self.lowered: list[Any] = []
+        self._backwards: dict[tuple[str, ...], fx.GraphModule] = {}
 
     def forward(self) -> _torch.BoxedCallable:
         module = _copy(self.split.forward)
@@ -87,9 +88,12 @@ class Inductor:
         return code
 
     def backward_for(self, undefined: tuple[str, ...]) -> fx.GraphModule:
-        if not undefined:
-            return _copy(self.split.backward)
-        return self._halves(UndefinedTangentsPass(undefined).apply(self.graph)).backward
+        if undefined not in self._backwards:
+            half = self.split.backward
+            if undefined:
+                half = self._halves(UndefinedTangentsPass(undefined).apply(self.graph)).backward
+            self._backwards[undefined] = without_unread(_copy(half))
+        return self._backwards[undefined]
 
     def backward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
         module = _copy(module)
@@ -111,7 +115,7 @@ class Inductor:
         first = _torch_inductor.schedule(module, **self._of_forward(module))
         if first is None:
             return None
-        backward = without_unread(self.backward_for(planned.undefined))
+        backward = self.backward_for(planned.undefined)
         module = _copy(backward)
         how = self._of_backward(module, first.strides)
         second = _torch_inductor.schedule(module, **how)
