@@ -39,6 +39,7 @@ from torch._inductor.utils import fresh_inductor_cache
 
 import fxmem
 import fxmem.steps.inductor
+import fxmem.steps.inductor_step
 
 RESULTS = HERE / "results" / "inductor-cpu.json"
 BUDGETS = ("0.6x", "0.4x")
@@ -319,7 +320,7 @@ def foresee(family: str, size: str) -> Iterator[dict[str, Any]]:
         start = cpu_seconds()
         with (
             noted("foreseen", lowered, of=fxmem.steps.inductor.Inductor),
-            noted("_compiled", made),
+            noted("_compiled", made, of=fxmem.steps.inductor_step),
             fresh_inductor_cache(),
             inductor_config.patch(compile_threads=1),
         ):
@@ -340,7 +341,7 @@ def foresee(family: str, size: str) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def noted(name: str, calls: list[Any], of: Any = fxmem.steps.inductor) -> Iterator[None]:
+def noted(name: str, calls: list[Any], *, of: Any) -> Iterator[None]:
     """Inside, the arguments of each call of a function and what it gave are noted."""
     function = getattr(of, name)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from dynamo import fresh_dynamo
 from test_backend import Net, batch, seeded, stepped
+from test_engine import capture_once
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import lowering
@@ -25,7 +26,7 @@ from fxmem._torch import symbolic_fake_mode
 from fxmem.backend.session import Session
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.measure import cpu_allocations
-from fxmem.steps import inductor
+from fxmem.steps import inductor, inductor_step
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +44,14 @@ def interpreted(monkeypatch):
 @pytest.fixture
 def compiled(monkeypatch):
     """What code was made of, as it was tried, and the plan as it was measured."""
-    seen, make = [], inductor._compiled
+    seen, make = [], inductor_step._compiled
 
     def noted(tried, *rest):
         coded = make(tried, *rest)
         seen.append((tried, coded.planned.plan))
         return coded
 
-    monkeypatch.setattr(inductor, "_compiled", noted)
+    monkeypatch.setattr(inductor_step, "_compiled", noted)
     return seen
 
 
@@ -199,7 +200,7 @@ def test_sizes_that_change(interpreted):
 
 
 def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog):
-    monkeypatch.setattr(inductor, "_peak", lambda *_: 1 << 40)
+    monkeypatch.setattr(inductor_step, "measured_peak", lambda *_: 1 << 40)
     model, x = seeded(Net), batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
     with caplog.at_level(logging.WARNING, logger="fxmem"):
@@ -224,7 +225,7 @@ def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog
 )
 def test_when_to_plan_again(predicted, measured, added, target):
     plan = SimpleNamespace(budget=1000, predicted_peak=predicted, added_seconds=added)
-    assert inductor._target(plan, measured) == target
+    assert inductor_step._target(plan, measured) == target
 
 
 def foresees(monkeypatch, of):
@@ -239,9 +240,18 @@ def foresees(monkeypatch, of):
     return seen
 
 
+def measures(monkeypatch, share):
+    """Let all code be measured to peak at this share of what was predicted operator by operator."""
+
+    def peak(coded, _):
+        return int(share * coded.planned.plan.predicted_peak)
+
+    monkeypatch.setattr(inductor_step, "measured_peak", peak)
+
+
 def test_a_plan_whose_code_would_not_fit_gets_none(interpreted, compiled, monkeypatch):
     seen = foresees(monkeypatch, lambda plan: int(1.2 * plan.predicted_peak))
-    monkeypatch.setattr(inductor, "_peak", lambda coded, _: seen[-1].predicted_peak)
+    monkeypatch.setattr(inductor_step, "measured_peak", lambda coded, _: seen[-1].predicted_peak)
     step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
     assert len(seen) == 2
     assert 1.2 * seen[0].predicted_peak > step.plan.budget >= 1.2 * seen[1].predicted_peak
@@ -251,9 +261,9 @@ def test_a_plan_whose_code_would_not_fit_gets_none(interpreted, compiled, monkey
 
 def test_a_plan_whose_code_would_leave_room_is_planned_for_more(interpreted, compiled, monkeypatch):
     seen = foresees(monkeypatch, lambda plan: int(0.7 * plan.predicted_peak))
-    monkeypatch.setattr(inductor, "_peak", lambda coded, _: coded.planned.plan.predicted_peak // 2)
+    measures(monkeypatch, 0.5)
     step = fxmem.optimize(seeded(Net), "0.5x", (batch(256),), compiler="inductor")
-    assert 1 < len(seen) <= inductor.PLANS
+    assert 1 < len(seen) <= inductor_step.PLANS
     assert seen[0].added_seconds > seen[-1].added_seconds
     ((tried, _),) = compiled  # half of the budget is free as measured, which is not tried again
     assert tried.plan is seen[-1]
@@ -264,9 +274,7 @@ def test_code_that_does_not_keep_what_was_foreseen_is_planned_again(
     interpreted, compiled, monkeypatch
 ):
     seen = foresees(monkeypatch, lambda plan: plan.predicted_peak)
-    monkeypatch.setattr(
-        inductor, "_peak", lambda coded, _: int(1.2 * coded.planned.plan.predicted_peak)
-    )
+    measures(monkeypatch, 1.2)
     step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
     assert len(seen) == 1
     assert len(compiled) == 2
@@ -300,6 +308,50 @@ def test_code_may_keep_a_budget_that_operators_do_not():
     with pytest.raises(fxmem.BudgetInfeasibleError) as found:
         fxmem.optimize(model, least // 2, (x,), compiler="inductor")
     assert found.value.smallest_peak <= least
+
+
+def test_the_step_as_it_is_comes_first_where_what_its_code_saves_is_within_the_budget(
+    interpreted, compiled, monkeypatch
+):
+    torch.manual_seed(0)
+    model, x = Pointwise(), torch.randn(512, 64)
+    assert fxmem.plan(model, "0.7x", (x,)).added_seconds > 0
+    seen = foresees(monkeypatch, lambda plan: plan.budget)
+    measures(monkeypatch, 0.5)
+    step = fxmem.optimize(model, "0.7x", (x,), compiler="inductor")
+    assert [plan.added_seconds for plan in seen] == [0]
+    assert len(compiled) == 1
+    assert step.plan.added_seconds == 0
+
+
+def test_after_the_step_as_it_is_comes_what_was_decided(interpreted, compiled, monkeypatch):
+    """Whether its code is foreseen not to fit or is measured not to."""
+    torch.manual_seed(0)
+    model, x = Pointwise(), torch.randn(512, 64)
+    decided = fxmem.plan(model, "0.7x", (x,))
+    seen = foresees(monkeypatch, lambda plan: plan.predicted_peak)
+    measures(monkeypatch, 1)
+    step = fxmem.optimize(model, "0.7x", (x,), compiler="inductor")
+    assert [plan.added_seconds for plan in seen] == [0, decided.added_seconds]
+    assert [tried.plan for tried, _ in compiled] == [seen[1]]
+    assert step.plan.decisions == decided.decisions
+    seen.clear()
+    compiled.clear()
+    foresees(monkeypatch, lambda plan: plan.budget)
+    step = fxmem.optimize(model, "0.7x", (x,), compiler="inductor")
+    assert [tried.plan.added_seconds for tried, _ in compiled] == [0, decided.added_seconds]
+    assert step.plan.decisions == decided.decisions
+
+
+def test_what_a_norm_is_made_of_is_not_counted_as_saved(monkeypatch):
+    """Inductor makes a normalized value again from its operand; the cut of whole operators does not."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.GroupNorm(8, 64), nn.GELU(), nn.Linear(64, 64))
+    x = torch.randn(512, 64)
+    with capture_once(model, (x,)) as captured:
+        graph = captured.analysis.graph
+        taken_apart = inductor.held_at_least(graph)
+        monkeypatch.setattr(inductor, "_WHOLE", ("nothing",))
+        assert inductor.held_at_least(graph) - taken_apart >= x.nbytes
 
 
 def test_what_goes_with_the_device():
@@ -438,6 +490,6 @@ def test_no_memory_for_the_measured_step_is_torchs_own_error(interpreted, monkey
     def full(*_):
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(inductor, "_peak", full)
+    monkeypatch.setattr(inductor_step, "measured_peak", full)
     with pytest.raises(torch.OutOfMemoryError):
         fxmem.optimize(seeded(Net), "1TiB", (batch(8),), compiler="inductor")

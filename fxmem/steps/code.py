@@ -32,12 +32,12 @@ def step_code(
     """The step that was decided on, ready to run, and the sizes that it holds for.
 
     graph: as it was captured.  found, here: what was decided, and the sizes that may change as they
-    are now.  With Inductor the plan may be another one in the end, see ``inductor.py``.
+    are now.  With Inductor the plan may be another one in the end, see ``inductor_step.py``.
     Raises ``BudgetInfeasibleError`` where neither its code nor the operators keep the budget.
     """
     planned, validity = found
     if not options.uses_inductor(analysis.device):
         return op_by_op(planned, graph), validity
-    from fxmem.steps.inductor import inductor_step  # which takes a second to import
+    from fxmem.steps.inductor_step import inductor_step  # which takes a second to import
 
     return inductor_step(analysis, options, graph, found, here)

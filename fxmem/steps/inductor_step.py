@@ -1,0 +1,264 @@
+"""The planned step as Inductor's code that keeps its budget.
+
+Plans are made operator by operator, and Inductor's kernels hold fewer bytes or more.  So a plan is lowered
+to see what its code will peak at (fused.py), which takes little of the time that the code takes, and the
+step is planned again, for more bytes or fewer, until it will fit without much room left.  What Inductor's
+cut makes again costs next to nothing, so the step as it is may fit where operators of it do not: where
+that seems so, it is looked at first.  Then code is made of the best plan, and one step of it is run and
+measured.  If it does not keep the budget after all, code is made of one more plan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+from fxmem.basics.budget import Budget
+from fxmem.basics.units import format_bytes
+from fxmem.graphs.graph import JointGraph
+from fxmem.graphs.workspace import Workspaces
+from fxmem.planning.plan import Plan
+from fxmem.steps.analyze import Analysis
+from fxmem.steps.backward import Backward, Coded, op_by_op
+from fxmem.steps.compile_errors import explained
+from fxmem.steps.decisions import infeasible
+from fxmem.steps.inductor import Inductor, held_at_least
+from fxmem.steps.measured_step import measured_peak
+from fxmem.steps.options import Options
+from fxmem.steps.pipeline import Planned
+from fxmem.steps.validity import Validity, decided
+
+log = logging.getLogger(__name__)
+
+MARGIN = 0.01
+"""Of the budget, left free by a further plan: what it will peak at is known from the last one's error."""
+
+ROOM = 0.1
+"""Of the budget: with more left, a plan that costs time is worth a further one."""
+
+UNSURE = 0.05
+"""Of the budget: so far above it, what is foreseen is not tried."""
+
+PLANS = 3
+"""So many are lowered at most, before code is made of one."""
+
+GAIN = 0.01
+"""Of the step's time: to spare less is not worth the seconds that it takes to lower a further plan."""
+
+Found = tuple[Planned, Validity | None]
+"""A planned step, and where sizes may change, those that it holds for."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan in Inductor's operators.  foreseen: bytes that its code will peak at, if that is known."""
+
+    planned: Planned
+    validity: Validity | None
+    code: Inductor
+    foreseen: int | None
+
+    @property
+    def plan(self) -> Plan:
+        return self.planned.plan
+
+    @property
+    def fits(self) -> bool:
+        return self.foreseen is None or self.foreseen <= self.plan.budget
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Is its code so much too large that none need be made?"""
+        return self.foreseen is not None and self.foreseen > (1 + UNSURE) * self.plan.budget
+
+
+def inductor_step(
+    analysis: Analysis,
+    options: Options,
+    graph: JointGraph,
+    found: Found,
+    here: Mapping[str, int],
+) -> tuple[Coded, Validity | None]:
+    """Code for a planned step that keeps its budget as measured; operator by operator if no code does.
+
+    found, here: what was decided, and the sizes that may change as they are now.
+    Raises ``BudgetInfeasibleError`` where operators do not, either.
+    """
+    search = _Search(analysis, options, found, here)
+    first = search.best()
+    if first.is_hopeless:
+        return _without_code(options, graph, found, first.foreseen or 0)
+    coded = [(_compiled(first, analysis, graph), first)]
+    measured = coded[0][0].planned.plan
+    if first.foreseen is None or not _fits(measured):
+        second = search.instead(first, measured.predicted_peak)
+        if second is not None:
+            last = Tried(*second, Inductor(second[0]), None)
+            coded.append((_compiled(last, analysis, graph), last))
+    fitting = [one for one in coded if _fits(one[0].planned.plan)]
+    if not fitting:
+        least = min((one.planned.plan for one, _ in coded), key=lambda plan: plan.predicted_peak)
+        return _without_code(options, graph, found, least.predicted_peak, least)
+    best, tried = min(fitting, key=lambda one: one[0].planned.plan.added_seconds)
+    valid = tried.validity
+    if valid is not None:
+        # Larger sizes come with a larger error, those that are served with this one at most.
+        more = best.planned.plan.predicted_peak - tried.plan.predicted_peak
+        limit = valid.limit if _fits(tried.plan) else tried.plan.predicted_peak
+        valid = replace(valid, limit=limit - max(more, 0))
+    return best, valid
+
+
+def _compiled(tried: Tried, analysis: Analysis, graph: JointGraph) -> Coded:
+    planned, code = tried.planned, tried.code
+    forward = code.forward()
+    coded = Coded(planned, code.split, forward, Backward(planned, graph, code))
+    with explained("running the step as Inductor's code", planned.graph.module):
+        peak = measured_peak(coded, analysis)
+    plan = planned.plan
+    budget = max(plan.predicted_peak, peak) if plan.smallest else plan.budget
+    plan = replace(plan, predicted_peak=peak, budget=budget)
+    log.info("%s", _said(tried, peak))
+    return replace(coded, planned=replace(planned, plan=plan))
+
+
+def _without_code(
+    options: Options, graph: JointGraph, found: Found, peak: int, *measured: Plan
+) -> tuple[Coded, Validity | None]:
+    """The step operator by operator, since Inductor's code of it peaks higher than the budget.
+
+    peak: of its code, bytes.  measured: plans whose code was run.  Raises ``BudgetInfeasibleError`` with
+    the smallest where operators do not keep the budget, either.
+    """
+    planned, validity = found
+    if options.on_infeasible == "raise" and not _fits(planned.plan):
+        raise infeasible(min([planned.plan, *measured], key=lambda plan: plan.predicted_peak))
+    log.warning(
+        "Inductor's code for the step peaks at %s, more than the budget of %s, so the step runs "
+        "operator by operator",
+        format_bytes(peak),
+        format_bytes(planned.plan.budget),
+    )
+    return op_by_op(planned, graph), validity
+
+
+# -- The plan to make code of --------------------------------------------------------------------------
+
+
+@dataclass
+class _Search:
+    """Plans of one step under one budget, each lowered to see what its code will peak at.
+
+    found: what was decided operator by operator.  here: the sizes that may change as they are now.
+    """
+
+    analysis: Analysis
+    options: Options
+    found: Found
+    here: Mapping[str, int]
+    seen: list[Tried] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.plan = self.found[0].plan
+        self.table = Workspaces(self.analysis.workspaces.table)
+
+    def best(self) -> Tried:
+        """Of those whose code will fit, the one that adds the least time; else the smallest one."""
+        if _may_stay(self.plan):
+            return Tried(*self.found, Inductor(self.found[0]), None)
+        following = self._as_it_is() if self._seems_to_fit_as_it_is() else None
+        following = following or self.found
+        while following is not None and len(self.seen) < PLANS:
+            self.seen.append(self._lowered(*following))
+            following = self._following()
+        fitting = [one for one in self.seen if one.fits]
+        if not fitting:
+            return min(self.seen, key=lambda one: one.foreseen or 0)
+        return min(fitting, key=lambda one: one.plan.added_seconds)
+
+    def instead(self, tried: Tried, peak: int) -> Found | None:
+        """What to make code of after code that was measured to peak so; None if that may stay.
+
+        After the step as it is comes what was decided.
+        """
+        is_as_it_is = tried.planned is not self.found[0] and tried is self.seen[0]
+        if is_as_it_is and peak > self.plan.budget:
+            return self.found
+        return self._new(_target(tried.plan, peak))
+
+    def _lowered(self, planned: Planned, validity: Validity | None) -> Tried:
+        code = Inductor(planned)
+        try:
+            foreseen = code.foreseen(planned, self.table, self.analysis.device)
+        except Exception:  # to compile says what is wrong, if anything is but this look ahead
+            log.info("the peak of Inductor's code cannot be foreseen", exc_info=True)
+            foreseen = None
+        return Tried(planned, validity, code, foreseen)
+
+    def _following(self) -> Found | None:
+        """A plan that may be better than those that were seen."""
+        last = self.seen[-1]
+        if last.foreseen is None:
+            return None
+        if len(self.seen) == 1 and last.planned is not self.found[0]:  # the step as it is
+            return None if last.fits else self.found
+        again = self._new(_target(last.plan, last.foreseen))
+        if again is None or not last.fits:
+            return again
+        spared = last.plan.predicted_overhead - again[0].plan.predicted_overhead
+        return again if spared >= GAIN else None
+
+    def _seems_to_fit_as_it_is(self) -> bool:
+        """Is what it holds between its halves within the budget, with a little to spare?"""
+        if self.plan.added_seconds <= 0:
+            return False
+        return (1 + UNSURE) * held_at_least(self.analysis.graph) <= self.plan.budget
+
+    def _as_it_is(self) -> Found | None:
+        return self._new(self.plan.keep_all_peak)
+
+    def _new(self, target: int | None) -> Found | None:
+        """The step planned for other bytes, operator by operator, under the same budget.
+
+        None where there is no target, no other plan is allowed, or that one was seen.
+        """
+        plan, options = self.plan, self.options
+        if target is None or plan.smallest or options.plan is not None or not _fits(plan):
+            return None
+        asked = Budget("bytes", Fraction(target + plan.reserve), plan.asked)
+        options = replace(options, budget=asked, on_infeasible="best")
+        memory = self.found[0].memory is not None
+        again, validity = decided(self.analysis, options, self.here, memory=memory)
+        if any(again.plan.decisions == one.plan.decisions for one in self.seen):
+            return None
+        return replace(again, plan=replace(again.plan, budget=plan.budget)), validity
+
+
+def _may_stay(plan: Plan) -> bool:
+    """Does it cost nothing, with room for what code may take more?  Then it is only measured."""
+    return plan.added_seconds <= 0 and plan.predicted_peak <= (1 - ROOM) * plan.budget
+
+
+def _target(plan: Plan, peak: int) -> int | None:
+    """Bytes to plan for, operator by operator, after a plan whose code peaks so; None if it may stay."""
+    room = plan.budget - peak
+    if room < 0:
+        return max(int(plan.predicted_peak + room - MARGIN * plan.budget), 1)
+    if room > ROOM * plan.budget and plan.added_seconds > 0:
+        return int(plan.predicted_peak + room - ROOM / 2 * plan.budget)
+    return None
+
+
+def _fits(plan: Plan) -> bool:
+    return plan.predicted_peak <= plan.budget
+
+
+def _said(tried: Tried, measured: int) -> str:
+    foreseen = "" if tried.foreseen is None else f"{format_bytes(tried.foreseen)} were foreseen, "
+    return (
+        f"Inductor's code peaks at {format_bytes(measured)}, measured; {foreseen}operator by operator "
+        f"{format_bytes(tried.plan.predicted_peak)} were predicted, "
+        f"the budget is {format_bytes(tried.plan.budget)}"
+    )
