@@ -1,11 +1,13 @@
 """What a step will peak at as Inductor's kernels: the schedule of each half, run through in numbers."""
 
 import contextlib
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._inductor import metrics
 from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -111,6 +113,18 @@ def test_another_pass_over_inductors_kernels_still_runs():
         scheduled(centred, torch.randn(8, 64))
         assert torch._inductor.config._post_fusion_custom_pass is other
     assert seen == [1]
+
+
+def test_no_other_thread_compiles_meanwhile():
+    """What ends a compilation where its kernels are known would end every thread's."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(scheduled(centred, torch.ones(8, 64))))
+    with compile_lock:  # as Dynamo does
+        thread.start()
+        thread.join(2)
+        assert not found
+    thread.join()
+    assert found[0].returned == ["buf1"]
 
 
 def test_code_of_what_was_lowered_before_is_the_same_code(monkeypatch):

@@ -7,16 +7,18 @@ somebody asks for Inductor, because that takes a second.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from unittest import mock
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.convert_frame import compile_lock
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import (
     min_cut_rematerialization_partition,
@@ -40,10 +42,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxmem._torch import BoxedCallable, as_in_a_step, random_as_in_eager
 from fxmem._torch.reductions import reductions_early
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 Strides = dict[str, tuple[Any, ...]]
 """Name of a value -> the strides that it is given by."""
 
 _graphs = itertools.count()
+
+
+def _alone(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """No other thread compiles meanwhile: some of torch's own functions are replaced for the time."""
+
+    @functools.wraps(function)
+    def locked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with compile_lock:
+            return function(*args, **kwargs)
+
+    return locked
 
 
 @contextlib.contextmanager
@@ -83,6 +99,7 @@ class _Instead(fx.Interpreter):
         return super().call_function(self.instead(self.now) or target, args, kwargs)
 
 
+@_alone
 def decomposed(
     module: fx.GraphModule, instead: Callable[[fx.Node], Callable[..., Any] | None]
 ) -> fx.GraphModule:
@@ -137,12 +154,14 @@ def read_offsets_of_pools(module: fx.GraphModule, encoder: Any) -> None:
             module.graph.erase_node(indices)
 
 
+@_alone
 def optimize_joint(module: fx.GraphModule) -> None:
     """Inductor's own rewrites of a joint graph, in place: constants, patterns of attention."""
     with random_as_in_eager(), V.set_fake_mode(_fake_mode(module)):
         joint_graph_passes(module)
 
 
+@_alone
 def min_cut(
     module: fx.GraphModule,
     num_forward_outputs: int,
@@ -174,6 +193,7 @@ def just_in_time(backward: fx.GraphModule) -> fx.GraphModule:
     return reordering_to_mimic_autograd_engine(backward)
 
 
+@_alone
 def inductor(
     module: fx.GraphModule,
     *,
@@ -293,6 +313,7 @@ class _Scheduled(BaseException):
         self.found = found
 
 
+@_alone
 def schedule(module: fx.GraphModule, **how: Any) -> Schedule | None:
     """What ``inductor`` would make of a half, at a small share of its time; None where torch has its code.
 
