@@ -281,6 +281,14 @@ def test_a_step_is_nested():
     assert around([first, last], 1, [first], resident=28) == Around(always=5 + 8)
 
 
+def test_a_graph_by_code_that_was_measured():
+    planned = part(resident=10, held=5, gradients=4, forward=6, boundary=9, backward=20, tangents=1)
+    coded = planned.as_measured(forward=3, held=2, backward=12)
+    assert coded == part(
+        resident=10, held=2, gradients=4, forward=3, boundary=6, backward=12, tangents=1
+    )
+
+
 def test_room_is_shared_by_what_is_wanted():
     parts = [part(forward=10), part(backward=20)]
     assert shares(parts, [40, 30]) == [0.75, 0.25]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dynamo import fresh_dynamo
-from test_backend import Net, batch, seeded, stepped
+from test_backend import Cut, Net, batch, peak_of, predicted, seeded, stepped
 from test_engine import capture_once
 from torch import nn
 from torch._dynamo.utils import counters
@@ -27,6 +27,7 @@ from fxmem.backend.session import Session
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.steps import inductor, inductor_step
+from fxmem.steps.backward import Phases
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,20 @@ def test_a_step_keeps_its_budget_and_eagers_dropout(compiled):
     assert peak <= step.plan.budget
     assert peak == pytest.approx(step.plan.predicted_peak, rel=0.03)
     assert "FITS" in str(step.report())
+
+
+def test_four_graphs_of_inductors_share_a_budget():
+    """By what their code was measured to hold: one that only fits fused leaves room to the others."""
+    model, x = seeded(Cut, depth=4), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    budget = int(0.7 * (peak_of(eager, eager, x) + resident))
+    step = torch.compile(model, backend="fxmem", options={"budget": budget, "compiler": "inductor"})
+    for _ in range(2):
+        assert_close(want, stepped(step, model, x))
+    peak = peak_of(step, model, x) + resident
+    assert peak <= budget
+    assert predicted(model) == pytest.approx(peak, rel=0.03)
 
 
 def test_the_backend_takes_what_torch_compile_would_save_where_there_is_room():
@@ -200,7 +215,7 @@ def test_sizes_that_change(interpreted):
 
 
 def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog):
-    monkeypatch.setattr(inductor_step, "measured_peak", lambda *_: 1 << 40)
+    measures(monkeypatch, 1 << 20)
     model, x = seeded(Net), batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
     with caplog.at_level(logging.WARNING, logger="fxmem"):
@@ -243,15 +258,16 @@ def foresees(monkeypatch, of):
 def measures(monkeypatch, share):
     """Let all code be measured to peak at this share of what was predicted operator by operator."""
 
-    def peak(coded, _):
-        return int(share * coded.planned.plan.predicted_peak)
+    def measured(coded, _):
+        plan = coded.planned.plan
+        return Phases(0, 0, int(share * plan.predicted_peak) - plan.resident)
 
-    monkeypatch.setattr(inductor_step, "measured_peak", peak)
+    monkeypatch.setattr(inductor_step, "measured", measured)
 
 
 def test_a_plan_whose_code_would_not_fit_gets_none(interpreted, compiled, monkeypatch):
     seen = foresees(monkeypatch, lambda plan: int(1.2 * plan.predicted_peak))
-    monkeypatch.setattr(inductor_step, "measured_peak", lambda coded, _: seen[-1].predicted_peak)
+    measures(monkeypatch, 1)
     step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
     assert len(seen) == 2
     assert 1.2 * seen[0].predicted_peak > step.plan.budget >= 1.2 * seen[1].predicted_peak
@@ -490,6 +506,6 @@ def test_no_memory_for_the_measured_step_is_torchs_own_error(interpreted, monkey
     def full(*_):
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(inductor_step, "measured_peak", full)
+    monkeypatch.setattr(inductor_step, "measured", full)
     with pytest.raises(torch.OutOfMemoryError):
         fxmem.optimize(seeded(Net), "1TiB", (batch(8),), compiler="inductor")

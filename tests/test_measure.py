@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxmem.basics.errors import FxmemError
-from fxmem.graphs.measure import Measurement, cpu_allocations, measure
+from fxmem.graphs.measure import Measurement, cpu_allocations, cpu_phases, measure
 
 # Large enough that a stray small tensor cannot hide a miscount, small enough to be quick.
 N = 1 << 16
@@ -35,6 +35,13 @@ def test_what_the_step_returns_is_still_held():
     measured = measure(lambda: block().neg())
     assert above_start(measured) == (2 * BLOCK, BLOCK)
     assert measured.result.shape == (N,)
+
+
+def test_two_phases_and_what_lives_between_them():
+    held = []
+    first, second = cpu_phases(lambda: held.append(block()), lambda: block().add(held.pop()))
+    assert first == [BLOCK]
+    assert second == [BLOCK, BLOCK, -BLOCK, -BLOCK, -BLOCK]
 
 
 def test_the_start_counts_live_storages_once():

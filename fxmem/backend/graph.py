@@ -239,13 +239,17 @@ class _Builder:
             )
         if self.around is not None:
             _tell(self.graph.number, plan)
+        part = part_of(planned.line, planned.graph, bindings)
+        phases = None if self.coded is None else self.coded.phases
+        if phases is not None:
+            part = part.as_measured(phases.forward, phases.held, phases.backward)
         return Program(
             next(_numbers),
             run,
             plan,
             planned,
             self.around,
-            part_of(planned.line, planned.graph, bindings),
+            part,
             part_of(planned.before, planned.graph, bindings),
             self.sizes,
             self.validity,

@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from fxmem.basics.units import format_bytes
 Result = TypeVar("Result")
 
 _FREED = "fxmem: freed "
+_SECOND = "fxmem: second phase"
 _measuring = threading.Lock()
 
 
@@ -75,6 +76,22 @@ def cpu_allocations(function: Callable[[], Result]) -> tuple[list[int], Result]:
     _refuse_profiler()
     events, result = record(function)
     return _own_sizes(events), result
+
+
+def cpu_phases(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[list[int], list[int]]:
+    """``cpu_allocations`` of two functions, run one after the other: the second may free the first's."""
+
+    def both() -> None:
+        first()
+        mark(_SECOND)
+        second()
+
+    _refuse_profiler()
+    events, _ = record(both)
+    cut = next(at for at, event in enumerate(events) if event.mark == _SECOND)
+    sizes = _own_sizes(events)
+    of_first = len(_own_sizes(events[:cut]))
+    return sizes[:of_first], sizes[of_first:]
 
 
 def _measure(step: Callable[[], Result]) -> Measurement[Result]:

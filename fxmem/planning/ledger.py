@@ -9,7 +9,7 @@ a step of its own, with less room, and with those bytes at its boundary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fxmem.analysis.liveness import MemoryTimeline
@@ -42,6 +42,11 @@ class Part:
     @property
     def least(self) -> int:
         return max(self.forward, self.backward)
+
+    def as_measured(self, forward: int, held: int, backward: int) -> Part:
+        """The same graph as code that was measured to hold so much."""
+        boundary = self.boundary - self.held + held
+        return replace(self, forward=forward, held=held, boundary=boundary, backward=backward)
 
 
 def part_of(line: MemoryTimeline, graph: JointGraph, sizes: Mapping[Any, int]) -> Part:

@@ -97,12 +97,34 @@ def without_unread(module: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class Coded:
-    """A planned step with its code.  split: the halves as they run."""
+    """A planned step with its code.  split: the halves as they run.
+
+    phases: what they were measured to hold, where that is not as planned.
+    """
 
     planned: Planned
     split: Split
     forward: _torch.BoxedCallable
     backward: Backward
+    phases: Phases | None = None
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Bytes that a step of code holds beside what it is given.
+
+    forward, backward: at most.  held: between them, saved or returned; outside: what a loss outside of the
+    step holds there.
+    """
+
+    forward: int
+    held: int
+    backward: int
+    outside: int = 0
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.held + self.outside, self.backward)
 
 
 def op_by_op(planned: Planned, graph: JointGraph) -> Coded:

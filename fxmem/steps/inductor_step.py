@@ -25,7 +25,7 @@ from fxmem.steps.backward import Backward, Coded, op_by_op
 from fxmem.steps.compile_errors import explained
 from fxmem.steps.decisions import infeasible
 from fxmem.steps.inductor import Inductor, held_at_least
-from fxmem.steps.measured_step import measured_peak
+from fxmem.steps.measured_step import measured
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity, decided
@@ -91,9 +91,9 @@ def inductor_step(
     if first.is_hopeless:
         return _without_code(options, graph, found, first.foreseen or 0)
     coded = [(_compiled(first, analysis, graph), first)]
-    measured = coded[0][0].planned.plan
-    if first.foreseen is None or not _fits(measured):
-        second = search.instead(first, measured.predicted_peak)
+    as_measured = coded[0][0].planned.plan
+    if first.foreseen is None or not _fits(as_measured):
+        second = search.instead(first, as_measured.predicted_peak)
         if second is not None:
             last = Tried(*second, Inductor(second[0]), None)
             coded.append((_compiled(last, analysis, graph), last))
@@ -116,12 +116,13 @@ def _compiled(tried: Tried, analysis: Analysis, graph: JointGraph) -> Coded:
     forward = code.forward()
     coded = Coded(planned, code.split, forward, Backward(planned, graph, code))
     with explained("running the step as Inductor's code", planned.graph.module):
-        peak = measured_peak(coded, analysis)
+        phases = measured(coded, analysis)
     plan = planned.plan
+    peak = plan.resident + phases.peak
     budget = max(plan.predicted_peak, peak) if plan.smallest else plan.budget
     plan = replace(plan, predicted_peak=peak, budget=budget)
     log.info("%s", _said(tried, peak))
-    return replace(coded, planned=replace(planned, plan=plan))
+    return replace(coded, planned=replace(planned, plan=plan), phases=phases)
 
 
 def _without_code(

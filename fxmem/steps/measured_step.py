@@ -13,58 +13,70 @@ from fxmem import _torch
 from fxmem._torch.inductor import for_real
 from fxmem.basics.sizes import evaluate, hint
 from fxmem.graphs.graph import OutputKind, output_values
-from fxmem.graphs.measure import cpu_allocations, measure
+from fxmem.graphs.measure import cpu_phases, measure
 from fxmem.steps.analyze import Analysis
-from fxmem.steps.backward import Coded
+from fxmem.steps.backward import Coded, Phases
 from fxmem.steps.pipeline import Planned
 
 
-def measured_peak(coded: Coded, analysis: Analysis) -> int:
-    """Bytes that one step holds at its peak: run on what it was captured with, or on zeros."""
+def measured(coded: Coded, analysis: Analysis) -> Phases:
+    """One step, run on what it was captured with, or on zeros."""
     devices = [analysis.device] if analysis.device.type == "cuda" else []
-    planned = coded.planned
     with for_real(), torch.random.fork_rng(devices=devices):
         given = [
             _real(node, analysis.examples)
             for node in coded.split.forward.graph.find_nodes(op="placeholder")
         ]
-
-        def step() -> None:
-            _step(coded, list(given), loss_outside(planned), analysis.device)
-
-        step()  # once more than measured: libraries allocate what they keep
-        if analysis.device.type == "cpu":
-            added = max(accumulate(cpu_allocations(step)[0]), default=0)
-        else:
-            found = measure(step)
-            added = found.peak - found.at_start
-    return planned.plan.resident + added
+        step = _Step(coded, given)
+        step.forward()  # once more than measured: libraries allocate what they keep
+        step.backward()
+        phases = _on_the_cpu if analysis.device.type == "cpu" else _by_counters
+        return Phases(*phases(step), loss_outside(coded.planned))
 
 
-def _step(coded: Coded, given: list[Any], outside: int, device: torch.device) -> None:
+def _on_the_cpu(step: _Step) -> tuple[int, int, int]:
+    first, second = cpu_phases(step.forward, step.backward)
+    held = sum(first)
+    return max(accumulate(first), default=0), held, held + max(accumulate(second), default=0)
+
+
+def _by_counters(step: _Step) -> tuple[int, int, int]:
+    first, second = measure(step.forward), measure(step.backward)
+    start = first.at_start
+    return first.peak - start, second.at_start - start, second.peak - start
+
+
+class _Step:
     """A forward and its backward, with what the caller holds meanwhile."""
-    halves = coded.split
-    returned = list(coded.forward(given))
-    names = [n.name if isinstance(n, fx.Node) else "" for n in output_values(halves.forward)]
-    cut = halves.num_forward_outputs
-    saved = dict(zip(names[cut:], returned[cut:], strict=True))
-    kinds = halves.output_kinds
-    held = [v for v, kind in zip(returned, kinds, strict=False) if kind is OutputKind.RESULT]
-    del returned
-    if outside:
-        torch.empty(outside, dtype=torch.uint8, device=device)
-    undefined = set(coded.planned.undefined)
-    args = [
-        saved.pop(node.name)
-        if node.name in saved
-        else None
-        if node.name in undefined
-        else _real(node, {})
-        for node in halves.backward.graph.find_nodes(op="placeholder")
-    ]
-    saved.clear()
-    gradients = coded.backward(args)
-    del gradients, held
+
+    def __init__(self, coded: Coded, given: list[Any]) -> None:
+        self.coded, self.given = coded, given
+        self.saved: dict[str, Any] = {}
+        self.results: list[Any] = []
+
+    def forward(self) -> None:
+        halves = self.coded.split
+        returned = list(self.coded.forward(list(self.given)))
+        names = [n.name if isinstance(n, fx.Node) else "" for n in output_values(halves.forward)]
+        cut, kinds = halves.num_forward_outputs, halves.output_kinds
+        self.saved = dict(zip(names[cut:], returned[cut:], strict=True))
+        results = zip(returned, kinds, strict=False)
+        self.results = [v for v, kind in results if kind is OutputKind.RESULT]
+
+    def backward(self) -> None:
+        undefined = set(self.coded.planned.undefined)
+        args = [
+            self.saved.pop(node.name)
+            if node.name in self.saved
+            else None
+            if node.name in undefined
+            else _real(node, {})
+            for node in self.coded.split.backward.graph.find_nodes(op="placeholder")
+        ]
+        self.saved.clear()
+        gradients = self.coded.backward(args)
+        del gradients
+        self.results.clear()
 
 
 def _real(node: fx.Node, examples: Mapping[str, Any]) -> Any:
