@@ -295,6 +295,14 @@ def test_room_is_shared_by_what_is_wanted():
     assert shares(parts, [10, 20]) == [0.0, 0.0]
 
 
+def test_what_torch_does_not_compile_in_place_is_said():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    model.compile(backend="fxmem", options={"budget": "0.9x"})
+    model(torch.randn(4, 8)).sum().backward()
+    with pytest.raises(fxmem.FxmemError, match=r"Sequential for one, module.compile\(\) compiles"):
+        fxmem.plans(model)
+
+
 # -- Sizes, modes and caches ---------------------------------------------------------------------------
 
 

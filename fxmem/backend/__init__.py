@@ -79,8 +79,15 @@ def plans(compiled: nn.Module) -> list[Plan]:
             "there is no plan yet: torch.compile captures a module at its first call, and one that it "
             "cuts into several graphs is planned at the second.\n"
             '  try: call it on a batch before; and check that it was compiled with backend="fxmem"'
+            + (_OF_TORCH if type(compiled).__module__.startswith("torch.nn.") else "")
         )
     return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
+
+
+_OF_TORCH = (
+    "; of a class of torch.nn's own, Sequential for one, module.compile() compiles nothing: use "
+    "torch.compile(module), or a class of yours around it"
+)
 
 
 # -- Options -----------------------------------------------------------------------------------------
