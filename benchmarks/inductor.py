@@ -4,7 +4,8 @@
 turns and on one thread: torch.compile as it is beside a budget of what eager peaks at; and at each peak
 that a peer reaches (``activation_memory_budget``, compiled checkpoints by block) fxmem with those bytes.
 ``--codes`` times a step whose codes fuse beside the same step with codes in operators of fxmem's own.
-``--compile`` compares seconds of processor time from nothing to the first step's end, caches empty.
+``--compile`` compares seconds of processor time from nothing to the first step's end, caches empty, each
+in a process of its own.
 ``--foresee`` compares what code is foreseen to peak at with what it is then measured to peak at, and counts
 the plans that were lowered and those that code was made of.
 
@@ -19,11 +20,14 @@ import datetime
 import functools
 import json
 import logging
+import operator
 import re
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -284,26 +288,46 @@ def cpu_seconds() -> float:
     return sum(used.ru_utime + used.ru_stime for used in both)
 
 
-def compilation(family: str, size: str) -> dict[str, Any]:
-    """Processor seconds from nothing to the first step's end, with empty caches."""
-    row: dict[str, Any] = {"family": family, "size": size}
+COMPILED: dict[str, Callable[[Step], Any]] = {
+    "torch.compile": lambda step: torch.compile(step.model),
+    "fxmem at 1TiB": lambda step: optimized(step, "1TiB")[0],
+    "fxmem at 0.7x": lambda step: optimized(step, "0.7x")[0],
+}
+
+
+def compilation(family: str, size: str, rounds: int = 3) -> dict[str, Any]:
+    """Processor seconds from nothing to the first step's end, each time in a process of its own.
+
+    beside: medians of the ratios to torch.compile's, taken round by round.
+    """
+    seen: dict[str, list[float]] = {name: [] for name in COMPILED}
+    for _ in range(rounds):
+        for name, times in seen.items():
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                times.append(process.submit(seconds_to_compile, family, size, name).result())
+    base = seen["torch.compile"]
+    return {
+        "family": family,
+        "size": size,
+        **{name: round(statistics.median(times), 1) for name, times in seen.items()},
+        "beside": {
+            name: round(statistics.median(map(operator.truediv, times, base)), 3)
+            for name, times in seen.items()
+        },
+    }
+
+
+def seconds_to_compile(family: str, size: str, name: str) -> float:
+    """With empty caches."""
+    set_up()
     warm = nn.Linear(2, 2)
-    torch.compile(warm)(torch.ones(1, 2)).sum().backward()  # what the process does once
-    for name, make in (
-        ("torch.compile", lambda step: torch.compile(step.model)),
-        ("fxmem at 1TiB", lambda step: optimized(step, "1TiB")[0]),
-        ("fxmem at 0.7x", lambda step: optimized(step, "0.7x")[0]),
-    ):
-        step = Step(family, size, "cpu")
-        torch._dynamo.reset()
-        with fresh_inductor_cache(), inductor_config.patch(compile_threads=1):
-            start = cpu_seconds()
-            try:
-                step.run(make(step))
-                row[name] = round(cpu_seconds() - start, 1)
-            except fxmem.BudgetInfeasibleError:
-                row[name] = None
-    return row
+    torch.compile(warm)(torch.ones(1, 2)).sum().backward()  # what every process does once
+    step = Step(family, size, "cpu")
+    torch._dynamo.reset()
+    with fresh_inductor_cache(), inductor_config.patch(compile_threads=1):
+        start = cpu_seconds()
+        step.run(COMPILED[name](step))
+        return cpu_seconds() - start
 
 
 # -- What is foreseen --------------------------------------------------------------------------------
@@ -380,6 +404,13 @@ def refuse_scalar_code() -> None:
         )
 
 
+def set_up() -> None:
+    """One thread, vector code, eager's random numbers."""
+    torch.set_num_threads(1)
+    refuse_scalar_code()
+    inductor_config.fallback_random = True  # torch.compile then draws what eager draws
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
@@ -389,9 +420,7 @@ def main() -> None:
     for kind in ("keep", "speed", "codes", "compile", "foresee"):
         parser.add_argument(f"--{kind}", action="store_true")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    refuse_scalar_code()
-    inductor_config.fallback_random = True  # torch.compile then draws what eager draws
+    set_up()
     keep_freed_memory()
     with fresh_inductor_cache():  # of which code was made in another way, or by another processor
         for family in given.families:

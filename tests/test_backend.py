@@ -216,6 +216,19 @@ def living():
     return [g for session in backend._sessions.values() for g in session.living()]
 
 
+def test_a_plan_of_one_of_several_graphs_says_what_it_needs():
+    """Not the room that was left to those that follow."""
+    model, x = seeded(Cut, depth=4), batch(256)
+    step = compiled(model, "1GiB")
+    for _ in range(2):
+        stepped(step, model, x)
+    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    plans = fxmem.plans(step)
+    assert max(p.predicted_peak for p in plans) == predicted(model)
+    assert peak_of(step, model, x) + resident == pytest.approx(predicted(model), rel=0.001)
+    assert all(p.budget == 1 << 30 for p in plans)
+
+
 def test_graphs_that_find_no_room_say_so():
     model = seeded(Cut, depth=4)
     step = compiled(model, "200KiB")
@@ -317,6 +330,64 @@ def test_smaller_batches_of_a_dynamic_graph_are_not_compiled_again():
     first, larger = fxmem.plans(step)
     assert first.symbols == {"x.size()[0]": 64} or list(first.symbols.values()) == [64]
     assert larger.predicted_peak <= larger.budget
+
+
+class Averaged(nn.Module):
+    """Its code computes with the batch's size."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4096))
+
+    def forward(self, x):
+        h = x.sum(0) * self.w
+        for _ in range(6):
+            h = h.sin().exp()
+        return (h / x.shape[0]).sum()
+
+
+def test_a_plan_that_was_made_for_one_size_serves_that_size_alone():
+    model = seeded(Averaged)
+    options = {"allow": ("recompute",)}
+    step = compiled(model, 330_000, options=options, dynamic=True)
+    for rows in (2, 3, 14, 12, 8, 14):
+        want = stepped(eager := copy.deepcopy(model), eager, batch(rows, 4096))
+        assert_same(want, stepped(step, model, batch(rows, 4096)))
+    assert len(fxmem.plans(step)) > 1  # the first one does not serve all of them
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_several_graphs_whose_sizes_change(dynamic):
+    model = seeded(Cut, depth=4)
+    step = compiled(model, "1GiB", dynamic=dynamic)
+    for rows in (8, 8, 12, 16, 8):
+        want = stepped(eager := copy.deepcopy(model), eager, batch(rows))
+        assert_same(want, stepped(step, model, batch(rows)))
+
+
+@pytest.mark.parametrize("budget", ["min", "0.9x", "1GiB"])
+def test_a_checkpoint_around_what_is_compiled(budget):
+    """Its forward runs twice, while the first one waits for its backward; both save the same."""
+    model, x = seeded(Net), batch().requires_grad_()
+
+    def checkpointed(run):
+        return lambda x: checkpoint(run, x, use_reentrant=False)
+
+    want = stepped(checkpointed(eager := copy.deepcopy(model)), eager, x)
+    step = compiled(model, budget)
+    for _ in range(3):
+        assert_same(want, stepped(checkpointed(step), model, x))
+
+
+def test_a_checkpoint_around_blocks_that_share_a_graph():
+    model, x = seeded(Net, depth=3), batch().requires_grad_()
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    options = {"budget": "1GiB"}
+    for block in model.blocks:
+        block.compile(backend="fxmem", options=options)
+    for _ in range(3):
+        got = stepped(lambda x: checkpoint(model, x, use_reentrant=False), model, x)
+        assert_same(want, got)
 
 
 def test_another_shape_is_another_graph():

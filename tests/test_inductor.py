@@ -214,6 +214,25 @@ def test_sizes_that_change(interpreted):
     assert len(step._session.programs) == 1
 
 
+def test_a_size_that_became_a_constant(interpreted):
+    """A larger batch than the plan serves: planned once more, when Dynamo has gone on."""
+    model = seeded(Net)
+    options = {"budget": 300_000, "compiler": "inductor"}
+    step = torch.compile(model, backend="fxmem", dynamic=True, options=options)
+    for rows in (8, 120, 100):
+        want = stepped(eager := copy.deepcopy(model), eager, batch(rows))
+        assert_close(want, stepped(step, model, batch(rows)))
+    assert len(fxmem.plans(step)) > 1
+
+
+def test_a_step_is_measured_within_a_profile(interpreted):
+    model, x = seeded(Net), batch()
+    want = fxmem.optimize(model, "1TiB", (x,), compiler="inductor").plan
+    with torch.profiler.profile(profile_memory=True):
+        found = fxmem.optimize(model, "1TiB", (x,), compiler="inductor").plan
+    assert found.predicted_peak == want.predicted_peak
+
+
 def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog):
     measures(monkeypatch, 1 << 20)
     model, x = seeded(Net), batch(256)

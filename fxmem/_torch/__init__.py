@@ -11,7 +11,6 @@ import gc
 import logging
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.convert_frame import fullgraph_capture
+from torch._dynamo.convert_frame import compile_lock, fullgraph_capture
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.hooks import Hooks
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
@@ -50,7 +49,7 @@ CHECKED_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # torch's compiler stack is not thread-safe, so every capture and compilation holds this lock.
-COMPILE_LOCK = threading.RLock()
+COMPILE_LOCK = compile_lock
 
 run_and_save_rng_state = torch.ops.higher_order.run_and_save_rng_state
 run_with_rng_state = torch.ops.higher_order.run_with_rng_state
@@ -625,18 +624,24 @@ def unwatched() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _saved_tensors_hooks_off() -> Iterator[None]:
-    """``checkpoint`` around a step counts what is packed, ``save_on_cpu`` moves it."""
+def _saved_tensors_hooks_off() -> Iterator[list[Any]]:
+    """``checkpoint`` around a step counts what is packed, ``save_on_cpu`` moves it.  Gives the hooks."""
     autograd = torch._C._autograd
     hooks: list[Any] = []
     while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
         autograd._pop_saved_tensors_default_hooks()
         hooks.append(top)
     try:
-        yield
+        yield hooks
     finally:
         for pack, unpack in reversed(hooks):
             autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def is_checkpointed() -> bool:
+    """Is what autograd saves now dropped by a checkpoint around, or made again for one?"""
+    with _saved_tensors_hooks_off() as hooks:
+        return any(pack.__module__ == "torch.utils.checkpoint" for pack, _ in hooks)
 
 
 def _is_tracker(hook: Any) -> bool:

@@ -18,7 +18,6 @@ from unittest import mock
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.convert_frame import compile_lock
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import (
     min_cut_rematerialization_partition,
@@ -39,7 +38,7 @@ from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxmem._torch import BoxedCallable, as_in_a_step, random_as_in_eager
+from fxmem._torch import COMPILE_LOCK, BoxedCallable, as_in_a_step, random_as_in_eager
 from fxmem._torch.reductions import reductions_early
 
 _P = ParamSpec("_P")
@@ -56,7 +55,7 @@ def _alone(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(function)
     def locked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with compile_lock:
+        with COMPILE_LOCK:
             return function(*args, **kwargs)
 
     return locked
@@ -123,7 +122,7 @@ def decomposed(
     for node, like in zip(traced.graph.find_nodes(op="placeholder"), given, strict=True):
         node.target = like.target
         node._rename(like.name)
-        node.meta = {**like.meta, "val": node.meta["val"]}
+        node.meta = {**like.meta, **{k: v for k, v in node.meta.items() if k == "val"}}
     traced.graph.output_node().meta = dict(module.graph.output_node().meta)
     traced.meta = dict(module.meta)
     return traced

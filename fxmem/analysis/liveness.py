@@ -8,7 +8,7 @@ on the line of its last use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -101,6 +101,13 @@ class MemoryTimeline:
     def boundary(self) -> int:
         """The step between forward and backward."""
         return next(i for i, step in enumerate(self.steps) if step.phase == "boundary")
+
+    def with_less_between(self, nbytes: int) -> MemoryTimeline:
+        """The same with so many bytes fewer at the boundary, of what is held outside of the step."""
+        steps = list(self.steps)
+        between = steps[self.boundary]
+        steps[self.boundary] = replace(between, workspace=between.workspace - nbytes)
+        return replace(self, steps=steps)
 
     def live_at(self, step: int) -> list[Storage]:
         """The storages that are live while the step runs, residents included."""

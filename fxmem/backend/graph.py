@@ -20,7 +20,7 @@ from fxmem._torch.eager import compiling, eager_decompositions
 from fxmem.analysis.shards import reads_gathered
 from fxmem.backend.session import Key
 from fxmem.basics.errors import CaptureError, FxmemError
-from fxmem.basics.sizes import hint, storages_in
+from fxmem.basics.sizes import evaluate, hint, storages_in
 from fxmem.graphs.capture import StepCall, joint_graph
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
@@ -28,8 +28,9 @@ from fxmem.planning.ledger import Around, Part, part_of
 from fxmem.planning.plan import Plan
 from fxmem.reports.report import Report
 from fxmem.steps.analyze import Unchanged, analyze, unchanged_step
-from fxmem.steps.backward import Backward, Coded, refuse_autocast
+from fxmem.steps.backward import Backward, Coded, Phases, refuse_autocast
 from fxmem.steps.code import decided_for_code, step_code
+from fxmem.steps.decisions import peak_point
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity
@@ -47,7 +48,8 @@ class Program:
     """A graph as it runs by one plan.
 
     around: what it leaves room for; None if more graphs may follow that nobody has seen yet.
-    part, whole: its bytes as planned, and with everything kept.
+    part, whole: its bytes as planned, and with everything kept.  symbols: name -> place among the sizes.
+    fixed: are those of its first call constants in its code?
     """
 
     number: int
@@ -60,13 +62,16 @@ class Program:
     sizes: tuple[int, ...]
     validity: Validity | None
     symbols: dict[str, int]
+    fixed: bool
 
     @property
     def provisional(self) -> bool:
         return self.around is None
 
     def serves(self, sizes: tuple[int, ...]) -> bool:
-        """Does it keep the budget at these sizes?  named: symbol -> place among them."""
+        """Does it compute with these sizes, and keep the budget at them?"""
+        if self.fixed:
+            return sizes == self.sizes
         if all(size <= here for size, here in zip(sizes, self.sizes, strict=True)):
             return True
         named = {name: sizes[place] for name, place in self.symbols.items()}
@@ -89,6 +94,7 @@ class Graph:
         self.more_follows = _torch.follows_a_break(module) or reads_gathered(example_inputs)
         self.name = _title(module)
         self.programs: dict[tuple[Key, ...], Program] = {}
+        self.checkpointed: dict[Key, Program | None] = {}
         self.plain: Callable[..., Any] | None = None
         self.error: FxmemError | None = None
         self.tracing = False
@@ -228,7 +234,10 @@ class _Builder:
         assert planned is not None
         assert graph is not None
         bindings = graph.bindings()
+        phases = None if self.coded is None else self.coded.phases
         plan = planned.plan
+        if self.around is not None and self.around.spare:
+            plan = _by_need(planned, phases, self.around.spare)
         if self.around is not None and self.around.always:
             always = self.around.always
             plan = replace(
@@ -240,7 +249,6 @@ class _Builder:
         if self.around is not None:
             _tell(self.graph.number, plan)
         part = part_of(planned.line, planned.graph, bindings)
-        phases = None if self.coded is None else self.coded.phases
         if phases is not None:
             part = part.as_measured(phases.forward, phases.held, phases.backward)
         return Program(
@@ -254,6 +262,7 @@ class _Builder:
             self.sizes,
             self.validity,
             self.places,
+            not self.graph.tracing,
         )
 
     def _name_sizes(self, graph: JointGraph) -> None:
@@ -275,6 +284,16 @@ def _tell(number: int, plan: Plan) -> None:
     _torch.trace_artifact(f"fxmem_plan_{number}", lambda: json.dumps(plan.to_dict(), indent=1))
 
 
+def _by_need(planned: Planned, phases: Phases | None, spare: int) -> Plan:
+    """The plan with the peak that was found, had nothing been left to spare for the graphs that follow."""
+    line, bindings = planned.line.with_less_between(spare), planned.graph.bindings()
+    point = peak_point(line, planned.graph, bindings)
+    if phases is None:
+        return replace(planned.plan, predicted_peak=point.nbytes, peak=point)
+    phases = replace(phases, outside=phases.outside - spare)
+    return replace(planned.plan, predicted_peak=planned.plan.resident + phases.peak, peak=point)
+
+
 def _surround(graph: JointGraph, around: Around | None) -> None:
     """Let the graph's boundary hold what the graphs that follow hold; if unknown, more than all else."""
     if around is not None and around.meanwhile is None:
@@ -282,7 +301,7 @@ def _surround(graph: JointGraph, around: Around | None) -> None:
     nbytes = around.meanwhile if around is not None and around.meanwhile is not None else 0
     if around is None:
         every = {k: n for node in graph.nodes for k, n in storages_in(node.meta.get("val")).items()}
-        nbytes = sum(int(hint(n)) for n in every.values())
+        nbytes = sum(int(evaluate(n, graph.bindings())) for n in every.values())
     for tangent in graph.placeholders(Role.TANGENT):
         tangent.meta[INSTEAD_OF_LOSS], nbytes = nbytes, 0
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fxmem import _torch
 from fxmem.analysis.shards import resident_bytes
 from fxmem.basics.budget import Budget
 from fxmem.basics.device import library_memory
@@ -32,6 +33,9 @@ log = logging.getLogger("fxmem.backend")
 
 Key = tuple[int, tuple[int, ...]]
 """A graph's number and the sizes that it is called with, where those may change."""
+
+_CHECKPOINT: Key = (-1, ())
+"""Stands in a path for a checkpoint around the graph."""
 
 _MANY = 256
 _MANY_WAITING = (
@@ -110,6 +114,8 @@ class Session:
         if program is None:
             return None
         use = Use(Seen(graph.key(args), program, _storages(args)))
+        if _torch.is_checkpointed():
+            return use
         self._uses.append(weakref.ref(use))
         seen = self.outstanding()
         if len(seen) > len(self._longest):
@@ -123,10 +129,12 @@ class Session:
 
         Raises ``BudgetInfeasibleError`` where the graph finds no room.
         """
+        key = graph.key(args)
+        if _torch.is_checkpointed():
+            return self._checkpointed(graph, args, key)
         outstanding = self.outstanding()
         if not outstanding:
             self._plan_last_step()
-        key = graph.key(args)
         path = (*(use.key for use in outstanding), key)
         needed = self._around(path, [use.program.part for use in outstanding])
         if needed is None and not outstanding and not graph.more_follows:
@@ -138,6 +146,15 @@ class Session:
         if made is not None:
             graph.programs[path] = made
         return made
+
+    def _checkpointed(self, graph: Graph, args: Sequence[Any], key: Key) -> Program | None:
+        """The forward, and the one that makes again what a checkpoint around it dropped, save the same.
+
+        So both run one program, whatever else is outstanding then: as a step of its own.
+        """
+        if key not in graph.checkpointed:
+            graph.checkpointed[key] = self._alone(graph, args, (_CHECKPOINT, key))
+        return graph.checkpointed[key]
 
     def _alone(self, graph: Graph, args: Sequence[Any], path: tuple[Key, ...]) -> Program | None:
         """A graph that is the whole step, as far as is known: planned as by ``optimize``."""
@@ -229,8 +246,8 @@ class Session:
         found = [schedule.around(place, earlier) for schedule in self._of(path)]
         if not found:
             return None
-        following = [a.meanwhile for a in found if a.meanwhile is not None]
-        return Around(max(a.always for a in found), max(following) if following else None)
+        following = [(a.meanwhile, a.spare) for a in found if a.meanwhile is not None]
+        return Around(max(a.always for a in found), *max(following, default=(None, 0)))
 
     def _budget(self, path: tuple[Key, ...]) -> int | None:
         budgets = [s.budget for s in self._of(path) if s.budget is not None]

@@ -19,7 +19,16 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fxmem._torch.profiler import Event, gradient_of, is_recording, mark, record, storage_of
+from fxmem._torch.profiler import (
+    SESSION,
+    Event,
+    gradient_of,
+    is_recording,
+    mark,
+    record,
+    sizes_apart,
+    storage_of,
+)
 from fxmem.basics.errors import FxmemError
 from fxmem.basics.units import format_bytes
 
@@ -79,15 +88,22 @@ def cpu_allocations(function: Callable[[], Result]) -> tuple[list[int], Result]:
 
 
 def cpu_phases(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[list[int], list[int]]:
-    """``cpu_allocations`` of two functions, run one after the other: the second may free the first's."""
+    """``cpu_allocations`` of two functions, run one after the other: the second may free the first's.
+
+    Also within a session of somebody else's, or beside another thread's.
+    """
 
     def both() -> None:
         first()
         mark(_SECOND)
         second()
 
-    _refuse_profiler()
-    events, _ = record(both)
+    if is_recording() or not SESSION.acquire(blocking=False):
+        return sizes_apart(first)[0], sizes_apart(second)[0]
+    try:
+        events, _ = record(both)
+    finally:
+        SESSION.release()
     cut = next(at for at, event in enumerate(events) if event.mark == _SECOND)
     sizes = _own_sizes(events)
     of_first = len(_own_sizes(events[:cut]))

@@ -109,10 +109,12 @@ class Around:
 
     always: while this graph runs, beside its own residents.  meanwhile: at its boundary, beside that and
     what it holds itself; None where no graph follows and the caller computes the loss there.
+    spare: what of that is left to the graphs that follow, beyond their smallest plans.
     """
 
     always: int = 0
     meanwhile: int | None = None
+    spare: int = 0
 
 
 def around(
@@ -129,8 +131,8 @@ def around(
     if not later:
         return Around(always)
     # The gradients are counted as there all along, so not once more while the others run.
-    needed = beyond(later) - after - parts[place].tangents + spare
-    return Around(always, max(needed, 0))
+    needed = max(beyond(later) - after - parts[place].tangents + spare, 0)
+    return Around(always, needed, min(spare, needed))
 
 
 def shares(parts: Sequence[Part], wanted: Sequence[int]) -> list[float]:

@@ -79,8 +79,8 @@ def explain(
         decisions=tuple(_decisions(analysis, choice)),
         symbols=symbols,
         valid_for={name: (min(size, 2), size) for name, size in symbols.items()},
-        peak=_peak_point(line, graph, bindings),
-        before=_peak_point(before, whole.expected, bindings),
+        peak=peak_point(line, graph, bindings),
+        before=peak_point(before, whole.expected, bindings),
         fingerprint=fingerprint(graph),
         step=fingerprint(whole.expected),
         device=str(analysis.device),
@@ -226,7 +226,7 @@ def _reason(operator: Any, kept: bool, read: bool) -> str:
 # -- The peak in the user's words --------------------------------------------------------------------
 
 
-def _peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int]) -> PeakPoint:
+def peak_point(line: MemoryTimeline, graph: JointGraph, bindings: dict[Any, int]) -> PeakPoint:
     peak = line.peak(bindings)
     step = line.steps[peak.step]
     node = step.node

@@ -81,9 +81,9 @@ class _Step:
 
 def _real(node: fx.Node, examples: Mapping[str, Any]) -> Any:
     """A value for an input: the example's, or zeros."""
-    example, value = examples.get(node.name), node.meta["val"]
+    example, value = examples.get(node.name), node.meta.get("val")
     if not isinstance(value, torch.Tensor):
-        return hint(value)
+        return 0 if value is None else hint(value)  # none: a size that became a constant
     if isinstance(example, torch.Tensor) and not _torch.is_fake(example) and not example.is_meta:
         return example.detach()
     size, strides = [*map(hint, value.shape)], [*map(hint, value.stride())]
