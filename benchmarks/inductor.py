@@ -355,6 +355,9 @@ def foresee(family: str, size: str) -> Iterator[dict[str, Any]]:
                 continue
         row["processor_seconds"] = round(cpu_seconds() - start, 1)
         row["lowered"], row["compiled"] = len(lowered), len(made)
+        if not made:  # all were foreseen to be far too large
+            yield row
+            continue
         (tried, *_), coded = made[0]
         measured = coded.planned.plan.predicted_peak
         row["operator_by_operator"] = tried.plan.predicted_peak / measured

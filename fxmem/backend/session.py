@@ -338,7 +338,8 @@ def _first_step(program: Program, peak: int, budget: int) -> BudgetInfeasibleErr
         f"the step runs in several graphs; those seen so far, with the smallest plan for the last, need "
         f"{format_bytes(peak)} ({peak} bytes); the budget is {format_bytes(budget)} ({budget} bytes).\n"
         "  try: the step once more, if an earlier graph took room that a later one needs: it now knows of "
-        f"all of them; or a budget of {peak} bytes",
+        f"all of them; or a budget above {peak} bytes, since graphs that follow, which nobody has seen "
+        "yet, add to what these need",
         smallest_peak=peak,
         best_plan=program.plan,
         why="",

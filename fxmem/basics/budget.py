@@ -86,11 +86,12 @@ class Budget:
     def _left(self, whole: int, reserve: int) -> int:
         if whole > reserve:
             return whole - reserve
+        smaller = ", or a smaller reserve" if reserve else ""
         raise BudgetError(
             "nothing is left for the step\n"
             f"  budget {self.asked}: {format_bytes(whole)} ({whole} bytes)\n"
             f"  reserve: {format_bytes(reserve)} ({reserve} bytes)\n"
-            f"  try a budget above {format_bytes(max(whole, reserve))}, or a smaller reserve"
+            f"  try a budget above {format_bytes(max(whole, reserve))}{smaller}"
         )
 
 
