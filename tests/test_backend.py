@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import threading
 import weakref
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxmem
-from fxmem import backend
+from fxmem import _torch, backend
 from fxmem.backend.graph import Graph
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.planning.ledger import Around, Part, around, beyond, shares, step_peak
@@ -314,6 +315,25 @@ def test_what_torch_does_not_compile_in_place_is_said():
     model(torch.randn(4, 8)).sum().backward()
     with pytest.raises(fxmem.FxmemError, match=r"Sequential for one, module.compile\(\) compiles"):
         fxmem.plans(model)
+
+
+def test_what_is_compiled_runs_while_another_thread_captures(monkeypatch):
+    """torch would take the capture for a trace by fx of the user's, and refuse to run what is compiled."""
+    run = torch.compile(nn.Linear(4, 4), backend="aot_eager")
+    x, ran, export = torch.randn(2, 4), [], _torch.aot_export_joint_with_descriptors
+    run(x)
+
+    def traced(*args):
+        monkeypatch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True)
+        thread = threading.Thread(target=lambda: ran.append(run(x)))
+        thread.start()
+        thread.join()
+        monkeypatch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)
+        return export(*args)
+
+    monkeypatch.setattr(_torch, "aot_export_joint_with_descriptors", traced)
+    fxmem.plan(seeded(Net), "0.9x", (batch(),))
+    assert len(ran) == 1
 
 
 # -- Sizes, modes and caches ---------------------------------------------------------------------------

@@ -278,8 +278,16 @@ def _exported(backend_input: Any, stack: contextlib.ExitStack) -> Any:
     return _joint(backend_input, stack)
 
 
+def known_to_compile() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what is compiled may run in other threads, as while torch.compile works.
+
+    torch takes a trace by fx for one of the user's otherwise, and refuses to run it.
+    """
+    return mock.patch.object(torch.compiler, "_is_compiling_flag", True)
+
+
 def _joint(backend_input: Any, stack: contextlib.ExitStack) -> Any:
-    with _levels_of_functorch_kept():
+    with _levels_of_functorch_kept(), known_to_compile():
         return aot_export_joint_with_descriptors(
             stack, backend_input.graph_module, tuple(backend_input.example_inputs)
         )
@@ -361,7 +369,7 @@ def aot_compile(
         bw_compiler=compile_backward,
         partition_fn=partition,
     )
-    with as_in_capture, random_as_in_eager():
+    with as_in_capture, random_as_in_eager(), known_to_compile():
         run: Callable[..., Any] = backend(module, list(example_inputs))
     return run
 

@@ -38,7 +38,13 @@ from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxmem._torch import COMPILE_LOCK, BoxedCallable, as_in_a_step, random_as_in_eager
+from fxmem._torch import (
+    COMPILE_LOCK,
+    BoxedCallable,
+    as_in_a_step,
+    known_to_compile,
+    random_as_in_eager,
+)
 from fxmem._torch.reductions import reductions_early
 
 _P = ParamSpec("_P")
@@ -55,7 +61,7 @@ def _alone(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(function)
     def locked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with COMPILE_LOCK:
+        with COMPILE_LOCK, known_to_compile():
             return function(*args, **kwargs)
 
     return locked
