@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
-from torch._inductor import metrics
+from torch._inductor import config, metrics
 from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxmem._torch import inductor as _torch_inductor
 from fxmem._torch import symbolic_fake_mode
 from fxmem._torch.inductor import Called, Freed, Made, Moved, Schedule
+from fxmem._torch.reductions import EarlyReductions, reductions_early
 from fxmem.graphs.graph import OutputKind
 from fxmem.graphs.workspace import Workspaces
 from fxmem.steps.fused import peak_of, run
@@ -27,7 +28,7 @@ def scheduled(function, *tensors, backward=False):
     given = [mode.from_tensor(t, static_shapes=True) for t in tensors]
     module = make_fx(function)(*given)
     kernels = metrics.generated_kernel_count
-    with torch._inductor.config.patch(fx_graph_cache=False):
+    with config.patch(fx_graph_cache=False):
         found = _torch_inductor.schedule(
             module, backward=backward, static_inputs=[], visible=range(1), strides={}
         )
@@ -109,9 +110,11 @@ def test_another_pass_over_inductors_kernels_still_runs():
         seen.append(len(nodes))
         return nodes
 
-    with torch._inductor.config.patch(_post_fusion_custom_pass=other):
+    with config.patch(_post_fusion_custom_pass=other):
         scheduled(centred, torch.randn(8, 64))
-        assert torch._inductor.config._post_fusion_custom_pass is other
+        assert config._post_fusion_custom_pass is other
+        with reductions_early():  # torch would cache what a pass of its own kind has ordered
+            assert not isinstance(config._post_fusion_custom_pass, EarlyReductions)
     assert seen == [1]
 
 
@@ -148,7 +151,7 @@ def test_code_of_what_was_lowered_before_is_the_same_code(monkeypatch):
     def traced():
         return make_fx(lambda x: (*centred(torch.mm(x.sin(), x)), x.sum(0)))(*given)
 
-    with torch._inductor.config.patch(fx_graph_cache=False):
+    with config.patch(fx_graph_cache=False):
         _torch_inductor.inductor(traced(), **how)
         found = _torch_inductor.schedule(traced(), **how)
         _torch_inductor.inductor(traced(), **how, lowered=found.lowered)

@@ -16,7 +16,6 @@ Compiled and run on torch 2.13.0, 2.11.0 and 2.15.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch._inductor import config, custom_graph_pass
@@ -34,7 +33,7 @@ class EarlyReductions(_Base):
     before: another such pass, which runs first.
     """
 
-    def __init__(self, before: Callable[[Nodes], Nodes] | None) -> None:
+    def __init__(self, before: Any) -> None:
         self.before = before
 
     def __call__(self, nodes: Nodes) -> Nodes:
@@ -42,13 +41,16 @@ class EarlyReductions(_Base):
 
     def uuid(self) -> Any:
         """What torch's cache of compiled graphs knows the pass by."""
-        known: Any = getattr(self.before, "uuid", None)
-        return "fxmem early reductions", FEWER, known and known()
+        return "fxmem early reductions", FEWER, self.before and self.before.uuid()
 
 
 def reductions_early() -> Any:
-    """A context in which Inductor runs reductions early."""
-    return config.patch(_post_fusion_custom_pass=EarlyReductions(config._post_fusion_custom_pass))
+    """A context in which Inductor runs reductions early, after what is there to order its kernels."""
+    before: Any = config._post_fusion_custom_pass
+    ours: Any = EarlyReductions(before)
+    if before is not None and not hasattr(before, "uuid"):
+        ours = ours.__call__  # a function: torch caches nothing that one has ordered
+    return config.patch(_post_fusion_custom_pass=ours)
 
 
 def early(nodes: Nodes) -> Nodes:

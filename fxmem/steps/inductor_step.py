@@ -187,7 +187,8 @@ class _Search:
         is_as_it_is = tried.planned is not self.found[0] and tried is self.seen[0]
         if is_as_it_is and peak > self.plan.budget:
             return self.found
-        return self._new(_target(tried.plan, peak))
+        again = self._new(_target(tried.plan, peak))
+        return None if again and again[0].plan.decisions == tried.plan.decisions else again
 
     def _lowered(self, planned: Planned, validity: Validity | None) -> Tried:
         code = Inductor(planned)
