@@ -382,6 +382,26 @@ def test_a_plan_that_was_made_for_one_size_serves_that_size_alone():
     assert len(fxmem.plans(step)) > 1  # the first one does not serve all of them
 
 
+class Redone(Net):
+    def forward(self, x):
+        x = checkpoint(self.blocks[1], self.blocks[0](x), use_reentrant=False)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_numbers_that_dynamo_passes_as_tensors(fixed):
+    """dynamic=True makes dropout's p one, in what is checkpointed."""
+    model = seeded(Redone)
+    with torch._dynamo.config.patch(specialize_float=fixed):
+        step = compiled(model, dynamic=True)
+        stepped(step, model, batch(16))
+        if fixed:
+            want = stepped(eager := copy.deepcopy(model), eager, batch(24))
+            return assert_same(want, stepped(step, model, batch(24)))
+        with pytest.raises(fxmem.CaptureError, match=r"config\.specialize_float = True"):
+            stepped(step, model, batch(24))
+
+
 class Halves(Net):
     def forward(self, x):
         x = self.blocks[0](x)

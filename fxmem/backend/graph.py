@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +169,7 @@ class Graph:
         without_data = replace(call, args=())  # what is compiled refers to it as long as it lives
         builder = _Builder(self, self.sizes(args), around, options, without_data, unchanged)
         context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
-        with compiling(), eager_decompositions(), context:
+        with compiling(), eager_decompositions(), context, self._numbers_explained():
             run = _torch.aot_compile(
                 self.module, args, builder.partition, builder.forward, builder.backward
             )
@@ -178,6 +178,20 @@ class Graph:
             self.plain = run if self.tracing else self.module
             return None
         return builder.program(run)
+
+    @contextlib.contextmanager
+    def _numbers_explained(self) -> Iterator[None]:
+        """What Dynamo knew of a number that it passes as a tensor is gone when it has finished."""
+        try:
+            yield
+        except _torch.DataDependentOutputException as error:
+            if self.tracing:
+                raise
+            raise CaptureError(
+                "these sizes need a plan of their own, for which the graph is traced once more; but it reads "
+                "a number, such as dropout's p, from a tensor, as Dynamo passes it under dynamic=True\n"
+                "  try: torch._dynamo.config.specialize_float = True, or dynamic=None"
+            ) from error
 
 
 class _Builder:
