@@ -39,7 +39,10 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException as DataDependentOutputException,
 )
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import _lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv

@@ -188,8 +188,8 @@ class Graph:
             if self.tracing:
                 raise
             raise CaptureError(
-                "these sizes need a plan of their own, for which the graph is traced once more; but it reads "
-                "a number, such as dropout's p, from a tensor, as Dynamo passes it under dynamic=True\n"
+                "these sizes need a plan of their own, for which the graph is traced once more; but it "
+                "reads a number from a tensor, such as dropout's p: so Dynamo gives it under dynamic=True\n"
                 "  try: torch._dynamo.config.specialize_float = True, or dynamic=None"
             ) from error
 
