@@ -393,6 +393,7 @@ def write(path: Path, kind: str, row: dict[str, Any]) -> None:
     """Put a row in the place of an older one, as soon as it is there: compiling takes minutes."""
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     known[kind] = [*(old for old in known.get(kind, []) if key(old) != key(row)), row]
+    known["device"] = "cpu"
     known["torch"] = torch.__version__
     known["date"] = datetime.date.today().isoformat()
     path.write_text(json.dumps(known, indent=1) + "\n")

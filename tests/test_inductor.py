@@ -228,9 +228,12 @@ def test_a_size_that_became_a_constant(interpreted):
 def test_a_step_is_measured_within_a_profile(interpreted):
     model, x = seeded(Net), batch()
     want = fxmem.optimize(model, "1TiB", (x,), compiler="inductor").plan
-    with torch.profiler.profile(profile_memory=True):
+    with torch.profiler.profile(profile_memory=True) as profile:
+        x.sin()
         found = fxmem.optimize(model, "1TiB", (x,), compiler="inductor").plan
+        x.cos()
     assert found.predicted_peak == want.predicted_peak
+    assert {"aten::sin", "aten::cos"} <= {event.name for event in profile.events()}
 
 
 def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog):

@@ -37,9 +37,7 @@ from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException as DataDependentOutputException,
-)
-from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
     FakeTensor,
     FakeTensorMode,
 )
@@ -56,6 +54,9 @@ _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # torch's compiler stack is not thread-safe, so every capture and compilation holds this lock.
 COMPILE_LOCK = compile_lock
+
+ReadsAValue = DataDependentOutputException
+"""Raised by a trace on fake tensors where an operator reads what is in one."""
 
 run_and_save_rng_state = torch.ops.higher_order.run_and_save_rng_state
 run_with_rng_state = torch.ops.higher_order.run_with_rng_state
@@ -158,6 +159,14 @@ def _function_modes_noted() -> contextlib.AbstractContextManager[Any]:
     return noted
 
 
+def known_to_compile() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what is compiled may run in other threads, as while torch.compile works.
+
+    torch takes a trace by fx for one of the user's otherwise, and refuses to run it.
+    """
+    return mock.patch.object(torch.compiler, "_is_compiling_flag", True)
+
+
 @contextlib.contextmanager
 def _compiling_not_exporting() -> Iterator[None]:
     """Models that are exported make masks that eager does without, and take slower kernels for them.
@@ -166,7 +175,7 @@ def _compiling_not_exporting() -> Iterator[None]:
     """
     answers = tracing_state_functions()
     with (
-        mock.patch.object(torch.compiler, "_is_compiling_flag", True),
+        known_to_compile(),
         mock.patch.dict(answers, {torch.compiler.is_exporting: False}),
     ):
         yield
@@ -282,14 +291,6 @@ def _exported(backend_input: Any, stack: contextlib.ExitStack) -> Any:
             stack.enter_context(mine.pop_all())
             return exported
     return _joint(backend_input, stack)
-
-
-def known_to_compile() -> contextlib.AbstractContextManager[Any]:
-    """Inside, what is compiled may run in other threads, as while torch.compile works.
-
-    torch takes a trace by fx for one of the user's otherwise, and refuses to run it.
-    """
-    return mock.patch.object(torch.compiler, "_is_compiling_flag", True)
 
 
 def _joint(backend_input: Any, stack: contextlib.ExitStack) -> Any:

@@ -77,6 +77,21 @@ def _record(function: Callable[[], Result]) -> tuple[list[Event], Result]:
     return _events(session), result
 
 
+@contextmanager
+def session_if_free() -> Iterator[bool]:
+    """May a session be opened inside?  Not within one of this thread, nor beside another thread's.
+
+    Waiting for another thread's to end might take forever: its step may be waiting for this one.
+    """
+    if is_recording() or not SESSION.acquire(blocking=False):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        SESSION.release()
+
+
 def sizes_apart(function: Callable[[], Result]) -> tuple[list[int], Result]:
     """``function`` run on a thread of its own; the bytes it allocates and frees on the CPU there.
 

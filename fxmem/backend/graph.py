@@ -184,7 +184,7 @@ class Graph:
         """What Dynamo knew of a number that it passes as a tensor is gone when it has finished."""
         try:
             yield
-        except _torch.DataDependentOutputException as error:
+        except _torch.ReadsAValue as error:
             if self.tracing:
                 raise
             raise CaptureError(

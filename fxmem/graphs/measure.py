@@ -20,12 +20,12 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from fxmem._torch.profiler import (
-    SESSION,
     Event,
     gradient_of,
     is_recording,
     mark,
     record,
+    session_if_free,
     sizes_apart,
     storage_of,
 )
@@ -98,12 +98,10 @@ def cpu_phases(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[lis
         mark(_SECOND)
         second()
 
-    if is_recording() or not SESSION.acquire(blocking=False):
-        return sizes_apart(first)[0], sizes_apart(second)[0]
-    try:
+    with session_if_free() as free:
+        if not free:
+            return sizes_apart(first)[0], sizes_apart(second)[0]
         events, _ = record(both)
-    finally:
-        SESSION.release()
     cut = next(at for at, event in enumerate(events) if event.mark == _SECOND)
     sizes = _own_sizes(events)
     of_first = len(_own_sizes(events[:cut]))

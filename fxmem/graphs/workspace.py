@@ -31,7 +31,7 @@ from fxmem._torch import (
     run_with_rng_state,
     storage_key,
 )
-from fxmem._torch.profiler import SESSION, is_recording, sizes_apart
+from fxmem._torch.profiler import session_if_free, sizes_apart
 from fxmem.basics.device import free_memory
 from fxmem.basics.sizes import CUDA_BLOCK, hint, is_plain, tensors_in
 from fxmem.graphs.graph import is_view, operator_name
@@ -408,15 +408,10 @@ def _measure_cpu(call: Call, device: torch.device) -> Entry:
 def _allocations(function: Callable[[], Any]) -> tuple[list[int], Any]:
     """As ``cpu_allocations``, also within a session: this thread's, or one of another thread.
 
-    The first call of a model, and so its planning, may well be what a user is profiling.  Waiting for
-    another thread's session to end might take forever: its step may be waiting to be planned.
+    The first call of a model, and so its planning, may well be what a user is profiling.
     """
-    if is_recording() or not SESSION.acquire(blocking=False):
-        return sizes_apart(function)
-    try:
-        return cpu_allocations(function)
-    finally:
-        SESSION.release()
+    with session_if_free() as free:
+        return cpu_allocations(function) if free else sizes_apart(function)
 
 
 def _measure_cuda(call: Call, device: torch.device) -> Entry:
