@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from fxmem._torch.profiler import mark, record
 from fxmem.basics.errors import FxmemError
 from fxmem.graphs.measure import Measurement, cpu_allocations, cpu_phases, measure
 
@@ -259,6 +260,35 @@ def test_threads_take_turns():
     for worker in workers:
         worker.join()
     assert found == [64 * 64 * 4] * 600
+
+
+def test_scopes_of_others_are_not_recorded():
+    # A collective of gloo's is one, and ends on a thread of gloo's: at times after the session, when its
+    # memory is another's.
+    def work():
+        with torch.profiler.record_function("somebody's"):
+            mark("ours")
+            return torch.empty(N)
+
+    events, _ = record(work)
+    assert [(event.nbytes, event.mark) for event in events] == [(0, "ours"), (BLOCK, "")]
+
+
+def test_marks_are_where_they_were_left():
+    def work():
+        for name in ("first", "second", "third"):
+            mark(name)
+            torch.empty(1, dtype=torch.uint8)  # of a mark's size
+        with torch._subclasses.FakeTensorMode():
+            mark("fake")
+
+    mark("before")
+    events, _ = record(work)
+    mark("after")
+    one = [(1, ""), (-1, "")]
+    want = [(0, "first"), *one, (0, "second"), *one, (0, "third"), *one, (0, "fake")]
+    assert [(event.nbytes, event.mark) for event in events] == want
+    assert record(block)[0][0].mark == ""
 
 
 def test_an_operators_workspace_is_seen():

@@ -1,9 +1,9 @@
 """Private parts of torch that measuring needs, each behind one small function.
 
 Checked on torch 2.13.0.
-Why not torch.profiler.profile: it records every operator. Below, user scopes and allocations are
-all that is recorded, a session costs well under a millisecond, and each allocation carries its
-address, which the public event list leaves out.
+Why not torch.profiler.profile: it records every operator. Below, allocations are all that is
+recorded, a session costs well under a millisecond, and each allocation carries its address, which
+the public event list leaves out.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ class Event(NamedTuple):
 # Two sessions in two threads crash the process, so ours take turns.
 SESSION = threading.RLock()
 
+# Operators and users' scopes are of others.  A collective of gloo's is a user scope that its thread
+# ends after the future that DDP waits for: in a session that has ended by then, this writes to memory
+# that is free.
+_NOBODYS_SCOPE = RecordScope.LITE_INTERPRETER
+
+_marks: list[tuple[torch.UntypedStorage, str]] = []
+"""Those of the session that runs: a mark is an allocation, alive until the session has ended."""
+
 
 def is_recording() -> bool:
     """Whether a profiler session, ours or anyone's, runs on this thread."""
@@ -69,12 +77,14 @@ def _record(function: Callable[[], Result]) -> tuple[list[Event], Result]:
     with _quiet_kineto():
         torch.autograd._prepare_profiler(config, activities)
     # torch's stub leaves the last argument out.
-    torch.autograd._enable_profiler(config, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+    torch.autograd._enable_profiler(config, activities, {_NOBODYS_SCOPE})  # type: ignore[call-arg]
     try:
         result = function()
     finally:
         session = torch.autograd._disable_profiler()
-    return _events(session), result
+        marks = {storage.data_ptr(): name for storage, name in _marks}
+        _marks.clear()
+    return _marked(_events(session), marks), result
 
 
 @contextmanager
@@ -118,8 +128,9 @@ def sizes_apart(function: Callable[[], Result]) -> tuple[list[int], Result]:
 
 def mark(name: str) -> None:
     """Leave ``name`` among the recorded events."""
-    with torch.profiler.record_function(name):
-        pass
+    if is_recording():
+        # No operator: whatever mode the step is in, none hears of it.
+        _marks.append((torch.UntypedStorage(1), name))
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
@@ -155,11 +166,22 @@ def _events(session: Any) -> list[Event]:
             if fields.device.type == "cpu":
                 event = Event(fields.alloc_size, fields.ptr or 0, "")
                 timed.append((node.start_time_ns, event))
-        else:
-            timed.append((node.start_time_ns, Event(0, 0, node.name)))
-    # Stable: events of one nanosecond stay as the tree has them, a scope before what is in it.
+    # Stable: events of one nanosecond stay as the tree has them.
     timed.sort(key=lambda pair: pair[0])
     return [event for _, event in timed]
+
+
+def _marked(events: list[Event], marks: dict[int, str]) -> list[Event]:
+    """The events, with marks for their allocations.  marks: names by address."""
+    if not marks:
+        return events
+    # Nothing comes to the address of a mark after it: the last that is allocated there is the mark.
+    at = {event.address: n for n, event in enumerate(events) if event.nbytes > 0}
+    found = list(events)
+    for address, name in marks.items():
+        if address in at:
+            found[at[address]] = Event(0, 0, name)
+    return found
 
 
 @contextmanager
