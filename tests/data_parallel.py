@@ -6,6 +6,8 @@ Both ranks run the program, then each writes what it saw to FILE.RANK as JSON.
 import copy
 import json
 import sys
+import threading
+import time
 from collections import Counter
 from datetime import timedelta
 from itertools import accumulate
@@ -337,6 +339,33 @@ def parallel_beside_planned():
         seen.append([whole(p.grad) for p in model.parameters()])
     pairs = zip(*seen, strict=True)
     return [all(torch.equal(a, b) for a, b in pairs), len(fxmem.plans(model.block))]
+
+
+def collective_that_ends_after_a_measurement():
+    """How often it then wrote to what gloo's thread had allocated since."""
+    x, ended, kept, written = torch.ones(8), threading.Event(), [], 0
+
+    def slow(_):  # on gloo's thread, between the future that is waited for and the collective's end
+        ended.wait(60)
+        kept.extend(bytearray(1500) for _ in range(400))
+
+    def work():
+        future = dist.all_reduce(x, async_op=True).get_future()
+        future.add_done_callback(slow)
+        future.wait()
+
+    for _ in range(10):
+        ended.clear()
+        if dist.get_rank():
+            time.sleep(0.02)  # the other rank has its callback set by then
+            dist.all_reduce(x)
+        else:
+            cpu_allocations(work)
+        ended.set()
+        dist.barrier()
+        written += any(map(any, kept))
+        kept.clear()
+    return written
 
 
 def main(rank, names, file, rendezvous):

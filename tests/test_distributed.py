@@ -39,6 +39,7 @@ def quick(tmp_path_factory):
         "ranks_that_plan_otherwise",
         "collectives_in_the_graph",
         "tensor_parallel",
+        "collective_that_ends_after_a_measurement",
         "compiled_ddp",
     )
 
@@ -90,6 +91,10 @@ def test_graphs_of_ddps_buckets_share_a_budget(quick):
     assert_kept(both)
     assert all(seen["first"] <= seen["budget"] for seen in both)
     assert len(both[0]["plans"]) == 3
+
+
+def test_a_measurement_is_over_for_collectives_that_end_later(quick):
+    assert [seen["collective_that_ends_after_a_measurement"] for seen in quick] == [0, 0]
 
 
 @pytest.mark.slow
