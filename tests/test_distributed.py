@@ -89,7 +89,9 @@ def test_tensors_made_of_tensors_are_refused(quick):
 def test_graphs_of_ddps_buckets_share_a_budget(quick):
     both = [seen["compiled_ddp"] for seen in quick]
     assert_kept(both)
-    assert all(seen["first"] <= seen["budget"] for seen in both)
+    assert all(peak <= seen["budget"] for seen in both for peak in seen["first"])
+    # One with small plans, then as planned for all graphs; the step that makes buckets anew holds no more.
+    assert all(first < second == third for first, second, third in (s["first"] for s in both))
     assert len(both[0]["plans"]) == 3
 
 

@@ -63,6 +63,19 @@ def test_a_view_of_the_result_is_a_view_of_what_was_written_over():
     assert str(again) == str(after)
 
 
+def test_complex_numbers_stay():
+    """In a product of them the last bits depend on whether it overlaps a factor."""
+
+    def body(m, x):
+        wave = torch.fft.rfft(x @ m.a, dim=0) * m.w
+        return torch.fft.irfft(wave, n=64, dim=0).sum()
+
+    w = torch.complex(tensor(33, 16), tensor(33, 16, seed=1))
+    graph = captured(body, tensor(64, 8), a=tensor(8, 16), w=w)
+    assert "mul.Tensor" in {str(n.target).removeprefix("aten.") for n in graph.nodes}
+    assert written_over(graph) == []
+
+
 def test_a_gradient_that_is_returned_stays():
     def body(m, x):
         return (m.w.sin() + m.v).sin().sum()

@@ -236,6 +236,29 @@ def test_a_step_is_measured_within_a_profile(interpreted):
     assert {"aten::sin", "aten::cos"} <= {event.name for event in profile.events()}
 
 
+def test_the_measured_step_runs_on_what_the_call_was_given(interpreted):
+    """Zeros in its place would be there beside it, at the first call."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512)), torch.randn(8, 512)
+    model[0].weight.requires_grad_(False)
+    step = torch.compile(
+        lambda x: model(x).square().mean(),
+        backend="fxmem",
+        options={"budget": "1GiB", "compiler": "inductor"},
+    )
+    before = copy.deepcopy(model.state_dict())
+
+    def first():
+        return step(x)
+
+    resident = sum(t.nbytes for t in (*before.values(), x))
+    sizes, loss = cpu_allocations(first)
+    assert max(accumulate(sizes)) < resident / 2
+    assert torch.equal(model.state_dict()["1.num_batches_tracked"], torch.tensor(1))
+    assert torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+    loss.backward()
+
+
 def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog):
     measures(monkeypatch, 1 << 20)
     model, x = seeded(Net), batch(256)

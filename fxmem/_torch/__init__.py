@@ -387,6 +387,18 @@ def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
+def options_of_compiled(function: Callable[..., Any]) -> Any:
+    """The options that ``torch.compile`` was given for the function that it returned, or None."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    cells = dict(zip(names, getattr(function, "__closure__", None) or (), strict=True))
+    if "callback" not in cells:
+        return None
+    backend = cells["callback"].cell_contents
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return getattr(backend, "kwargs", {}).get("options")
+
+
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, so that Dynamo traces it also where it stands in one of torch's own files."""
     found: Callable[..., Any] = wrap_inline(function)
@@ -449,13 +461,25 @@ _PREPARED = "_fxmem_prepared"
 
 
 def prepare_backward(
-    outputs: Any, check: Callable[[], None], done: Callable[[], None] | None = None
+    outputs: Any,
+    check: Callable[[], None],
+    twice: Callable[[], None],
+    done: Callable[[], None] | None = None,
 ) -> None:
     """Ask autograd to pass None, not zeros, for gradients that nobody sends into ``outputs``.
 
-    check: called before their backward runs, with the modes in force that its caller set.  done: called
-    when it has run; whatever it refers to lives as long as what autograd saved.
+    check: called before their backward runs, with the modes in force that its caller set.  twice: called
+    before a backward of that backward.  done: called when it has run; whatever it refers to lives as long
+    as what autograd saved.
     """
+
+    def ran(gradients: Sequence[Any], _: Any) -> None:
+        for gradient in gradients:
+            if gradient is not None and gradient.grad_fn is not None:
+                gradient.grad_fn.register_prehook(lambda _: twice())
+        if done is not None:
+            done()
+
     seen: set[Any] = set()
     stack: list[Any] = [
         t.grad_fn
@@ -472,8 +496,7 @@ def prepare_backward(
                 setattr(node, _PREPARED, True)
                 node.set_materialize_grads(False)
                 node.register_prehook(lambda _: check())
-                if done is not None:
-                    node.register_hook(lambda *_: done())
+                node.register_hook(ran)
         else:  # an output that is a view of another one hangs below it
             stack += [below for below, _ in node.next_functions]
 

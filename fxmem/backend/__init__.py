@@ -8,6 +8,7 @@ the second step on all its graphs share the budget (``fxmem.planning.ledger``).
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import weakref
@@ -50,35 +51,44 @@ def fxmem(
 
 
 def _raising(error: FxmemError) -> Callable[..., Any]:
+    """A graph that cannot be; each call raises a copy, since an error holds what its callers hold."""
+    bare = copy.copy(error)
+
     def run(*_: Any) -> Any:
-        raise error
+        raise copy.copy(bare)
 
     return _torch.not_traced(run)
 
 
-def plans(compiled: nn.Module) -> list[Plan]:
-    """The plans of a module that was compiled with this backend, in the order they were made.
+def plans(compiled: nn.Module | Callable[..., Any]) -> list[Plan]:
+    """The plans of what was compiled with this backend, in the order they were made.
 
-    One for each graph that trains.  Raises ``FxmemError`` if there is none yet.
+    One for each graph that trains; of a function, all that were made with its dictionary of options.
+    Raises ``FxmemError`` if there is none yet.
     """
-    if not isinstance(compiled, nn.Module):
-        raise FxmemError(
-            f"plans takes a module that torch.compile returned, not {type(compiled).__name__}"
-        )
-    states = (*compiled.parameters(), *compiled.buffers())
-    mine = {id(tensor) for tensor in (*states, *gathered(states))}
-    found = [
-        (program.number, program.plan)
-        for session in list(_sessions.values())
-        for graph in session.living()
-        for program in graph.programs.values()
-        if not program.provisional and graph.reads(mine)
-    ]
+    if isinstance(compiled, nn.Module):
+        states = (*compiled.parameters(), *compiled.buffers())
+        mine = {id(tensor) for tensor in (*states, *gathered(states))}
+        living = [graph for session in list(_sessions.values()) for graph in session.living()]
+        graphs = [graph for graph in living if graph.reads(mine)]
+    else:
+        options = _torch.options_of_compiled(compiled)
+        if options is None:
+            raise FxmemError(
+                f'plans takes what torch.compile(..., backend="fxmem", options=...) returned, '
+                f"not {shown(compiled)}\n  try: the compiled module or function itself"
+            )
+        session = _sessions.get(id(options))
+        graphs = [] if session is None else session.living()
+    programs = [program for graph in graphs for program in graph.programs.values()]
+    found = [(p.number, p.plan) for p in programs if not p.provisional]
     if not found:
         raise FxmemError(
             "there is no plan yet: torch.compile captures a module at its first call, and one that it "
             "cuts into several graphs is planned at the second.\n"
-            '  try: call it on a batch before; and check that it was compiled with backend="fxmem"'
+            '  try: call it on a batch before; and check that it was compiled with backend="fxmem", and '
+            "that Dynamo does not skip it, as it does with a function that breaks in a loop and with "
+            "nn.LSTM: fullgraph=True says why, and blocks can be compiled one by one"
             + (_OF_TORCH if type(compiled).__module__.startswith("torch.nn.") else "")
         )
     return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]

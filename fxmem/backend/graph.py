@@ -9,7 +9,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,18 +21,24 @@ from fxmem.analysis.shards import reads_gathered
 from fxmem.backend.session import Key
 from fxmem.basics.errors import CaptureError, FxmemError
 from fxmem.basics.sizes import evaluate, hint, storages_in
-from fxmem.graphs.capture import StepCall, joint_graph
+from fxmem.graphs.capture import StepCall, examples_of, joint_graph
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
 from fxmem.planning.ledger import Around, Part, part_of
 from fxmem.planning.plan import Plan
 from fxmem.reports.report import Report
-from fxmem.steps.analyze import Unchanged, analyze, unchanged_step
-from fxmem.steps.backward import Backward, Coded, Phases, refuse_autocast
+from fxmem.steps.analyze import Analysis, Unchanged, analyze, unchanged_step
+from fxmem.steps.backward import (
+    Backward,
+    Coded,
+    Phases,
+    refuse_autocast,
+    refuse_double_backward,
+)
 from fxmem.steps.code import decided_for_code, step_code
 from fxmem.steps.decisions import peak_point
 from fxmem.steps.options import Options
-from fxmem.steps.pipeline import Planned
+from fxmem.steps.pipeline import Planned, decide
 from fxmem.steps.validity import Validity
 
 if TYPE_CHECKING:
@@ -47,26 +53,43 @@ _numbers = itertools.count()
 class Program:
     """A graph as it runs by one plan.
 
-    around: what it leaves room for; None if more graphs may follow that nobody has seen yet.
-    part, whole: its bytes as planned, and with everything kept.  symbols: name -> place among the sizes.
-    fixed: are those of its first call constants in its code?
+    around: what it leaves room for.  part, whole: its bytes as planned, and with everything kept.
+    symbols: name -> place among the sizes.  fixed: are those of its first call constants in its code?
+    replan: the bytes of the smallest plan with something else around it.
     """
 
     number: int
     run: Callable[..., Any]
     plan: Plan
     planned: Planned
-    around: Around | None
+    around: Around
     part: Part
     whole: Part
     sizes: tuple[int, ...]
     validity: Validity | None
     symbols: dict[str, int]
     fixed: bool
+    replan: Callable[[Around], Part] = field(repr=False)
 
     @property
     def provisional(self) -> bool:
-        return self.around is None
+        """Was it made when nobody had seen yet what follows?"""
+        return not self.around.known
+
+    def smallest(self, needed: Around) -> Part:
+        """The graph's bytes by the plan with the smallest peak of it and of what follows."""
+        if (
+            self.holds_least
+            and needed.meanwhile is not None
+            and self.part.peak(needed) > self.part.least
+        ):
+            return self.part  # others make the peak
+        return min(self.part, self.replan(needed), key=lambda part: part.peak(needed))
+
+    @property
+    def holds_least(self) -> bool:
+        """Was it planned to hold as little as can be while other graphs run, whatever it takes itself?"""
+        return self.provisional and self.around.meanwhile is None
 
     def serves(self, sizes: tuple[int, ...]) -> bool:
         """Does it compute with these sizes, and keep the budget at them?"""
@@ -79,8 +102,10 @@ class Program:
 
     def leaves_room(self, needed: Around) -> bool:
         mine = self.around
-        return mine is not None and (
-            mine.always >= needed.always and (mine.meanwhile or 0) >= (needed.meanwhile or 0)
+        return (
+            mine.known
+            and mine.always >= needed.always
+            and (mine.meanwhile or 0) >= (needed.meanwhile or 0)
         )
 
 
@@ -133,7 +158,12 @@ class Graph:
             self._meet(args)
         if self.error is not None:
             error, self.error = self.error, None
-            raise error
+            try:
+                raise error
+            finally:
+                del (
+                    error
+                )  # this frame is in its traceback: together they would outlive their handler
         use = None
         if self.plain is None:
             with self.session.lock:
@@ -143,7 +173,7 @@ class Graph:
             return self.plain(*args)
         outputs = use.seen.program.run(*args)
         use.returned(outputs)
-        _torch.prepare_backward(outputs, refuse_autocast, use.done)
+        _torch.prepare_backward(outputs, refuse_autocast, refuse_double_backward, use.done)
         return outputs
 
     def reads(self, tensors: set[int]) -> bool:
@@ -158,7 +188,7 @@ class Graph:
 
     # -- Building ------------------------------------------------------------------------------------
 
-    def build(self, args: Sequence[Any], around: Around | None, options: Options) -> Program | None:
+    def build(self, args: Sequence[Any], around: Around, options: Options) -> Program | None:
         """Trace, plan and compile; None where nothing needs a gradient.
 
         Once Dynamo has finished with the graph, the sizes of further inputs are constants.
@@ -168,11 +198,13 @@ class Graph:
             unchanged = unchanged_step(call)
         without_data = replace(call, args=())  # what is compiled refers to it as long as it lives
         builder = _Builder(self, self.sizes(args), around, options, without_data, unchanged)
+        builder.examples = args
         context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
         with compiling(), eager_decompositions(), context, self._numbers_explained():
             run = _torch.aot_compile(
                 self.module, args, builder.partition, builder.forward, builder.backward
             )
+        builder.examples = ()
         if builder.planned is None:
             # Compiled later than Dynamo traced, it would serve the sizes of this call alone.
             self.plain = run if self.tracing else self.module
@@ -201,13 +233,14 @@ class _Builder:
         self,
         graph: Graph,
         sizes: tuple[int, ...],
-        around: Around | None,
+        around: Around,
         options: Options,
         call: StepCall,
         unchanged: Unchanged,
     ) -> None:
         self.graph, self.sizes, self.around, self.options = graph, sizes, around, options
         self.call, self.unchanged = call, unchanged
+        self.examples: Sequence[Any] = ()  # until the graph is cut: its code is measured on them
         self.places: dict[str, int] = {}
         self.planned: Planned | None = None
         self.validity: Validity | None = None
@@ -222,19 +255,32 @@ class _Builder:
                 "the model has a region that is compiled by itself (nested_compile_region), whose bytes "
                 "the backend fxmem cannot plan\n  try: the model without the decorator"
             )
-        graph = joint_graph(module, self.graph.roles, {})
-        self._name_sizes(graph)
-        _surround(graph, self.around)
-        analysis = analyze(graph, self.call, self.unchanged, self.options.cost)
-        here = {info.name: info.hint for info in graph.symbols.values()}
+        self.joint = joint_graph(module, self.graph.roles, {})
+        self._name_sizes(self.joint)
+        examples, self.examples = examples_of(self.joint, self.examples), ()
+        analysis = replace(self._analysis(self.joint, self.around), examples=examples)
+        here = {info.name: info.hint for info in self.joint.symbols.values()}
         options = self.options
-        if self.around is None:  # it runs once
+        if not self.around.known:  # it runs once
             options = replace(options, compiler="eager")
-        found = decided_for_code(analysis, options, here)
-        self.coded, self.validity = step_code(analysis, options, graph, found, here)
+        try:
+            found = decided_for_code(analysis, options, here)
+            self.coded, self.validity = step_code(analysis, options, self.joint, found, here)
+        finally:
+            examples.clear()  # forms of an analysis know each other, and so outlive this line
         self.planned = self.coded.planned
-        self.joint = graph
         return self.coded.split.forward, self.coded.split.backward
+
+    def _analysis(self, graph: JointGraph, around: Around) -> Analysis:
+        surrounded = _surrounded(graph, around)
+        return analyze(surrounded, self.call, self.unchanged, self.options.cost)
+
+    def replanned(self, around: Around) -> Part:
+        """Bytes of the smallest plan with this around it; no code is made of it."""
+        assert self.joint is not None
+        with _torch.outside_of_tracing():
+            planned = decide(self._analysis(self.joint, around), self.options.for_the_smallest())
+        return part_of(planned.line, planned.graph, self.joint.bindings())
 
     def forward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
         return boxed(module) if self.coded is None else self.coded.forward
@@ -250,9 +296,9 @@ class _Builder:
         bindings = graph.bindings()
         phases = None if self.coded is None else self.coded.phases
         plan = planned.plan
-        if self.around is not None and self.around.spare:
+        if self.around.spare:
             plan = _by_need(planned, phases, self.around.spare)
-        if self.around is not None and self.around.always:
+        if self.around.always:
             always = self.around.always
             plan = replace(
                 plan,
@@ -260,7 +306,7 @@ class _Builder:
                 predicted_peak=plan.predicted_peak + always,
                 resident=plan.resident + always,
             )
-        if self.around is not None:
+        if self.around.known:
             _tell(self.graph.number, plan)
         part = part_of(planned.line, planned.graph, bindings)
         if phases is not None:
@@ -277,6 +323,7 @@ class _Builder:
             self.validity,
             self.places,
             not self.graph.tracing,
+            self.replanned,
         )
 
     def _name_sizes(self, graph: JointGraph) -> None:
@@ -308,16 +355,18 @@ def _by_need(planned: Planned, phases: Phases | None, spare: int) -> Plan:
     return replace(planned.plan, predicted_peak=planned.plan.resident + phases.peak, peak=point)
 
 
-def _surround(graph: JointGraph, around: Around | None) -> None:
-    """Let the graph's boundary hold what the graphs that follow hold; if unknown, more than all else."""
-    if around is not None and around.meanwhile is None:
-        return
-    nbytes = around.meanwhile if around is not None and around.meanwhile is not None else 0
-    if around is None:
+def _surrounded(graph: JointGraph, around: Around) -> JointGraph:
+    """The graph, at whose boundary is what the graphs that follow hold; if unknown, more than all else."""
+    nbytes = around.meanwhile
+    if nbytes is None and around.known:
+        return graph
+    if nbytes is None:
         every = {k: n for node in graph.nodes for k, n in storages_in(node.meta.get("val")).items()}
         nbytes = sum(int(evaluate(n, graph.bindings())) for n in every.values())
+    graph = graph.copy()
     for tangent in graph.placeholders(Role.TANGENT):
         tangent.meta[INSTEAD_OF_LOSS], nbytes = nbytes, 0
+    return graph
 
 
 def _references(values: Sequence[Any]) -> dict[int, weakref.ref[torch.Tensor]]:

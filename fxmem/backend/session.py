@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import warnings
@@ -36,6 +37,9 @@ Key = tuple[int, tuple[int, ...]]
 
 _CHECKPOINT: Key = (-1, ())
 """Stands in a path for a checkpoint around the graph."""
+
+_TIGHT = 0.8
+"""Of the budget: a graph of a first step that takes more at its peak is planned once more, to take less."""
 
 _MANY = 256
 _MANY_WAITING = (
@@ -98,6 +102,10 @@ class Session:
         self.schedules: dict[tuple[Key, ...], Schedule] = {}
         self._uses: list[weakref.ref[Use]] = []
         self._longest: list[Seen] = []
+        self._refused = False
+        self._coming: dict[
+            tuple[Key, ...], int
+        ] = {}  # bytes that a refused step came to have later
 
     def living(self) -> list[Graph]:
         return [graph for ref in self.graphs if (graph := ref()) is not None]
@@ -129,6 +137,14 @@ class Session:
 
         Raises ``BudgetInfeasibleError`` where the graph finds no room.
         """
+        if self._refused:
+            gc.collect()  # Dynamo leaves cycles that hold what a step has saved that was refused midway
+        self._refused = True
+        program = self._program_for(graph, args)
+        self._refused = False
+        return program
+
+    def _program_for(self, graph: Graph, args: Sequence[Any]) -> Program | None:
         key = graph.key(args)
         if _torch.is_checkpointed():
             return self._checkpointed(graph, args, key)
@@ -187,19 +203,11 @@ class Session:
         needed: Around | None,
         known: Program | None,
     ) -> Program | None:
-        smallest = replace(
-            self.options, budget=Budget.parse("min"), on_infeasible="best", plan=None
-        )
         if needed is None:
-            sizes = graph.sizes(args)
-            others = (p for p in graph.programs.values() if p.provisional and p.sizes == sizes)
-            first = next(others, None) or graph.build(args, None, smallest)
-            if first is not None:
-                self._check_first(graph, first, path, args)
-            return first
+            return self._provisional(graph, args, path)
         budget = self._budget(path)
         if budget is None:
-            return graph.build(args, needed, smallest)
+            return graph.build(args, needed, self.options.for_the_smallest())
         room = budget - needed.always
         outside = self.options.reserve + library_memory(_device(args))
         if room > 0:
@@ -214,6 +222,69 @@ class Session:
             raise _no_room(known, needed, budget)
         return replace(known, around=needed)
 
+    def _provisional(
+        self, graph: Graph, args: Sequence[Any], path: tuple[Key, ...]
+    ) -> Program | None:
+        """A program for a first step, when nobody knows what follows: it leaves the most room for that.
+
+        Raises ``BudgetInfeasibleError`` if what is seen so far breaks a budget that is known by then.
+        """
+        found = self._holding_least(graph, args)
+        budget = None if found is None else self._budget_in_bytes(found)
+        if found is None or budget is None:
+            return found
+        parts = [use.program.part for use in self.outstanding()]
+        resident = self._given(args)
+        here = sum(part.held for part in parts) + resident + found.part.least
+        if here + self._coming.get(path, 0) > _TIGHT * budget:
+            found = self._balanced(graph, args, found)
+        peak = step_peak([*parts, found.part], resident)
+        if peak > budget:
+            self._remember(graph, found, path, args)
+            raise _first_step(found, peak, budget)
+        return found
+
+    def _holding_least(self, graph: Graph, args: Sequence[Any]) -> Program | None:
+        """The graph so that it holds as little as can be while others run."""
+        sizes = graph.sizes(args)
+        known = (p for p in graph.programs.values() if p.holds_least and p.sizes == sizes)
+        return next(known, None) or graph.build(
+            args, Around(known=False), self.options.for_the_smallest()
+        )
+
+    def _balanced(self, graph: Graph, args: Sequence[Any], most: Program) -> Program:
+        """The graph so that it holds little while others run, and takes little itself: as near as can be
+        to the least of both.
+
+        most: that holds the least.
+        """
+        known = (p for p in graph.programs.values() if p.provisional and not p.holds_least)
+        found = next((p for p in known if p.sizes == most.sizes), None)
+        if found is not None:
+            return found
+        least = most.replan(Around(meanwhile=0)).least
+        beside = max(least - most.part.held - most.part.tangents, 0)
+        around = Around(meanwhile=beside, known=False)
+        return graph.build(args, around, self.options.for_the_smallest()) or most
+
+    def _remember(
+        self, graph: Graph, last: Program, path: tuple[Key, ...], args: Sequence[Any]
+    ) -> None:
+        """What was seen of a step that was refused: its next run knows what follows its graphs."""
+        seen = [*self.outstanding(), Seen(path[-1], last, _storages(args))]
+        graph.programs[path] = last
+        if not graph.more_follows:
+            self._longest = seen
+            return
+        resident = resident_bytes(_residents(seen))
+        for place in range(len(path)):
+            after = sum(use.program.part.gradients for use in seen[place + 1 :])
+            given = resident_bytes(_residents(seen[: place + 1]))
+            self._coming[path[: place + 1]] = after + resident - given
+        for other in self.living():
+            for place in range(len(path)):
+                other.programs.pop(path[: place + 1], None)
+
     # -- The step that is going on ---------------------------------------------------------------------
 
     def _plan_last_step(self) -> None:
@@ -223,13 +294,15 @@ class Session:
         if all(not seen.program.provisional for seen in uses):
             return  # nothing ran, or all of it as planned for this step
         resident = resident_bytes(_residents(uses))
-        parts = tuple(seen.program.part for seen in uses)
         whole = [seen.program.whole for seen in uses]
         budget = self._resolved(step_peak(whole, resident), uses[0].program)
+        parts = [seen.program.part for seen in uses]
+        if budget is None or step_peak(parts, resident) > budget:
+            parts = _as_small_as_can_be(uses, resident)
         if budget is not None and step_peak(parts, resident) > budget:
             log.info("the smallest plans of %d graphs need more than the budget", len(uses))
         wanted = tuple(part.least for part in whole)
-        self.schedules[keys] = Schedule(keys, parts, wanted, resident, budget)
+        self.schedules[keys] = Schedule(keys, tuple(parts), wanted, resident, budget)
 
     def _resolved(self, baseline: int, program: Program) -> int | None:
         """The budget of the whole step, in bytes; None for "min"."""
@@ -253,25 +326,32 @@ class Session:
         budgets = [s.budget for s in self._of(path) if s.budget is not None]
         return min(budgets) if budgets else None
 
-    def _check_first(
-        self, graph: Graph, program: Program, path: tuple[Key, ...], args: Sequence[Any]
-    ) -> None:
-        """In a first step, too, what is seen so far keeps a budget that is known by then."""
+    def _budget_in_bytes(self, program: Program) -> int | None:
+        """Of the whole step, where it is known before all of its graphs are."""
         if self.options.budget.kind in ("min", "baseline_share"):
-            return
-        budget = self._resolved(0, program)
+            return None
+        return self._resolved(0, program)
+
+    def _given(self, args: Sequence[Any]) -> int:
+        """Bytes of what the graphs of this step are given, up to one that is called with these."""
         uses = self.outstanding()
         residents = {**_residents(uses), **_storages(args)}
         for use in uses:
             for key in use.made:
                 residents.pop(key, None)
-        parts = [*(use.program.part for use in uses), program.part]
-        peak = step_peak(parts, resident_bytes(residents))
-        if budget is not None and peak > budget:
-            # The graphs before may have been planned as if nothing followed: next time they know.
-            graph.programs[path] = program
-            self._longest = [*uses, Seen(path[-1], program, _storages(args))]
-            raise _first_step(program, peak, budget)
+        return resident_bytes(residents)
+
+
+def _as_small_as_can_be(uses: Sequence[Seen], resident: int) -> list[Part]:
+    """The graphs of a step by the plans with the smallest peak of all of it.
+
+    What a graph and those that follow hold at most depends on these alone: so each is planned for that,
+    from the last one on.
+    """
+    parts = [use.program.part for use in uses]
+    for place in reversed(range(len(uses))):
+        parts[place] = uses[place].program.smallest(around(parts, place, [], resident))
+    return parts
 
 
 def _residents(uses: Sequence[Seen]) -> dict[int, int]:
@@ -290,11 +370,7 @@ def _device(args: Sequence[Any]) -> torch.device:
 
 
 def _peak(program: Program, needed: Around) -> int:
-    part = program.part
-    boundary = (
-        part.boundary if needed.meanwhile is None else part.held + part.tangents + needed.meanwhile
-    )
-    return needed.always + part.resident + max(part.least, boundary)
+    return needed.always + program.part.resident + program.part.peak(needed)
 
 
 # -- Errors --------------------------------------------------------------------------------------------

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxmem.planning.plan import Plan
 
 
 class FxmemError(Exception):
-    """Base of every error that fxmem raises on purpose."""
+    """Base of every error that fxmem raises on purpose.  Errors can be copied and pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self.args, vars(self))
+
+
+def _made_again(kind: type[FxmemError], args: tuple[Any, ...], more: dict[str, Any]) -> FxmemError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(more)
+    return error
 
 
 class BudgetError(FxmemError, ValueError):

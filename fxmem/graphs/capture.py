@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,7 +147,8 @@ def capture(
                 raise
             except Exception as error:
                 raise _capture_error(error, call.model) from error
-            yield Capture(graph, matches, _examples(graph, output), output, exported)
+            examples = examples_of(graph, output.backend_input.example_inputs)
+            yield Capture(graph, matches, examples, output, exported)
 
 
 def _captured(call: StepCall) -> Any:
@@ -302,9 +303,8 @@ def _input(node: fx.Node, roles: list[Input]) -> Input:
     return Input(Role.INPUT, node.name)
 
 
-def _examples(graph: JointGraph, output: Any) -> dict[str, Any]:
-    """The example's values, by placeholder."""
-    values = output.backend_input.example_inputs
+def examples_of(graph: JointGraph, values: Sequence[Any]) -> dict[str, Any]:
+    """What the graph that was differentiated was given, by placeholder of the joint graph."""
     found = {}
     for node in graph.placeholders():
         description = node.meta.get("desc")

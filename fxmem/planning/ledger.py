@@ -43,6 +43,12 @@ class Part:
     def least(self) -> int:
         return max(self.forward, self.backward)
 
+    def peak(self, around: Around) -> int:
+        """The most that is there of this graph and of those that follow, beside ``around.always``."""
+        if around.meanwhile is None:
+            return max(self.least, self.boundary)
+        return max(self.least, self.held + self.tangents + around.meanwhile)
+
     def as_measured(self, forward: int, held: int, backward: int) -> Part:
         """The same graph as code that was measured to hold so much."""
         boundary = self.boundary - self.held + held
@@ -110,11 +116,14 @@ class Around:
     always: while this graph runs, beside its own residents.  meanwhile: at its boundary, beside that and
     what it holds itself; None where no graph follows and the caller computes the loss there.
     spare: what of that is left to the graphs that follow, beyond their smallest plans.
+    known: has anybody seen what follows?  If not, meanwhile is what a first step hopes it to be, None for
+    more than all that this graph has.
     """
 
     always: int = 0
     meanwhile: int | None = None
     spare: int = 0
+    known: bool = True
 
 
 def around(

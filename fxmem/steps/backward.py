@@ -140,3 +140,12 @@ def refuse_autocast() -> None:
             "  try: leave the autocast context after the loss is computed, and call backward() "
             "then, as PyTorch's manual advises"
         )
+
+
+def refuse_double_backward() -> None:
+    raise FxmemError(
+        "a backward of this step's gradients was asked for (create_graph=True); they were computed by a "
+        "captured graph, which has none, as under torch.compile.\n"
+        "  try: the model itself, without fxmem, for the part whose gradients are differentiated again, "
+        "such as a gradient penalty"
+    )

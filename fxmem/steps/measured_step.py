@@ -20,7 +20,7 @@ from fxmem.steps.pipeline import Planned
 
 
 def measured(coded: Coded, analysis: Analysis) -> Phases:
-    """One step, run on what it was captured with, or on zeros."""
+    """One step, run on what it was captured with; on zeros where that was a stand-in."""
     devices = [analysis.device] if analysis.device.type == "cuda" else []
     with for_real(), torch.random.fork_rng(devices=devices):
         given = [

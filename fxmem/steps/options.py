@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -39,3 +39,7 @@ class Options:
     def reserve(self) -> int:
         """Bytes outside the step, those of libraries aside."""
         return self.outside.nbytes
+
+    def for_the_smallest(self) -> Options:
+        """The same, for the plan with the smallest peak."""
+        return replace(self, budget=Budget.parse("min"), on_infeasible="best", plan=None)
