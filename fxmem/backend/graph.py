@@ -161,9 +161,8 @@ class Graph:
             try:
                 raise error
             finally:
-                del (
-                    error
-                )  # this frame is in its traceback: together they would outlive their handler
+                # This frame is in the error's traceback: together they would outlive who handles it.
+                del error
         use = None
         if self.plain is None:
             with self.session.lock:

@@ -103,9 +103,9 @@ class Session:
         self._uses: list[weakref.ref[Use]] = []
         self._longest: list[Seen] = []
         self._refused = False
-        self._coming: dict[
-            tuple[Key, ...], int
-        ] = {}  # bytes that a refused step came to have later
+        # Of steps that were refused before all of their graphs were seen: bytes that came after a path.
+        self._coming: dict[tuple[Key, ...], int] = {}
+        self._to_be_seen_again: set[tuple[Key, ...]] = set()
 
     def living(self) -> list[Graph]:
         return [graph for ref in self.graphs if (graph := ref()) is not None]
@@ -156,12 +156,16 @@ class Session:
         if needed is None and not outstanding and not graph.more_follows:
             return self._alone(graph, args, path)
         known = graph.programs.get(path)
-        if known is not None and (needed is None or known.leaves_room(needed)):
+        if known is not None and self._may_stay(known, path, needed):
             return known
         made = self._made(graph, args, path, needed, known)
+        self._to_be_seen_again.discard(path)
         if made is not None:
             graph.programs[path] = made
         return made
+
+    def _may_stay(self, known: Program, path: tuple[Key, ...], needed: Around | None) -> bool:
+        return path not in self._to_be_seen_again if needed is None else known.leaves_room(needed)
 
     def _checkpointed(self, graph: Graph, args: Sequence[Any], key: Key) -> Program | None:
         """The forward, and the one that makes again what a checkpoint around it dropped, save the same.
@@ -281,9 +285,7 @@ class Session:
             after = sum(use.program.part.gradients for use in seen[place + 1 :])
             given = resident_bytes(_residents(seen[: place + 1]))
             self._coming[path[: place + 1]] = after + resident - given
-        for other in self.living():
-            for place in range(len(path)):
-                other.programs.pop(path[: place + 1], None)
+            self._to_be_seen_again.add(path[: place + 1])
 
     # -- The step that is going on ---------------------------------------------------------------------
 
