@@ -27,6 +27,7 @@ from torch import Tensor
 
 import fxmem
 from fxmem.graphs.measure import cpu_allocations
+from fxmem.planning.remembered import forget
 
 RESULTS = Path(__file__).resolve().parent / "results" / "architectures-cpu.json"
 
@@ -221,6 +222,7 @@ def fill(row: Row, budget: str) -> None:
 
     eager, eager_peak = afresh(seen, model), afresh(added_peak, model)
     model.load_state_dict(start)
+    forget()
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fxmem: no plan fits")

@@ -23,6 +23,7 @@ from steps import FAMILIES, HERE, SIZES, Step, alternating_seconds, same
 from tabulate import tabulate
 
 import fxmem
+from fxmem.planning.remembered import forget
 
 BUDGETS = "0.9x,0.6x,0.4x,0.3x,min"
 PLENTY = "1TiB"
@@ -96,6 +97,7 @@ class Knob:
 
 
 def optimize_timed(step: Step, budget: str | int) -> tuple[fxmem.OptimizedModule, float]:
+    forget()
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fxmem: no plan fits")

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxmem
 from fxmem.basics.device import library_memory
+from fxmem.planning.remembered import forget
 
 HERE = Path(__file__).resolve().parent
 Module = Callable[..., Any]
@@ -118,6 +119,7 @@ class Step:
 
 
 def optimized(step: Step, budget: str, cost: str) -> tuple[Row, Module]:
+    forget()
     began = time.perf_counter()
     with torch.autocast("cuda", torch.bfloat16), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fxmem: no plan fits")

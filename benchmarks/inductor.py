@@ -44,6 +44,7 @@ from torch._inductor.utils import fresh_inductor_cache
 import fxmem
 import fxmem.steps.inductor
 import fxmem.steps.inductor_step
+from fxmem.planning.remembered import forget
 
 RESULTS = HERE / "results" / "inductor-cpu.json"
 BUDGETS = ("0.6x", "0.4x")
@@ -108,6 +109,7 @@ def keep(family: str, size: str) -> Iterator[dict[str, Any]]:
     for budget in BUDGETS:
         row: dict[str, Any] = {"family": family, "size": size, "budget": budget}
         step = Step(family, size, "cpu")
+        forget()
         start = time.perf_counter()
         try:
             module, fell_back = optimized(step, budget)

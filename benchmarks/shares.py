@@ -19,6 +19,7 @@ from steps import FAMILIES, HERE, SIZES, Step, same
 from tabulate import tabulate
 
 import fxmem
+from fxmem.planning.remembered import forget
 
 
 @dataclasses.dataclass
@@ -41,6 +42,7 @@ class Row:
 
 def row_of(step: Step, eager: Eager, share: str) -> Row:
     budget = "min" if share == "min" else eager.budget(float(share))
+    forget()
     began = time.perf_counter()
     module = fxmem.optimize(step.model, budget, step.args, example_kwargs=step.kwargs)
     seconds = time.perf_counter() - began

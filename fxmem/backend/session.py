@@ -274,12 +274,18 @@ class Session:
     def _remember(
         self, graph: Graph, last: Program, path: tuple[Key, ...], args: Sequence[Any]
     ) -> None:
-        """What was seen of a step that was refused: its next run knows what follows its graphs."""
+        """What was seen of a step that was refused: its next run knows what follows its graphs.
+
+        Where more would have followed, none of its beginnings is a whole step.
+        """
         seen = [*self.outstanding(), Seen(path[-1], last, _storages(args))]
         graph.programs[path] = last
         if not graph.more_follows:
             self._longest = seen
             return
+        self._longest = []
+        for place in range(len(path)):
+            self.schedules.pop(path[:place], None)
         resident = resident_bytes(_residents(seen))
         for place in range(len(path)):
             after = sum(use.program.part.gradients for use in seen[place + 1 :])

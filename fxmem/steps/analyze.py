@@ -47,6 +47,7 @@ from fxmem.passes.uncode import (
 from fxmem.passes.unread import UnreadPass
 from fxmem.planning.allotment import Allotment, candidates_of, encoding_named
 from fxmem.planning.planner import Planner
+from fxmem.planning.remembered import RememberingPlanner
 from fxmem.steps.options import Options
 from fxmem.steps.rewrite import expected_to_run, undefined_tangents
 
@@ -289,7 +290,7 @@ def _numbers(
     if plain is not None:
         flow = with_codes(flow, plain, times, coders())
     keep, remake = tagged_values(flow)
-    planner = Planner(flow, keep, remake)
+    planner = RememberingPlanner(flow, keep, remake)
     baseline = unchanged.peak
     if baseline is None:
         baseline = planner.keep_all().outcome.peak

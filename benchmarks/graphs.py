@@ -1,0 +1,146 @@
+"""A model that Dynamo cuts into several graphs: one budget for all of them, measured.
+
+Each row is a budget: bytes at the peak of a step once all graphs are known, beside the budget and beside
+what was predicted, and gradients beside eager's.  A prediction counts what a graph returns as there until
+its backward, for the caller may hold it; here nobody does.
+
+    python benchmarks/graphs.py --compiler eager
+    python benchmarks/graphs.py --compiler inductor
+"""
+
+import argparse
+import datetime
+import gc
+import json
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._inductor.utils import fresh_inductor_cache
+
+import fxmem
+from fxmem.graphs.measure import cpu_allocations
+from fxmem.planning.remembered import forget
+
+RESULTS = Path(__file__).parent / "results" / "graphs-cpu.json"
+SHARES = (0.8, 0.7, 0.6, 0.5)
+
+
+class Cut(nn.Module):
+    """Four graphs of transformer layers, with a loss in the last."""
+
+    def __init__(self, width: int = 64, layers: int = 1) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True)
+                    for _ in range(layers)
+                )
+            )
+            for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.parts[0](x)
+        torch._dynamo.graph_break()
+        x = self.parts[1](x)
+        torch._dynamo.graph_break()
+        x = self.parts[2](x)
+        torch._dynamo.graph_break()
+        return self.parts[3](x).square().mean()
+
+
+class Run:
+    """Steps of the model, compiled or not."""
+
+    def __init__(self, budget: Any = None, compiler: str = "eager") -> None:
+        torch._dynamo.reset()
+        gc.collect()
+        forget()
+        torch.manual_seed(0)
+        self.model, self.x = Cut(), torch.randn(16, 64, 64)
+        options = {"budget": budget, "compiler": compiler}
+        eager = budget is None
+        self.step = (
+            self.model if eager else torch.compile(self.model, backend="fxmem", options=options)
+        )
+        self.resident = sum(p.nbytes for p in self.model.parameters()) + self.x.nbytes
+
+    def peak(self) -> int:
+        """Bytes at the peak of one step; its gradients stay until the next one."""
+        self.model.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        sizes, _ = cpu_allocations(lambda: self.step(self.x).backward())
+        return self.resident + max(accumulate(sizes))
+
+    def gradients(self) -> torch.Tensor:
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+
+def row(name: str, budget: int | str, compiler: str, want: torch.Tensor) -> dict[str, Any]:
+    run = Run(budget, compiler)
+    found: dict[str, Any] = {"budget": name, "compiler": compiler}
+    try:
+        # The first call compiles as well, and what that holds is no part of the step.
+        run.step(run.x).backward()
+    except fxmem.BudgetInfeasibleError as error:
+        found["first_step_refused"] = error.smallest_peak
+    try:
+        run.peak()
+    except fxmem.BudgetInfeasibleError as error:
+        return {**found, "refused": error.smallest_peak}
+    peak = run.peak()
+    plans = fxmem.plans(run.step)
+    predicted = max(plan.predicted_peak for plan in plans)
+    if isinstance(budget, int):
+        found["of_budget"] = peak / budget
+    found |= {
+        "graphs": len(plans),
+        "peak": peak,
+        "predicted": predicted,
+        "of_predicted": peak / predicted,
+    }
+    got = run.gradients()
+    found["bitwise"] = torch.equal(got, want)
+    found["gradients_off"] = float((got - want).norm() / want.norm())
+    return found
+
+
+def rows(compiler: str) -> Iterator[dict[str, Any]]:
+    eager = Run()
+    unchanged = eager.peak()
+    want = eager.gradients()
+    yield {"budget": "as it is", "compiler": compiler, "peak": unchanged}
+    for share in SHARES:
+        yield row(f"{share}x", int(share * unchanged), compiler, want)
+    yield row("min", "min", compiler, want)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--compiler", choices=["eager", "inductor"], default="eager")
+    compiler = parser.parse_args().compiler
+    torch.set_num_threads(1)
+    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    kept = [old for old in known if old["compiler"] != compiler]
+    made = []
+    with fresh_inductor_cache():
+        for one in rows(compiler):
+            print(json.dumps(one), flush=True)
+            made.append(one)
+    about = {
+        "device": "cpu",
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    RESULTS.write_text(json.dumps({**about, "rows": [*kept, *made]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
