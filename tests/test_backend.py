@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxmem
 from fxmem import _torch, backend
+from fxmem._torch.saved import saved_before
 from fxmem.backend.graph import Graph
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.planning.ledger import Around, Part, around, beyond, shares, step_peak
@@ -240,6 +241,58 @@ def test_graphs_that_find_no_room_say_so():
     said = r"several graphs; those seen so far.*\n  try: the step once more"
     with pytest.raises(fxmem.BudgetInfeasibleError, match=said):
         stepped(step, model, batch())
+
+
+class Between(Net):
+    """Two graphs, and two blocks between them that are in none."""
+
+    def forward(self, x):
+        x = self.outside(self.blocks[0](x))
+        return self.blocks[3](x).square().mean()
+
+    @torch._dynamo.disable
+    def outside(self, x):
+        return self.blocks[2](self.blocks[1](x))
+
+
+@pytest.mark.parametrize("share", [1.2, 0.95, 0.9])
+def test_what_is_saved_outside_of_every_graph_counts(share, caplog):
+    model, x = seeded(Between, depth=4), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    budget = int(share * (peak_of(eager, eager, x) + resident))
+    step = compiled(model, budget)
+    with caplog.at_level(logging.INFO, "fxmem.backend"):
+        for _ in range(3):
+            assert_same(want, stepped(step, model, x))
+    assert "2 graphs, 49 % of saved bytes seen" in caplog.text
+    peak = peak_of(step, model, x) + resident
+    assert peak <= budget
+    assert peak == pytest.approx(max(p.predicted_peak for p in fxmem.plans(step)), rel=0.001)
+
+
+def test_what_was_packed_outside_is_not_unpacked():
+    """By a checkpoint it would be computed again."""
+    calls = []
+
+    def packed(tensor):
+        return "packed", tensor.to(torch.bfloat16)
+
+    def unpacked(pair):
+        calls.append(pair)
+        return pair[1].float()
+
+    x = torch.randn(8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
+        y = x.exp()
+    z = checkpoint(torch.exp, torch.tanh(y), use_reentrant=False)
+    saved, leaves = saved_before([z, y])
+    assert sorted(t.nbytes for t in saved) == [16, 32]
+    assert [t is x for t in leaves] == [True]
+    assert not calls
+    z.sum().backward()
+    assert len(calls) == 1
+    assert saved_before([z, y])[0] == []
 
 
 class Interrupted(Cut):

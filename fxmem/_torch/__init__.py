@@ -49,6 +49,8 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
+from fxmem._torch.saved import PREPARED
+
 CHECKED_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -457,7 +459,6 @@ def mark_boxed(function: BoxedCallable) -> BoxedCallable:
 
 
 BACKWARD_NODE = "CompiledFunctionBackward"
-_PREPARED = "_fxmem_prepared"
 
 
 def prepare_backward(
@@ -492,8 +493,8 @@ def prepare_backward(
             continue
         seen.add(node)
         if node.name() == BACKWARD_NODE:
-            if not hasattr(node, _PREPARED):  # an input that is returned leads to an earlier call's
-                setattr(node, _PREPARED, True)
+            if not hasattr(node, PREPARED):  # an input that is returned leads to an earlier call's
+                setattr(node, PREPARED, True)
                 node.set_materialize_grads(False)
                 node.register_prehook(lambda _: check())
                 node.register_hook(ran)

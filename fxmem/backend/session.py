@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fxmem import _torch
+from fxmem._torch.saved import saved_before
 from fxmem.analysis.shards import resident_bytes
 from fxmem.basics.budget import Budget
 from fxmem.basics.device import library_memory
@@ -49,13 +50,44 @@ _MANY_WAITING = (
 
 
 @dataclass(frozen=True)
+class Outside:
+    """What code in no graph, between two graphs or before the first, leaves there until its backward.
+
+    saved, leaves: storage -> bytes of what autograd saved for it, and of leaves whose gradients it makes.
+    """
+
+    saved: dict[int, int] = field(default_factory=dict)
+    leaves: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.saved.values())
+
+    @property
+    def gradients(self) -> int:
+        return sum(self.leaves.values())
+
+
+@dataclass(frozen=True)
 class Seen:
-    """What is remembered of a forward.  read: storage -> bytes of its inputs.  made: its outputs'."""
+    """What is remembered of a forward.
+
+    read: storage -> bytes of its inputs.  outside: of what the code before it saved.  made: its outputs'.
+    """
 
     key: Key
     program: Program
     read: dict[int, int]
+    outside: Outside = field(default_factory=Outside)
     made: set[int] = field(default_factory=set)
+
+    @property
+    def part(self) -> Part:
+        return self.surrounded(self.program.part)
+
+    def surrounded(self, part: Part) -> Part:
+        """The bytes of its graph by some plan, after the code before it."""
+        return part.after(self.outside.nbytes, self.outside.gradients)
 
 
 @dataclass(eq=False)
@@ -121,7 +153,7 @@ class Session:
         program = self.program_for(graph, args)
         if program is None:
             return None
-        use = Use(Seen(graph.key(args), program, _storages(args)))
+        use = Use(self._seen(graph.key(args), program, args))
         if _torch.is_checkpointed():
             return use
         self._uses.append(weakref.ref(use))
@@ -131,6 +163,22 @@ class Session:
         if len(seen) == _MANY:
             warnings.warn(_MANY_WAITING, stacklevel=4)
         return use
+
+    def _seen(self, key: Key, program: Program, args: Sequence[Any]) -> Seen:
+        outside = self._outside(args)
+        return Seen(key, program, {**_storages(args), **outside.leaves}, outside)
+
+    def _outside(self, args: Sequence[Any]) -> Outside:
+        """What code before this graph, and after those that wait for their backward, left there."""
+        saved, leaves = saved_before(args)
+        device = _device(args)
+        known = set(_storages(args))
+        for use in self.outstanding():
+            known |= use.read.keys() | use.made | use.outside.saved.keys()
+        new = {key: n for key, n in _storages(leaves).items() if key not in known}
+        known |= new.keys()
+        there = _storages([tensor for tensor in saved if tensor.device == device])
+        return Outside({key: n for key, n in there.items() if key not in known}, new)
 
     def program_for(self, graph: Graph, args: Sequence[Any]) -> Program | None:
         """The program that a call of the graph runs now; made if there is none yet.
@@ -152,7 +200,7 @@ class Session:
         if not outstanding:
             self._plan_last_step()
         path = (*(use.key for use in outstanding), key)
-        needed = self._around(path, [use.program.part for use in outstanding])
+        needed = self._around(path, [use.part for use in outstanding])
         if needed is None and not outstanding and not graph.more_follows:
             return self._alone(graph, args, path)
         known = graph.programs.get(path)
@@ -237,12 +285,12 @@ class Session:
         budget = None if found is None else self._budget_in_bytes(found)
         if found is None or budget is None:
             return found
-        parts = [use.program.part for use in self.outstanding()]
-        resident = self._given(args)
-        here = sum(part.held for part in parts) + resident + found.part.least
+        parts = [use.part for use in self.outstanding()]
+        resident, last = self._given(args), self._seen(path[-1], found, args)
+        here = sum(part.held for part in parts) + resident + last.part.least
         if here + self._coming.get(path, 0) > _TIGHT * budget:
             found = self._balanced(graph, args, found)
-        peak = step_peak([*parts, found.part], resident)
+        peak = step_peak([*parts, last.surrounded(found.part)], resident)
         if peak > budget:
             self._remember(graph, found, path, args)
             raise _first_step(found, peak, budget)
@@ -278,7 +326,7 @@ class Session:
 
         Where more would have followed, none of its beginnings is a whole step.
         """
-        seen = [*self.outstanding(), Seen(path[-1], last, _storages(args))]
+        seen = [*self.outstanding(), self._seen(path[-1], last, args)]
         graph.programs[path] = last
         if not graph.more_follows:
             self._longest = seen
@@ -288,7 +336,7 @@ class Session:
             self.schedules.pop(path[:place], None)
         resident = resident_bytes(_residents(seen))
         for place in range(len(path)):
-            after = sum(use.program.part.gradients for use in seen[place + 1 :])
+            after = sum(use.part.gradients for use in seen[place + 1 :])
             given = resident_bytes(_residents(seen[: place + 1]))
             self._coming[path[: place + 1]] = after + resident - given
             self._to_be_seen_again.add(path[: place + 1])
@@ -302,9 +350,10 @@ class Session:
         if all(not seen.program.provisional for seen in uses):
             return  # nothing ran, or all of it as planned for this step
         resident = resident_bytes(_residents(uses))
-        whole = [seen.program.whole for seen in uses]
+        whole = [seen.surrounded(seen.program.whole) for seen in uses]
+        log.info(_coverage(uses))
         budget = self._resolved(step_peak(whole, resident), uses[0].program)
-        parts = [seen.program.part for seen in uses]
+        parts = [seen.part for seen in uses]
         if budget is None or step_peak(parts, resident) > budget:
             parts = _as_small_as_can_be(uses, resident)
         if budget is not None and step_peak(parts, resident) > budget:
@@ -343,7 +392,7 @@ class Session:
     def _given(self, args: Sequence[Any]) -> int:
         """Bytes of what the graphs of this step are given, up to one that is called with these."""
         uses = self.outstanding()
-        residents = {**_residents(uses), **_storages(args)}
+        residents = {**_residents(uses), **_storages(args), **self._outside(args).leaves}
         for use in uses:
             for key in use.made:
                 residents.pop(key, None)
@@ -356,10 +405,19 @@ def _as_small_as_can_be(uses: Sequence[Seen], resident: int) -> list[Part]:
     What a graph and those that follow hold at most depends on these alone: so each is planned for that,
     from the last one on.
     """
-    parts = [use.program.part for use in uses]
+    parts = [use.part for use in uses]
     for place in reversed(range(len(uses))):
-        parts[place] = uses[place].program.smallest(around(parts, place, [], resident))
+        use = uses[place]
+        parts[place] = use.surrounded(use.program.smallest(around(parts, place, [], resident)))
     return parts
+
+
+def _coverage(uses: Sequence[Seen]) -> str:
+    """Of the bytes that wait for a backward in a step that keeps everything, those of graphs."""
+    seen = sum(use.program.whole.held for use in uses)
+    outside = sum(use.outside.nbytes for use in uses)
+    share = 100 * seen / ((seen + outside) or 1)
+    return f"{len(uses)} graphs, {share:.0f} % of saved bytes seen"
 
 
 def _residents(uses: Sequence[Seen]) -> dict[int, int]:
