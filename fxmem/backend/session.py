@@ -138,6 +138,7 @@ class Session:
         # Of steps that were refused before all of their graphs were seen: bytes that came after a path.
         self._coming: dict[tuple[Key, ...], int] = {}
         self._to_be_seen_again: set[tuple[Key, ...]] = set()
+        self._outside_before: dict[tuple[Key, ...], Outside] = {}
 
     def living(self) -> list[Graph]:
         return [graph for ref in self.graphs if (graph := ref()) is not None]
@@ -153,9 +154,12 @@ class Session:
         program = self.program_for(graph, args)
         if program is None:
             return None
-        use = Use(self._seen(graph.key(args), program, args))
         if _torch.is_checkpointed():
-            return use
+            return Use(Seen(graph.key(args), program, _storages(args)))
+        key = graph.key(args)
+        use = Use(self._seen(key, program, args))
+        # The same in each step: there may be a whole model to walk through before a graph.
+        self._outside_before[self._path(key)] = use.seen.outside
         self._uses.append(weakref.ref(use))
         seen = self.outstanding()
         if len(seen) > len(self._longest):
@@ -165,8 +169,11 @@ class Session:
         return use
 
     def _seen(self, key: Key, program: Program, args: Sequence[Any]) -> Seen:
-        outside = self._outside(args)
+        outside = self._outside_before.get(self._path(key)) or self._outside(args)
         return Seen(key, program, {**_storages(args), **outside.leaves}, outside)
+
+    def _path(self, key: Key) -> tuple[Key, ...]:
+        return (*(use.key for use in self.outstanding()), key)
 
     def _outside(self, args: Sequence[Any]) -> Outside:
         """What code before this graph, and after those that wait for their backward, left there."""
@@ -286,7 +293,8 @@ class Session:
         if found is None or budget is None:
             return found
         parts = [use.part for use in self.outstanding()]
-        resident, last = self._given(args), self._seen(path[-1], found, args)
+        last = self._seen(path[-1], found, args)
+        resident = self._given(args, last.outside)
         here = sum(part.held for part in parts) + resident + last.part.least
         if here + self._coming.get(path, 0) > _TIGHT * budget:
             found = self._balanced(graph, args, found)
@@ -389,10 +397,10 @@ class Session:
             return None
         return self._resolved(0, program)
 
-    def _given(self, args: Sequence[Any]) -> int:
+    def _given(self, args: Sequence[Any], outside: Outside) -> int:
         """Bytes of what the graphs of this step are given, up to one that is called with these."""
         uses = self.outstanding()
-        residents = {**_residents(uses), **_storages(args), **self._outside(args).leaves}
+        residents = {**_residents(uses), **_storages(args), **outside.leaves}
         for use in uses:
             for key in use.made:
                 residents.pop(key, None)
