@@ -1,6 +1,7 @@
 """Every private function of torch that fxmem calls, each behind one small function of ours.
 
-Run on torch 2.11.0, 2.13.0 and 2.15.0.  When a torch release moves one of these, this is the only file to mend.
+Run on torch 2.11.0, 2.13.0 and 2.15.0.  When a torch release moves one of these, this is the only file
+to mend.
 """
 
 from __future__ import annotations
