@@ -295,6 +295,28 @@ def test_what_was_packed_outside_is_not_unpacked():
     assert saved_before([z, y])[0] == []
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x, None)
+        ctx.variable = torch.zeros(2)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+def test_what_a_function_of_the_users_saved_is_seen():
+    x = torch.randn(8, requires_grad=True)
+    y = Square.apply(x.sin())
+    saved, leaves = saved_before([y])
+    assert sorted(t.nbytes for t in saved) == [32, 32]
+    assert [t is x for t in leaves] == [True]
+    y.sum().backward()
+    assert saved_before([y])[0] == []
+
+
 class Interrupted(Cut):
     """Four graphs; the user's own code runs between the second and the third."""
 

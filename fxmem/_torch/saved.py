@@ -35,9 +35,8 @@ def saved_before(values: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         if node is None or node in seen or hasattr(node, PREPARED):
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, torch.Tensor):
-            leaves.append(leaf)
+        if node.name().endswith("AccumulateGrad"):
+            leaves.append(node.variable)
         saved += _saved_by(node)
         stack += [below for below, _ in node.next_functions]
     return saved, leaves
@@ -46,16 +45,12 @@ def saved_before(values: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 def _saved_by(node: Any) -> Iterator[torch.Tensor]:
     for name in dir(node):
         if name.startswith(_RAW):
-            found = getattr(node, name)
-            for one in found if isinstance(found, (tuple, list)) else (found,):
-                yield from _tensors(one)
-
-
-def _tensors(saved: Any) -> Iterator[torch.Tensor]:
-    try:
-        packed = saved.data
-    except RuntimeError:  # its backward has run
-        return
-    for value in torch.utils._pytree.tree_leaves(packed):
-        if isinstance(value, torch.Tensor):
-            yield value
+            try:
+                found = getattr(node, name)
+                every = found if isinstance(found, (tuple, list)) else (found,)
+                packed = [one.data for one in every]
+            except RuntimeError:  # its backward has run
+                continue
+            for value in torch.utils._pytree.tree_leaves(packed):
+                if isinstance(value, torch.Tensor):
+                    yield value
