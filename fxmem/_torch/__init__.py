@@ -50,7 +50,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
-from fxmem._torch.saved import PREPARED
+from fxmem._torch.saved import PREPARED, nodes_before
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -482,25 +482,17 @@ def prepare_backward(
         if done is not None:
             done()
 
-    seen: set[Any] = set()
-    stack: list[Any] = [
-        t.grad_fn
-        for t in torch.utils._pytree.tree_leaves(outputs)
-        if isinstance(t, torch.Tensor) and t.grad_fn is not None
-    ]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == BACKWARD_NODE:
-            if not hasattr(node, PREPARED):  # an input that is returned leads to an earlier call's
-                setattr(node, PREPARED, True)
-                node.set_materialize_grads(False)
-                node.register_prehook(lambda _: check())
-                node.register_hook(ran)
-        else:  # an output that is a view of another one hangs below it
-            stack += [below for below, _ in node.next_functions]
+    def is_graph(node: Any) -> bool:
+        return bool(node.name() == BACKWARD_NODE)
+
+    # An output that is a view of another one hangs below it; an input that is returned leads to the
+    # backward of an earlier call.
+    for node in nodes_before(outputs, is_graph):
+        if is_graph(node) and not hasattr(node, PREPARED):
+            setattr(node, PREPARED, True)
+            node.set_materialize_grads(False)
+            node.register_prehook(lambda _: check())
+            node.register_hook(ran)
 
 
 def is_any_autocast_on() -> bool:

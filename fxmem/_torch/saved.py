@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,24 @@ PREPARED = "_fxmem_prepared"
 _RAW = "_raw_saved_"
 
 
+def nodes_before(values: Any, is_end: Callable[[Any], bool]) -> Iterator[Any]:
+    """Autograd's nodes on the way to these values, each once; of what is before an end, none."""
+    seen: set[Any] = set()
+    stack: list[Any] = [
+        value.grad_fn
+        for value in torch.utils._pytree.tree_leaves(values)
+        if isinstance(value, torch.Tensor)
+    ]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not is_end(node):
+            stack += [before for before, _ in node.next_functions]
+
+
 def saved_before(values: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Tensors that were saved on the way to these values, as far as graphs of ours; and leaves that get a
     gradient there.
@@ -24,22 +42,17 @@ def saved_before(values: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
     saved: list[torch.Tensor] = []
     leaves: list[torch.Tensor] = []
-    seen: set[Any] = set()
-    stack: list[Any] = [
-        value.grad_fn
-        for value in torch.utils._pytree.tree_leaves(values)
-        if isinstance(value, torch.Tensor) and value.grad_fn is not None
-    ]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or hasattr(node, PREPARED):
+    for node in nodes_before(values, _is_ours):
+        if _is_ours(node):
             continue
-        seen.add(node)
         if node.name().endswith("AccumulateGrad"):
             leaves.append(node.variable)
         saved += _saved_by(node)
-        stack += [below for below, _ in node.next_functions]
     return saved, leaves
+
+
+def _is_ours(node: Any) -> bool:
+    return hasattr(node, PREPARED)
 
 
 def _saved_by(node: Any) -> Iterator[torch.Tensor]:

@@ -156,10 +156,10 @@ class Session:
             return None
         if _torch.is_checkpointed():
             return Use(Seen(graph.key(args), program, _storages(args)))
-        key = graph.key(args)
-        use = Use(self._seen(key, program, args))
+        path = _path(self.outstanding(), graph.key(args))
+        use = Use(self._seen(path, program, args))
         # The same in each step: there may be a whole model to walk through before a graph.
-        self._outside_before[self._path(key)] = use.seen.outside
+        self._outside_before[path] = use.seen.outside
         self._uses.append(weakref.ref(use))
         seen = self.outstanding()
         if len(seen) > len(self._longest):
@@ -168,12 +168,9 @@ class Session:
             warnings.warn(_MANY_WAITING, stacklevel=4)
         return use
 
-    def _seen(self, key: Key, program: Program, args: Sequence[Any]) -> Seen:
-        outside = self._outside_before.get(self._path(key)) or self._outside(args)
-        return Seen(key, program, {**_storages(args), **outside.leaves}, outside)
-
-    def _path(self, key: Key) -> tuple[Key, ...]:
-        return (*(use.key for use in self.outstanding()), key)
+    def _seen(self, path: tuple[Key, ...], program: Program, args: Sequence[Any]) -> Seen:
+        outside = self._outside_before.get(path) or self._outside(args)
+        return Seen(path[-1], program, {**_storages(args), **outside.leaves}, outside)
 
     def _outside(self, args: Sequence[Any]) -> Outside:
         """What code before this graph, and after those that wait for their backward, left there."""
@@ -206,7 +203,7 @@ class Session:
         outstanding = self.outstanding()
         if not outstanding:
             self._plan_last_step()
-        path = (*(use.key for use in outstanding), key)
+        path = _path(outstanding, key)
         needed = self._around(path, [use.part for use in outstanding])
         if needed is None and not outstanding and not graph.more_follows:
             return self._alone(graph, args, path)
@@ -293,7 +290,7 @@ class Session:
         if found is None or budget is None:
             return found
         parts = [use.part for use in self.outstanding()]
-        last = self._seen(path[-1], found, args)
+        last = self._seen(path, found, args)
         resident = self._given(args, last.outside)
         here = sum(part.held for part in parts) + resident + last.part.least
         if here + self._coming.get(path, 0) > _TIGHT * budget:
@@ -334,7 +331,7 @@ class Session:
 
         Where more would have followed, none of its beginnings is a whole step.
         """
-        seen = [*self.outstanding(), self._seen(path[-1], last, args)]
+        seen = [*self.outstanding(), self._seen(path, last, args)]
         graph.programs[path] = last
         if not graph.more_follows:
             self._longest = seen
@@ -405,6 +402,11 @@ class Session:
             for key in use.made:
                 residents.pop(key, None)
         return resident_bytes(residents)
+
+
+def _path(uses: Sequence[Seen], key: Key) -> tuple[Key, ...]:
+    """Where in a step a graph is called: after these."""
+    return (*(use.key for use in uses), key)
 
 
 def _as_small_as_can_be(uses: Sequence[Seen], resident: int) -> list[Part]:

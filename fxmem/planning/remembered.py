@@ -20,6 +20,13 @@ _MANY = 16
 
 _NO_NUMBERS = ("node", "storage")
 
+
+def _numbers(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.name not in _NO_NUMBERS)
+
+
+_OF_OPERATORS, _OF_VALUES = _numbers(Operator), _numbers(Value)
+
 _NO_NODE = cast(fx.Node, None)
 """Of what is remembered: the planner looks at numbers alone, and a node would keep its graph alive."""
 
@@ -42,8 +49,8 @@ class RememberingPlanner(Planner):
     def _first(self) -> Planner:
         flow = self.flow
         return _planner(
-            _rows(flow.operators, _names(Operator)),
-            _rows(flow.values, _names(Value)),
+            _rows(flow.operators, _OF_OPERATORS),
+            _rows(flow.values, _OF_VALUES),
             (flow.num_forward, flow.waiting, flow.loss_outside),
             self.must_keep,
             self.must_remake,
@@ -66,8 +73,8 @@ def _planner(
     limit: int,
 ) -> Planner:
     flow = Dataflow(
-        [Operator(_NO_NODE, **_by_name(Operator, row)) for row in operators],
-        [Value(node=_NO_NODE, **_by_name(Value, row)) for row in values],
+        [Operator(_NO_NODE, **dict(zip(_OF_OPERATORS, row, strict=True))) for row in operators],
+        [Value(node=_NO_NODE, **dict(zip(_OF_VALUES, row, strict=True))) for row in values],
         *rest,
     )
     return Planner(flow, must_keep, must_remake, limit)
@@ -75,11 +82,3 @@ def _planner(
 
 def _rows(items: list[Any], names: tuple[str, ...]) -> Rows:
     return tuple(tuple(getattr(item, name) for name in names) for item in items)
-
-
-def _by_name(kind: type, row: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(_names(kind), row, strict=True))
-
-
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind) if field.name not in _NO_NUMBERS)
