@@ -5,6 +5,8 @@ from __future__ import annotations
 from fxmem.analysis.liveness import MemoryTimeline, Step, Storage
 from fxmem.graphs.graph import JointGraph, Role
 
+LOSS = "loss outside the model"
+
 _ROLES = {Role.PARAMETER: "parameters", Role.BUFFER: "buffers", Role.INPUT: "inputs"}
 
 
@@ -22,4 +24,4 @@ def category(storage: Storage, graph: JointGraph, line: MemoryTimeline) -> str:
 
 
 def workspace_name(step: Step) -> str:
-    return "operator workspace" if step.node is not None else "loss outside the model"
+    return "operator workspace" if step.node is not None else LOSS

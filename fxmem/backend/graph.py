@@ -26,6 +26,7 @@ from fxmem.graphs.emit import boxed
 from fxmem.graphs.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
 from fxmem.planning.ledger import Around, Part, part_of
 from fxmem.planning.plan import Plan
+from fxmem.planning.whole_step import in_step
 from fxmem.reports.report import Report
 from fxmem.steps.analyze import Analysis, Unchanged, analyze, unchanged_step
 from fxmem.steps.backward import (
@@ -192,9 +193,7 @@ class Graph:
 
         Once Dynamo has finished with the graph, the sizes of further inputs are constants.
         """
-        call = StepCall(_bare(self.module), _concrete(args), name=self.name)
-        with _torch.outside_of_tracing():
-            unchanged = unchanged_step(call)
+        call, unchanged = self._unchanged(args)
         without_data = replace(call, args=())  # what is compiled refers to it as long as it lives
         builder = _Builder(self, self.sizes(args), around, options, without_data, unchanged)
         builder.examples = args
@@ -209,6 +208,15 @@ class Graph:
             self.plain = run if self.tracing else self.module
             return None
         return builder.program(run)
+
+    def unchanged_peak(self, args: Sequence[Any]) -> int | None:
+        """Bytes at the peak of the graph as a step of its own, run by eager PyTorch, if they are known."""
+        return self._unchanged(args)[1].peak
+
+    def _unchanged(self, args: Sequence[Any]) -> tuple[StepCall, Unchanged]:
+        call = StepCall(_bare(self.module), _concrete(args), name=self.name)
+        with _torch.outside_of_tracing():
+            return call, unchanged_step(call)
 
     @contextlib.contextmanager
     def _numbers_explained(self) -> Iterator[None]:
@@ -297,14 +305,7 @@ class _Builder:
         plan = planned.plan
         if self.around.spare:
             plan = _by_need(planned, phases, self.around.spare)
-        if self.around.always:
-            always = self.around.always
-            plan = replace(
-                plan,
-                budget=plan.budget + always,
-                predicted_peak=plan.predicted_peak + always,
-                resident=plan.resident + always,
-            )
+        plan = in_step(plan, self.around)
         if self.around.known:
             _tell(self.graph.number, plan)
         part = part_of(planned.line, planned.graph, bindings)

@@ -16,16 +16,18 @@ import torch
 from torch import nn
 
 from fxmem import _torch
-from fxmem._torch.saved import saved_before
+from fxmem._torch.saved import leads_to_ours, look_at_backwards
 from fxmem.analysis.shards import resident_bytes
+from fxmem.backend.outside import Outside, outside_of, storages
 from fxmem.basics.budget import Budget
 from fxmem.basics.device import library_memory
-from fxmem.basics.errors import BudgetInfeasibleError, FxmemError
-from fxmem.basics.sizes import storages_in
+from fxmem.basics.errors import BudgetInfeasibleError
 from fxmem.basics.units import format_bytes
 from fxmem.graphs.capture import StepCall
 from fxmem.planning.ledger import Around, Part, around, shares, step_peak
+from fxmem.planning.whole_step import REST, in_step
 from fxmem.steps.analyze import device_of
+from fxmem.steps.decisions import infeasible
 from fxmem.steps.options import Options
 
 if TYPE_CHECKING:
@@ -47,25 +49,6 @@ _MANY_WAITING = (
     f"fxmem: {_MANY} forwards wait for their backward, and what they saved is held until then. "
     "Where no backward follows, as in an evaluation, call the model under torch.no_grad()."
 )
-
-
-@dataclass(frozen=True)
-class Outside:
-    """What code in no graph, between two graphs or before the first, leaves there until its backward.
-
-    saved, leaves: storage -> bytes of what autograd saved for it, and of leaves whose gradients it makes.
-    """
-
-    saved: dict[int, int] = field(default_factory=dict)
-    leaves: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.saved.values())
-
-    @property
-    def gradients(self) -> int:
-        return sum(self.leaves.values())
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,7 @@ class Use:
     finished: bool = False
 
     def returned(self, outputs: Any) -> None:
-        self.seen.made.update(_storages(outputs).keys() - self.seen.read.keys())
+        self.seen.made.update(storages(outputs).keys() - self.seen.read.keys())
 
     def done(self) -> None:
         self.finished = True
@@ -106,12 +89,17 @@ class Use:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Graphs of one step in forward order, as seen in its first run.  resident, budget: bytes."""
+    """Graphs of one step in forward order, as seen in its first run; and code after them, if that counts.
+
+    Bytes.  wanted: of each part at its peak, with everything kept.  resident: what is always there.
+    unchanged: at the peak of the step with everything kept.
+    """
 
     keys: tuple[Key, ...]
     parts: tuple[Part, ...]
     wanted: tuple[int, ...]
     resident: int
+    unchanged: int
     budget: int | None
 
     def around(self, place: int, earlier: Sequence[Part]) -> Around:
@@ -120,7 +108,8 @@ class Schedule:
             room = self.budget - step_peak(self.parts, self.resident)
             later = shares(self.parts, self.wanted)[place + 1 :]
             spare = int(sum(later) * max(room, 0))
-        return around(self.parts, place, earlier, self.resident, spare)
+        found = around(self.parts, place, earlier, self.resident, spare)
+        return replace(found, unchanged=self.unchanged)
 
 
 class Session:
@@ -139,6 +128,7 @@ class Session:
         self._coming: dict[tuple[Key, ...], int] = {}
         self._to_be_seen_again: set[tuple[Key, ...]] = set()
         self._outside_before: dict[tuple[Key, ...], Outside] = {}
+        self._outside_after: dict[tuple[Key, ...], Outside] = {}
 
     def living(self) -> list[Graph]:
         return [graph for ref in self.graphs if (graph := ref()) is not None]
@@ -155,12 +145,14 @@ class Session:
         if program is None:
             return None
         if _torch.is_checkpointed():
-            return Use(Seen(graph.key(args), program, _storages(args)))
+            return Use(Seen(graph.key(args), program, storages(args)))
         path = _path(self.outstanding(), graph.key(args))
         use = Use(self._seen(path, program, args))
         # The same in each step: there may be a whole model to walk through before a graph.
         self._outside_before[path] = use.seen.outside
         self._uses.append(weakref.ref(use))
+        if not any(keys[: len(path)] == path for keys in self._outside_after):
+            look_at_backwards(self._backward_begins)
         seen = self.outstanding()
         if len(seen) > len(self._longest):
             self._longest = seen
@@ -169,20 +161,34 @@ class Session:
         return use
 
     def _seen(self, path: tuple[Key, ...], program: Program, args: Sequence[Any]) -> Seen:
-        outside = self._outside_before.get(path) or self._outside(args)
-        return Seen(path[-1], program, {**_storages(args), **outside.leaves}, outside)
+        outside = self._before(path, args)
+        return Seen(path[-1], program, {**storages(args), **outside.leaves}, outside)
 
-    def _outside(self, args: Sequence[Any]) -> Outside:
+    def _before(self, path: tuple[Key, ...], args: Sequence[Any]) -> Outside:
         """What code before this graph, and after those that wait for their backward, left there."""
-        saved, leaves = saved_before(args)
-        device = _device(args)
-        known = set(_storages(args))
+        known = self._outside_before.get(path)
+        if known is not None:
+            return known
+        found = outside_of(args, self._known() | storages(args).keys(), _device(args))
+        # A leaf's second gradient is added to the first one at once.
+        return replace(found, again=0)
+
+    def _backward_begins(self, roots: Any) -> bool:
+        """See what code after the last graph left there; was this the backward of graphs of a step?"""
+        seen = self.outstanding()
+        if not seen or not leads_to_ours(roots):
+            return False
+        device = torch.device(seen[-1].program.plan.device)
+        keys = tuple(use.key for use in seen)
+        self._outside_after[keys] = outside_of(roots, self._known(), device)
+        return True
+
+    def _known(self) -> set[int]:
+        """Storages that the graphs of this step are given, have made, or found there."""
+        found: set[int] = set()
         for use in self.outstanding():
-            known |= use.read.keys() | use.made | use.outside.saved.keys()
-        new = {key: n for key, n in _storages(leaves).items() if key not in known}
-        known |= new.keys()
-        there = _storages([tensor for tensor in saved if tensor.device == device])
-        return Outside({key: n for key, n in there.items() if key not in known}, new)
+            found |= use.read.keys() | use.made | use.outside.saved.keys()
+        return found
 
     def program_for(self, graph: Graph, args: Sequence[Any]) -> Program | None:
         """The program that a call of the graph runs now; made if there is none yet.
@@ -229,12 +235,19 @@ class Session:
         return graph.checkpointed[key]
 
     def _alone(self, graph: Graph, args: Sequence[Any], path: tuple[Key, ...]) -> Program | None:
-        """A graph that is the whole step, as far as is known: planned as by ``optimize``."""
+        """A graph that is the whole step, as far as is known: planned as by ``optimize``, with what code
+        before it holds.
+        """
+        before = self._before(path, args)
+        needed = Around(before.nbytes + resident_bytes(before.leaves))
         sizes = graph.sizes(args)
         serving = [
             program
             for at, program in graph.programs.items()
-            if len(at) == 1 and program.around == Around() and program.serves(sizes)
+            if len(at) == 1
+            and program.around.meanwhile is None
+            and program.leaves_room(needed)
+            and program.serves(sizes)
         ]
         if serving:
             return min(serving, key=lambda program: program.plan.predicted_overhead)
@@ -242,7 +255,7 @@ class Session:
         first = not any(other.programs for other in self.living())
         options = self.options if first else replace(self.options, plan=None)
         try:
-            made = graph.build(args, Around(), options)
+            made = self._within(graph, args, needed, options)
         except BudgetInfeasibleError as error:
             if options.budget.kind != "baseline_share":
                 raise
@@ -250,6 +263,27 @@ class Session:
         if made is not None:
             graph.programs[path] = made
         return made
+
+    def _within(
+        self, graph: Graph, args: Sequence[Any], needed: Around, options: Options
+    ) -> Program | None:
+        """Of what was asked for the step, the graph gets what the code before it does not hold."""
+        if not needed.always or options.budget.kind == "min":
+            return graph.build(args, needed, options)
+        device = _device(args)
+        reserve = options.reserve + library_memory(device)
+        baseline = 0
+        if options.budget.kind == "baseline_share":
+            unchanged = graph.unchanged_peak(args)
+            if unchanged is None:
+                return graph.build(args, needed, options)  # a share of the planner's own baseline
+            baseline = needed.always + unchanged
+        budget = options.budget.resolve(device=device, baseline_peak=baseline, reserve=reserve)
+        assert budget is not None
+        try:
+            return _built_within(graph, args, needed, budget, options)
+        except BudgetInfeasibleError as error:
+            raise _in_a_step(error, needed, budget) from error
 
     def _made(
         self,
@@ -264,18 +298,11 @@ class Session:
         budget = self._budget(path)
         if budget is None:
             return graph.build(args, needed, self.options.for_the_smallest())
-        room = budget - needed.always
-        outside = self.options.reserve + library_memory(_device(args))
-        if room > 0:
-            asked = Budget("bytes", Fraction(room + outside), self.options.budget.asked)
-            options = replace(self.options, budget=asked, plan=None)
-            try:
-                return graph.build(args, needed, options)
-            except BudgetInfeasibleError as error:
-                if known is None or _peak(known, needed) > budget:
-                    raise _in_a_step(error, needed, budget) from error
-        if known is None or _peak(known, needed) > budget:
-            raise _no_room(known, needed, budget)
+        try:
+            return _built_within(graph, args, needed, budget, replace(self.options, plan=None))
+        except BudgetInfeasibleError as error:
+            if known is None or _peak(known, needed) > budget:
+                raise _in_a_step(error, needed, budget) from error
         return replace(known, around=needed)
 
     def _provisional(
@@ -352,19 +379,38 @@ class Session:
         """The step before this one is over: from now on its graphs share the budget."""
         uses, self._longest = self._longest, []
         keys = tuple(seen.key for seen in uses)
-        if all(not seen.program.provisional for seen in uses):
+        after = self._follows(uses)
+        last = [] if after is None else [after.last]
+        parts = [*(seen.part for seen in uses), *last]
+        resident = resident_bytes({**_residents(uses), **(after or Outside()).leaves})
+        if all(not seen.program.provisional for seen in uses) and (
+            after is None or keys in self.schedules or self._keeps(parts, resident, uses)
+        ):
             return  # nothing ran, or all of it as planned for this step
-        resident = resident_bytes(_residents(uses))
-        whole = [seen.surrounded(seen.program.whole) for seen in uses]
-        log.info(_coverage(uses))
-        budget = self._resolved(step_peak(whole, resident), uses[0].program)
-        parts = [seen.part for seen in uses]
+        whole = [*(seen.surrounded(seen.program.whole) for seen in uses), *last]
+        log.info(_coverage(uses, after or Outside()))
+        unchanged = step_peak(whole, resident)
+        budget = self._resolved(unchanged, uses[0].program)
         if budget is None or step_peak(parts, resident) > budget:
-            parts = _as_small_as_can_be(uses, resident)
+            parts = _as_small_as_can_be(uses, last, resident)
         if budget is not None and step_peak(parts, resident) > budget:
             log.info("the smallest plans of %d graphs need more than the budget", len(uses))
         wanted = tuple(part.least for part in whole)
-        self.schedules[keys] = Schedule(keys, tuple(parts), wanted, resident, budget)
+        self.schedules[keys] = Schedule(keys, tuple(parts), wanted, resident, unchanged, budget)
+
+    def _follows(self, uses: Sequence[Seen]) -> Outside | None:
+        """What code after the last graph left there, if more than is assumed of any loss."""
+        found = self._outside_after.get(tuple(seen.key for seen in uses))
+        if found is None:
+            return None
+        last = uses[-1].program.part
+        loss = last.boundary - last.held - last.tangents
+        return found if found.gradients or found.nbytes > loss else None
+
+    def _keeps(self, parts: Sequence[Part], resident: int, uses: Sequence[Seen]) -> bool:
+        """Do the graphs, as they run, keep a budget of bytes?"""
+        budget = self._budget_in_bytes(uses[0].program)
+        return budget is not None and step_peak(parts, resident) <= budget
 
     def _resolved(self, baseline: int, program: Program) -> int | None:
         """The budget of the whole step, in bytes; None for "min"."""
@@ -382,7 +428,9 @@ class Session:
         if not found:
             return None
         following = [(a.meanwhile, a.spare) for a in found if a.meanwhile is not None]
-        return Around(max(a.always for a in found), *max(following, default=(None, 0)))
+        meanwhile, spare = max(following, default=(None, 0))
+        unchanged = max(a.unchanged or 0 for a in found)
+        return Around(max(a.always for a in found), meanwhile, spare, unchanged=unchanged)
 
     def _budget(self, path: tuple[Key, ...]) -> int | None:
         budgets = [s.budget for s in self._of(path) if s.budget is not None]
@@ -397,7 +445,7 @@ class Session:
     def _given(self, args: Sequence[Any], outside: Outside) -> int:
         """Bytes of what the graphs of this step are given, up to one that is called with these."""
         uses = self.outstanding()
-        residents = {**_residents(uses), **_storages(args), **outside.leaves}
+        residents = {**_residents(uses), **storages(args), **outside.leaves}
         for use in uses:
             for key in use.made:
                 residents.pop(key, None)
@@ -409,36 +457,43 @@ def _path(uses: Sequence[Seen], key: Key) -> tuple[Key, ...]:
     return (*(use.key for use in uses), key)
 
 
-def _as_small_as_can_be(uses: Sequence[Seen], resident: int) -> list[Part]:
-    """The graphs of a step by the plans with the smallest peak of all of it.
+def _built_within(
+    graph: Graph, args: Sequence[Any], needed: Around, budget: int, options: Options
+) -> Program | None:
+    """The graph by the plan for what is left of the step's budget, in bytes."""
+    outside = options.reserve + library_memory(_device(args))
+    left = max(budget - needed.always, 1)
+    asked = Budget("bytes", Fraction(left + outside), options.budget.asked)
+    made = graph.build(args, needed, replace(options, budget=asked))
+    return made and replace(made, plan=replace(made.plan, budget=budget))
+
+
+def _as_small_as_can_be(uses: Sequence[Seen], last: Sequence[Part], resident: int) -> list[Part]:
+    """The graphs of a step by the plans with the smallest peak of all of it; last: what follows them.
 
     What a graph and those that follow hold at most depends on these alone: so each is planned for that,
     from the last one on.
     """
-    parts = [use.part for use in uses]
+    parts = [*(use.part for use in uses), *last]
     for place in reversed(range(len(uses))):
         use = uses[place]
         parts[place] = use.surrounded(use.program.smallest(around(parts, place, [], resident)))
     return parts
 
 
-def _coverage(uses: Sequence[Seen]) -> str:
+def _coverage(uses: Sequence[Seen], after: Outside) -> str:
     """Of the bytes that wait for a backward in a step that keeps everything, those of graphs."""
     seen = sum(use.program.whole.held for use in uses)
-    outside = sum(use.outside.nbytes for use in uses)
+    outside = sum(use.outside.nbytes for use in uses) + after.nbytes
     share = 100 * seen / ((seen + outside) or 1)
-    return f"{len(uses)} graphs, {share:.0f} % of saved bytes seen"
+    graphs = "1 graph" if len(uses) == 1 else f"{len(uses)} graphs"
+    return f"{graphs}, {share:.0f} % of saved bytes seen"
 
 
 def _residents(uses: Sequence[Seen]) -> dict[int, int]:
     """Storage -> bytes of all that the graphs of a step are given and that none of them made."""
     made = {key for use in uses for key in use.made}
     return {k: n for use in uses for k, n in use.read.items() if k not in made}
-
-
-def _storages(values: Any) -> dict[int, int]:
-    tensors = [t for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
-    return {key: int(n) for t in tensors for key, n in storages_in(t).items()}
 
 
 def _device(args: Sequence[Any]) -> torch.device:
@@ -463,26 +518,17 @@ def _of_a_share(error: BudgetInfeasibleError) -> BudgetInfeasibleError:
 
 
 def _in_a_step(error: BudgetInfeasibleError, needed: Around, budget: int) -> BudgetInfeasibleError:
+    """The error of a graph, in the figures of the step."""
+    plan = replace(in_step(error.best_plan, needed), budget=budget)
+    found = infeasible(plan)
+    sizes = [line for line in str(error).split("\n") if line.startswith("  fits ")]
+    note = f"  note    {REST}: what other graphs hold while this one runs, and code that is in none"
     return BudgetInfeasibleError(
-        f"this is one of several graphs of a step; of the budget of {format_bytes(budget)}, the others "
-        f"hold {format_bytes(needed.always)} while it runs.\n{error}",
-        smallest_peak=error.smallest_peak + needed.always,
-        best_plan=error.best_plan,
-        why=error.why,
+        "\n".join([str(found), note, *sizes]),
+        smallest_peak=plan.predicted_peak,
+        best_plan=plan,
+        why=found.why,
     )
-
-
-def _no_room(known: Program | None, needed: Around, budget: int) -> FxmemError:
-    peak = needed.always if known is None else _peak(known, needed)
-    text = (
-        f"the step runs in several graphs, and the smallest plans of all of them need "
-        f"{format_bytes(peak)} ({peak} bytes); the budget is {format_bytes(budget)} ({budget} bytes).\n"
-        f"  try: a budget of {peak} bytes, or fewer graph breaks "
-        "(torch._dynamo.explain lists them)"
-    )
-    if known is None:
-        return FxmemError(text)
-    return BudgetInfeasibleError(text, smallest_peak=peak, best_plan=known.plan, why="")
 
 
 def _first_step(program: Program, peak: int, budget: int) -> BudgetInfeasibleError:

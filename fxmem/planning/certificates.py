@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxmem._torch import storage_key
+from fxmem.analysis.categories import LOSS
 from fxmem.analysis.dataflow import Dataflow, Value
 from fxmem.analysis.rebatch import at_batch, batch_of, resized
 from fxmem.analysis.simulate import Drop, Outcome, Simulator
@@ -54,7 +55,7 @@ def certificate(
         # What was simulated and what is rewritten differ by bytes.
         least=min(least.nbytes, peak),
         least_own=min(_own(simulator.flow, least.operator), peak),
-        least_operator="loss outside the model" if node is None else operator_name(node),
+        least_operator=LOSS if node is None else operator_name(node),
         least_module=module_name(node) if node else "",
         least_source=source_line(node) if node else "",
         remedies=tuple(sorted(worth, key=lambda r: -r.saves)),

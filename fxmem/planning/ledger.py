@@ -134,12 +134,14 @@ class Around:
     spare: what of that is left to the graphs that follow, beyond their smallest plans.
     known: has anybody seen what follows?  If not, meanwhile is what a first step hopes it to be, None for
     more than all that this graph has.
+    unchanged: of the whole step, at its peak with everything kept, if that is known.
     """
 
     always: int = 0
     meanwhile: int | None = None
     spare: int = 0
     known: bool = True
+    unchanged: int | None = None
 
 
 def around(
