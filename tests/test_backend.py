@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import logging
 import threading
 import weakref
 from itertools import accumulate
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fxmem
 from fxmem import _torch, backend
+from fxmem._torch import saved
 from fxmem._torch.saved import saved_before
 from fxmem.backend.graph import Graph
 from fxmem.graphs.measure import cpu_allocations
-from fxmem.planning.ledger import Around, Part, around, beyond, shares, step_peak
+from fxmem.planning.ledger import Around, Part, around, beyond, in_a_checkpoint, shares, step_peak
 
 pytestmark = pytest.mark.filterwarnings("ignore:fxmem. no plan fits")
 
@@ -381,15 +384,16 @@ def test_what_code_around_leaves_too_little_for_is_refused(one_by_one):
 def test_backwards_are_looked_at_while_something_is_to_be_learned():
     model, x = seeded(Surrounded), batch()
     compile_inside(model, "1GiB")
-    run = torch.autograd.graph._engine_run_backward
-    loss = model(x)
-    assert torch.autograd._engine_run_backward is not run
-    batch().requires_grad_().sum().backward()  # of something else
-    assert torch.autograd._engine_run_backward is not run
-    loss.backward()
-    assert torch.autograd._engine_run_backward is run
-    model(x).backward()
-    assert torch.autograd._engine_run_backward is run
+    with mock.patch.object(saved, "_looking", []):
+        run = torch.autograd.graph._engine_run_backward
+        loss = model(x)
+        assert torch.autograd._engine_run_backward is not run
+        batch().requires_grad_().sum().backward()  # of something else
+        assert torch.autograd._engine_run_backward is not run
+        loss.backward()
+        assert torch.autograd._engine_run_backward is run
+        model(x).backward()
+        assert torch.autograd._engine_run_backward is run
 
 
 def test_what_was_packed_outside_is_not_unpacked():
@@ -723,6 +727,77 @@ def test_a_checkpoint_around_what_is_compiled(budget):
     step = compiled(model, budget)
     for _ in range(3):
         assert_same(want, stepped(checkpointed(step), model, x))
+
+
+class Redoing(Net):
+    """Some of its blocks are computed again."""
+
+    def __init__(self, how):
+        super().__init__(depth=4)
+        self.how = how
+
+    def forward(self, x):
+        again = functools.partial(checkpoint, use_reentrant=False)
+        first, second, third, fourth = self.blocks
+        if self.how == "each":
+            x = again(fourth, again(third, again(second, again(first, x))))
+        elif self.how == "every second":
+            x = again(fourth, third(again(second, first(x))))
+        else:
+            x = again(lambda x: fourth(third(x)), again(lambda x: second(first(x)), x))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("how", "share"),
+    [
+        ("each", 1.0),
+        ("each", 0.8),
+        ("every second", 1.0),
+        ("every second", 0.8),
+        ("two at a time", 0.8),
+    ],
+)
+def test_graphs_in_checkpoints_share_the_budget(how, share):
+    model, x = seeded(Redoing, how), batch(256).requires_grad_()
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    unchanged = peak_of(eager, eager, x) + resident_of(model, x)
+    budget, options = int(share * unchanged), {"budget": int(share * unchanged)}
+    for block in model.blocks:
+        block.compile(backend="fxmem", options=options)
+    for _ in range(4):  # the last ones to be planned are those in checkpoints
+        assert_same(want, stepped(model, model, x))
+    peak = peak_of(model, model, x) + resident_of(model, x)
+    plans = fxmem.plans(model)
+    assert peak <= budget
+    assert {plan.budget for plan in plans} == {budget}
+    if share == 1.0:
+        assert [plan.predicted_overhead for plan in plans] == [0.0] * len(plans)
+    if how != "two at a time":
+        predicted = max(plan.predicted_peak for plan in plans)
+        assert 0.92 * predicted <= peak <= predicted
+
+
+@pytest.mark.parametrize("how", ["each", "every second", "two at a time"])
+def test_graphs_in_checkpoints_that_find_no_room_say_so(how):
+    model, x = seeded(Redoing, how), batch(256).requires_grad_()
+    options = {"budget": "0.3x"}
+    for block in model.blocks:
+        block.compile(backend="fxmem", options=options)
+    with pytest.raises(fxmem.BudgetInfeasibleError, match="^smallest plan peaks at"):
+        several_steps(model, x)
+
+
+def test_what_a_checkpoint_of_two_graphs_holds():
+    one = part(held=10, returned=3, forward=12, backward=20, tangents=3, gradients=1, boundary=14)
+    two = part(held=7, returned=2, forward=9, backward=11, tangents=2, gradients=4, boundary=13)
+    first, second = in_a_checkpoint([one, two])
+    assert (first.held, second.held) == (3, 2)
+    assert (first.gradients, second.gradients) == (5, 0)
+    # Both again: the second one's backward while the first one's saved tensors are there, 10 + 11; the
+    # first one's beside the second one's gradients, 20 + 4; and the gradient that came in.
+    assert (first.backward, second.backward) == (24 + 2, 0)
+    assert second.boundary == 13 - 7 + 2
 
 
 def test_a_checkpoint_around_blocks_that_share_a_graph():

@@ -670,10 +670,26 @@ def _saved_tensors_hooks_off() -> Iterator[list[Any]]:
             autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def is_checkpointed() -> bool:
-    """Is what autograd saves now dropped by a checkpoint around, or made again for one?"""
+def makes_again() -> bool:
+    """Does this forward make again what a checkpoint dropped?"""
+    return any("recomputation" in pack.__qualname__ for pack in _checkpoint_hooks())
+
+
+def checkpoint_around() -> int | None:
+    """The outermost checkpoint that drops what autograd saves now, by identity as long as its backward is
+    to come; None where there is none, or where one is making again what it dropped.
+    """
+    hooks = _checkpoint_hooks()
+    if not hooks or makes_again():
+        return None
+    names = hooks[-1].__code__.co_freevars
+    return id(hooks[-1].__closure__[names.index("frame")].cell_contents)
+
+
+def _checkpoint_hooks() -> list[Any]:
+    """What packs saved tensors for a checkpoint, the innermost first."""
     with _saved_tensors_hooks_off() as hooks:
-        return any(pack.__module__ == "torch.utils.checkpoint" for pack, _ in hooks)
+        return [pack for pack, _ in hooks if pack.__module__ == "torch.utils.checkpoint"]
 
 
 def _is_tracker(hook: Any) -> bool:

@@ -80,7 +80,8 @@ def plans(compiled: nn.Module | Callable[..., Any]) -> list[Plan]:
             )
         session = _sessions.get(id(options))
         graphs = [] if session is None else session.living()
-    programs = [program for graph in graphs for program in graph.programs.values()]
+    every = [(*graph.programs.values(), *graph.checkpointed.values()) for graph in graphs]
+    programs = [program for some in every for program in some if program is not None]
     found = [(p.number, p.plan) for p in programs if not p.provisional]
     if not found:
         raise FxmemError(

@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxmem import _torch
 from fxmem._torch.eager import compiling, eager_decompositions
 from fxmem.analysis.shards import reads_gathered
-from fxmem.backend.session import Key
+from fxmem.backend.schedule import Key, Path
 from fxmem.basics.errors import CaptureError, FxmemError
 from fxmem.basics.sizes import evaluate, hint, storages_in
 from fxmem.graphs.capture import StepCall, examples_of, joint_graph
@@ -119,7 +119,7 @@ class Graph:
         self.session = session
         self.more_follows = _torch.follows_a_break(module) or reads_gathered(example_inputs)
         self.name = _title(module)
-        self.programs: dict[tuple[Key, ...], Program] = {}
+        self.programs: dict[Path, Program] = {}
         self.checkpointed: dict[Key, Program | None] = {}
         self.plain: Callable[..., Any] | None = None
         self.error: FxmemError | None = None
@@ -184,7 +184,7 @@ class Graph:
         return tuple(int(hint(args[i])) for i in self.size_places)
 
     def key(self, args: Sequence[Any]) -> Key:
-        return self.number, self.sizes(args)
+        return Key(self.number, self.sizes(args))
 
     # -- Building ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +19,33 @@ from fxmem import _torch
 from fxmem._torch.saved import leads_to_ours, look_at_backwards
 from fxmem.analysis.shards import resident_bytes
 from fxmem.backend.outside import Outside, outside_of, storages
+from fxmem.backend.refusals import first_step, in_figures_of_the_step, of_a_share
+from fxmem.backend.schedule import (
+    Key,
+    Path,
+    Schedule,
+    Seen,
+    Use,
+    as_small_as_can_be,
+    coverage,
+    keeping_all,
+    parts_of,
+    path_of,
+    residents,
+)
 from fxmem.basics.budget import Budget
 from fxmem.basics.device import library_memory
 from fxmem.basics.errors import BudgetInfeasibleError
-from fxmem.basics.units import format_bytes
 from fxmem.graphs.capture import StepCall
-from fxmem.planning.ledger import Around, Part, around, shares, step_peak
-from fxmem.planning.whole_step import REST, in_step
+from fxmem.planning.ledger import Around, Part, step_peak
+from fxmem.planning.whole_step import in_step
 from fxmem.steps.analyze import device_of
-from fxmem.steps.decisions import infeasible
 from fxmem.steps.options import Options
 
 if TYPE_CHECKING:
     from fxmem.backend.graph import Graph, Program
 
 log = logging.getLogger("fxmem.backend")
-
-Key = tuple[int, tuple[int, ...]]
-"""A graph's number and the sizes that it is called with, where those may change."""
-
-_CHECKPOINT: Key = (-1, ())
-"""Stands in a path for a checkpoint around the graph."""
 
 _TIGHT = 0.8
 """Of the budget: a graph of a first step that takes more at its peak is planned once more, to take less."""
@@ -51,67 +57,6 @@ _MANY_WAITING = (
 )
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What is remembered of a forward.
-
-    read: storage -> bytes of its inputs.  outside: of what the code before it saved.  made: its outputs'.
-    """
-
-    key: Key
-    program: Program
-    read: dict[int, int]
-    outside: Outside = field(default_factory=Outside)
-    made: set[int] = field(default_factory=set)
-
-    @property
-    def part(self) -> Part:
-        return self.surrounded(self.program.part)
-
-    def surrounded(self, part: Part) -> Part:
-        """The bytes of its graph by some plan, after the code before it."""
-        return part.after(self.outside.nbytes, self.outside.gradients)
-
-
-@dataclass(eq=False)
-class Use:
-    """One forward, until its backward has run or can run no more: what autograd saved refers to it."""
-
-    seen: Seen
-    finished: bool = False
-
-    def returned(self, outputs: Any) -> None:
-        self.seen.made.update(storages(outputs).keys() - self.seen.read.keys())
-
-    def done(self) -> None:
-        self.finished = True
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Graphs of one step in forward order, as seen in its first run; and code after them, if that counts.
-
-    Bytes.  wanted: of each part at its peak, with everything kept.  resident: what is always there.
-    unchanged: at the peak of the step with everything kept.
-    """
-
-    keys: tuple[Key, ...]
-    parts: tuple[Part, ...]
-    wanted: tuple[int, ...]
-    resident: int
-    unchanged: int
-    budget: int | None
-
-    def around(self, place: int, earlier: Sequence[Part]) -> Around:
-        spare = 0
-        if self.budget is not None:
-            room = self.budget - step_peak(self.parts, self.resident)
-            later = shares(self.parts, self.wanted)[place + 1 :]
-            spare = int(sum(later) * max(room, 0))
-        found = around(self.parts, place, earlier, self.resident, spare)
-        return replace(found, unchanged=self.unchanged)
-
-
 class Session:
     """What one ``torch.compile`` with its options has compiled, and the step that is going on."""
 
@@ -120,34 +65,47 @@ class Session:
         self.options = options
         self.graphs: list[weakref.ref[Graph]] = []
         self.lock = threading.RLock()
-        self.schedules: dict[tuple[Key, ...], Schedule] = {}
+        self.schedules: dict[Path, Schedule] = {}
         self._uses: list[weakref.ref[Use]] = []
         self._longest: list[Seen] = []
         self._refused = False
         # Of steps that were refused before all of their graphs were seen: bytes that came after a path.
-        self._coming: dict[tuple[Key, ...], int] = {}
-        self._to_be_seen_again: set[tuple[Key, ...]] = set()
-        self._outside_before: dict[tuple[Key, ...], Outside] = {}
-        self._outside_after: dict[tuple[Key, ...], Outside] = {}
+        self._coming: dict[Path, int] = {}
+        self._to_be_seen_again: set[Path] = set()
+        self._outside_before: dict[Path, Outside] = {}
+        self._outside_after: dict[Path, Outside] = {}
 
     def living(self) -> list[Graph]:
         return [graph for ref in self.graphs if (graph := ref()) is not None]
 
     def outstanding(self) -> list[Seen]:
         """Forwards whose backward has not run, oldest first."""
+        return [use.seen for use in self._waiting()]
+
+    def _waiting(self) -> list[Use]:
         alive = [use for ref in self._uses if (use := ref()) is not None and not use.finished]
         self._uses = [weakref.ref(use) for use in alive]
-        return [use.seen for use in alive]
+        return alive
+
+    def _path(self, graph: Graph, args: Sequence[Any]) -> Path:
+        """Where in this step the graph is called."""
+        uses, frame = self._waiting(), _torch.checkpoint_around()
+        key = graph.key(args)
+        if frame is not None:
+            last = uses[-1].seen.key.checkpoint if uses and uses[-1].frame == frame else 0
+            new = 1 + max((use.seen.key.checkpoint for use in uses), default=0)
+            key = key._replace(checkpoint=last or new)
+        return path_of([use.seen for use in uses], key)
 
     def enter(self, graph: Graph, args: Sequence[Any]) -> Use | None:
         """A forward begins; None where nothing in it needs a gradient."""
         program = self.program_for(graph, args)
         if program is None:
             return None
-        if _torch.is_checkpointed():
+        if _torch.makes_again():
             return Use(Seen(graph.key(args), program, storages(args)))
-        path = _path(self.outstanding(), graph.key(args))
-        use = Use(self._seen(path, program, args))
+        path = self._path(graph, args)
+        use = Use(self._seen(path, program, args), _torch.checkpoint_around())
         # The same in each step: there may be a whole model to walk through before a graph.
         self._outside_before[path] = use.seen.outside
         self._uses.append(weakref.ref(use))
@@ -160,11 +118,11 @@ class Session:
             warnings.warn(_MANY_WAITING, stacklevel=4)
         return use
 
-    def _seen(self, path: tuple[Key, ...], program: Program, args: Sequence[Any]) -> Seen:
+    def _seen(self, path: Path, program: Program, args: Sequence[Any]) -> Seen:
         outside = self._before(path, args)
         return Seen(path[-1], program, {**storages(args), **outside.leaves}, outside)
 
-    def _before(self, path: tuple[Key, ...], args: Sequence[Any]) -> Outside:
+    def _before(self, path: Path, args: Sequence[Any]) -> Outside:
         """What code before this graph, and after those that wait for their backward, left there."""
         known = self._outside_before.get(path)
         if known is not None:
@@ -203,38 +161,113 @@ class Session:
         return program
 
     def _program_for(self, graph: Graph, args: Sequence[Any]) -> Program | None:
-        key = graph.key(args)
-        if _torch.is_checkpointed():
-            return self._checkpointed(graph, args, key)
+        if _torch.makes_again():
+            return graph.checkpointed.get(graph.key(args))
         outstanding = self.outstanding()
         if not outstanding:
             self._plan_last_step()
-        path = _path(outstanding, key)
-        needed = self._around(path, [use.part for use in outstanding])
+        path = self._path(graph, args)
+        if path[-1].checkpoint:
+            return self._checkpointed(graph, args, path)
+        needed = self._around(path, parts_of(outstanding))
         if needed is None and not outstanding and not graph.more_follows:
             return self._alone(graph, args, path)
         known = graph.programs.get(path)
         if known is not None and self._may_stay(known, path, needed):
             return known
-        made = self._made(graph, args, path, needed, known)
+        if needed is None:
+            made = self._provisional(graph, args, path)
+        else:
+            made = self._made(graph, args, needed, self._budget(path), known)
         self._to_be_seen_again.discard(path)
         if made is not None:
             graph.programs[path] = made
         return made
 
-    def _may_stay(self, known: Program, path: tuple[Key, ...], needed: Around | None) -> bool:
+    def _may_stay(self, known: Program, path: Path, needed: Around | None) -> bool:
         return path not in self._to_be_seen_again if needed is None else known.leaves_room(needed)
 
-    def _checkpointed(self, graph: Graph, args: Sequence[Any], key: Key) -> Program | None:
-        """The forward, and the one that makes again what a checkpoint around it dropped, save the same.
+    def _checkpointed(self, graph: Graph, args: Sequence[Any], path: Path) -> Program | None:
+        """The forward, and the one that makes again what the checkpoint around it dropped, save the same.
 
-        So both run one program, whatever else is outstanding then: as a step of its own.
+        So all calls run one program, and another one only while none of them waits for its backward.
+        Until all else is planned, that is the smallest.
         """
-        if key not in graph.checkpointed:
-            graph.checkpointed[key] = self._alone(graph, args, (_CHECKPOINT, key))
-        return graph.checkpointed[key]
+        call = graph.key(args)
+        known = graph.checkpointed.get(call)
+        if not any(use.key.is_checkpointed(call) for use in self.outstanding()):
+            needed, budget = self._around_checkpoints(call)
+            if needed is not None and not (known and known.leaves_room(needed)):
+                known = self._made_again(graph, args, needed, budget, known)
+        if known is None:
+            smallest = self.options.for_the_smallest()
+            known = graph.build(args, Around(meanwhile=0, known=False), smallest)
+        graph.checkpointed[call] = known
+        asked = None if known is None or self._of(path) else self._budget_in_bytes(known)
+        if known is not None and asked is not None:
+            self._check_so_far(graph, args, path, known, asked)
+        return known
 
-    def _alone(self, graph: Graph, args: Sequence[Any], path: tuple[Key, ...]) -> Program | None:
+    def _made_again(
+        self,
+        graph: Graph,
+        args: Sequence[Any],
+        needed: Around,
+        budget: int | None,
+        known: Program | None,
+    ) -> Program | None:
+        """As ``_made``; but with others in one checkpoint, which are taken to keep everything, a graph may
+        find no room and yet all of them have enough with their smallest plans.
+        """
+        try:
+            return self._made(graph, args, needed, budget, known)
+        except BudgetInfeasibleError:
+            call = graph.key(args)
+            uses = [one for one in self.schedules.values() if one.shares_a_checkpoint(call)]
+            if known is None or not uses or not all(one.fits for one in uses):
+                raise
+            return _kept(known, needed, budget)
+
+    def _around_checkpoints(self, call: Key) -> tuple[Around | None, int | None]:
+        """What a graph in checkpoints leaves room for, wherever in the known steps, and the budget.
+
+        None as long as that is not known of one of its places.
+        """
+        found, budgets = list[Around](), list[int | None]()
+        for schedule in self.schedules.values():
+            for place, key in enumerate(schedule.keys):
+                if not key.is_checkpointed(call):
+                    continue
+                earlier = [self._as_planned(schedule, before) for before in range(place)]
+                if None in earlier:
+                    return None, None
+                planned = [part for part in earlier if part is not None]
+                found.append(schedule.around_in_checkpoint(place, planned))
+                budgets.append(schedule.budget)
+        if not found:
+            return None, None
+        limits = [budget for budget in budgets if budget is not None]
+        always = max(one.always for one in found)
+        meanwhile = max(one.meanwhile or 0 for one in found)
+        unchanged = max(one.unchanged or 0 for one in found)
+        return Around(always, meanwhile, unchanged=unchanged), min(limits, default=None)
+
+    def _as_planned(self, schedule: Schedule, place: int) -> Part | None:
+        """A graph of a known step by its last plan; None if that is to come.
+
+        What one in a checkpoint holds is the same by all plans.
+        """
+        path = schedule.keys[: place + 1]
+        if path[-1].checkpoint:
+            return schedule.parts[place]
+        graph = next((one for one in self.living() if one.number == path[-1].graph), None)
+        program = None if graph is None else graph.programs.get(path)
+        if program is None or program.provisional:
+            return None
+        before = self._outside_before[path]
+        return program.part.after(before.nbytes, before.gradients)
+
+    def _alone(self, graph: Graph, args: Sequence[Any], path: Path) -> Program | None:
         """A graph that is the whole step, as far as is known: planned as by ``optimize``, with what code
         before it holds.
         """
@@ -259,7 +292,7 @@ class Session:
         except BudgetInfeasibleError as error:
             if options.budget.kind != "baseline_share":
                 raise
-            raise _of_a_share(error) from error
+            raise of_a_share(error) from error
         if made is not None:
             graph.programs[path] = made
         return made
@@ -283,31 +316,26 @@ class Session:
         try:
             return _built_within(graph, args, needed, budget, options)
         except BudgetInfeasibleError as error:
-            raise _in_a_step(error, needed, budget) from error
+            raise in_figures_of_the_step(error, needed, budget) from error
 
     def _made(
         self,
         graph: Graph,
         args: Sequence[Any],
-        path: tuple[Key, ...],
-        needed: Around | None,
+        needed: Around,
+        budget: int | None,
         known: Program | None,
     ) -> Program | None:
-        if needed is None:
-            return self._provisional(graph, args, path)
-        budget = self._budget(path)
         if budget is None:
             return graph.build(args, needed, self.options.for_the_smallest())
         try:
             return _built_within(graph, args, needed, budget, replace(self.options, plan=None))
         except BudgetInfeasibleError as error:
             if known is None or _peak(known, needed) > budget:
-                raise _in_a_step(error, needed, budget) from error
-        return replace(known, around=needed)
+                raise in_figures_of_the_step(error, needed, budget) from error
+        return _kept(known, needed, budget)
 
-    def _provisional(
-        self, graph: Graph, args: Sequence[Any], path: tuple[Key, ...]
-    ) -> Program | None:
+    def _provisional(self, graph: Graph, args: Sequence[Any], path: Path) -> Program | None:
         """A program for a first step, when nobody knows what follows: it leaves the most room for that.
 
         Raises ``BudgetInfeasibleError`` if what is seen so far breaks a budget that is known by then.
@@ -316,17 +344,21 @@ class Session:
         budget = None if found is None else self._budget_in_bytes(found)
         if found is None or budget is None:
             return found
-        parts = [use.part for use in self.outstanding()]
-        last = self._seen(path, found, args)
-        resident = self._given(args, last.outside)
-        here = sum(part.held for part in parts) + resident + last.part.least
+        *earlier, last = parts_of([*self.outstanding(), self._seen(path, found, args)])
+        here = sum(part.held for part in earlier) + self._given(path, args) + last.least
         if here + self._coming.get(path, 0) > _TIGHT * budget:
             found = self._balanced(graph, args, found)
-        peak = step_peak([*parts, last.surrounded(found.part)], resident)
-        if peak > budget:
-            self._remember(graph, found, path, args)
-            raise _first_step(found, peak, budget)
+        self._check_so_far(graph, args, path, found, budget)
         return found
+
+    def _check_so_far(
+        self, graph: Graph, args: Sequence[Any], path: Path, last: Program, budget: int
+    ) -> None:
+        seen = [*self.outstanding(), self._seen(path, last, args)]
+        peak = step_peak(parts_of(seen), self._given(path, args))
+        if peak > budget:
+            self._remember(graph, last, path, args)
+            raise first_step(last, peak, budget)
 
     def _holding_least(self, graph: Graph, args: Sequence[Any]) -> Program | None:
         """The graph so that it holds as little as can be while others run."""
@@ -351,25 +383,25 @@ class Session:
         around = Around(meanwhile=beside, known=False)
         return graph.build(args, around, self.options.for_the_smallest()) or most
 
-    def _remember(
-        self, graph: Graph, last: Program, path: tuple[Key, ...], args: Sequence[Any]
-    ) -> None:
+    def _remember(self, graph: Graph, last: Program, path: Path, args: Sequence[Any]) -> None:
         """What was seen of a step that was refused: its next run knows what follows its graphs.
 
         Where more would have followed, none of its beginnings is a whole step.
         """
         seen = [*self.outstanding(), self._seen(path, last, args)]
-        graph.programs[path] = last
+        if not path[-1].checkpoint:
+            graph.programs[path] = last
         if not graph.more_follows:
             self._longest = seen
             return
         self._longest = []
         for place in range(len(path)):
             self.schedules.pop(path[:place], None)
-        resident = resident_bytes(_residents(seen))
+        resident = resident_bytes(residents(seen))
+        parts = parts_of(seen)
         for place in range(len(path)):
-            after = sum(use.part.gradients for use in seen[place + 1 :])
-            given = resident_bytes(_residents(seen[: place + 1]))
+            after = sum(part.gradients for part in parts[place + 1 :])
+            given = resident_bytes(residents(seen[: place + 1]))
             self._coming[path[: place + 1]] = after + resident - given
             self._to_be_seen_again.add(path[: place + 1])
 
@@ -381,22 +413,24 @@ class Session:
         keys = tuple(seen.key for seen in uses)
         after = self._follows(uses)
         last = [] if after is None else [after.last]
-        parts = [*(seen.part for seen in uses), *last]
-        resident = resident_bytes({**_residents(uses), **(after or Outside()).leaves})
-        if all(not seen.program.provisional for seen in uses) and (
+        parts = [*parts_of(uses), *last]
+        resident = resident_bytes({**residents(uses), **(after or Outside()).leaves})
+        # Within checkpoints, one program may have to wait until all else of a step is planned.
+        new = [seen for seen in uses if not (seen.key.checkpoint and keys in self.schedules)]
+        if all(not seen.program.provisional for seen in new) and (
             after is None or keys in self.schedules or self._keeps(parts, resident, uses)
         ):
             return  # nothing ran, or all of it as planned for this step
-        whole = [*(seen.surrounded(seen.program.whole) for seen in uses), *last]
-        log.info(_coverage(uses, after or Outside()))
+        whole = [*parts_of(uses, keeping_all), *last]
+        log.info(coverage(uses, after or Outside()))
         unchanged = step_peak(whole, resident)
         budget = self._resolved(unchanged, uses[0].program)
         if budget is None or step_peak(parts, resident) > budget:
-            parts = _as_small_as_can_be(uses, last, resident)
+            parts = as_small_as_can_be(uses, last, resident)
         if budget is not None and step_peak(parts, resident) > budget:
             log.info("the smallest plans of %d graphs need more than the budget", len(uses))
-        wanted = tuple(part.least for part in whole)
-        self.schedules[keys] = Schedule(keys, tuple(parts), wanted, resident, unchanged, budget)
+        inside = tuple(seen.program.whole for seen in uses)
+        self.schedules[keys] = Schedule(keys, tuple(parts), tuple(whole), inside, resident, budget)
 
     def _follows(self, uses: Sequence[Seen]) -> Outside | None:
         """What code after the last graph left there, if more than is assumed of any loss."""
@@ -418,10 +452,10 @@ class Session:
         reserve = self.options.reserve + library_memory(device)
         return self.options.budget.resolve(device=device, baseline_peak=baseline, reserve=reserve)
 
-    def _of(self, path: tuple[Key, ...]) -> list[Schedule]:
+    def _of(self, path: Path) -> list[Schedule]:
         return [s for keys, s in self.schedules.items() if keys[: len(path)] == path]
 
-    def _around(self, path: tuple[Key, ...], earlier: Sequence[Part]) -> Around | None:
+    def _around(self, path: Path, earlier: Sequence[Part]) -> Around | None:
         """What a graph at the end of the path leaves room for, whatever of the known steps this is."""
         place = len(path) - 1
         found = [schedule.around(place, earlier) for schedule in self._of(path)]
@@ -432,7 +466,7 @@ class Session:
         unchanged = max(a.unchanged or 0 for a in found)
         return Around(max(a.always for a in found), meanwhile, spare, unchanged=unchanged)
 
-    def _budget(self, path: tuple[Key, ...]) -> int | None:
+    def _budget(self, path: Path) -> int | None:
         budgets = [s.budget for s in self._of(path) if s.budget is not None]
         return min(budgets) if budgets else None
 
@@ -442,19 +476,14 @@ class Session:
             return None
         return self._resolved(0, program)
 
-    def _given(self, args: Sequence[Any], outside: Outside) -> int:
+    def _given(self, path: Path, args: Sequence[Any]) -> int:
         """Bytes of what the graphs of this step are given, up to one that is called with these."""
         uses = self.outstanding()
-        residents = {**_residents(uses), **storages(args), **outside.leaves}
+        given = {**residents(uses), **storages(args), **self._before(path, args).leaves}
         for use in uses:
             for key in use.made:
-                residents.pop(key, None)
-        return resident_bytes(residents)
-
-
-def _path(uses: Sequence[Seen], key: Key) -> tuple[Key, ...]:
-    """Where in a step a graph is called: after these."""
-    return (*(use.key for use in uses), key)
+                given.pop(key, None)
+        return resident_bytes(given)
 
 
 def _built_within(
@@ -468,32 +497,9 @@ def _built_within(
     return made and replace(made, plan=replace(made.plan, budget=budget))
 
 
-def _as_small_as_can_be(uses: Sequence[Seen], last: Sequence[Part], resident: int) -> list[Part]:
-    """The graphs of a step by the plans with the smallest peak of all of it; last: what follows them.
-
-    What a graph and those that follow hold at most depends on these alone: so each is planned for that,
-    from the last one on.
-    """
-    parts = [*(use.part for use in uses), *last]
-    for place in reversed(range(len(uses))):
-        use = uses[place]
-        parts[place] = use.surrounded(use.program.smallest(around(parts, place, [], resident)))
-    return parts
-
-
-def _coverage(uses: Sequence[Seen], after: Outside) -> str:
-    """Of the bytes that wait for a backward in a step that keeps everything, those of graphs."""
-    seen = sum(use.program.whole.held for use in uses)
-    outside = sum(use.outside.nbytes for use in uses) + after.nbytes
-    share = 100 * seen / ((seen + outside) or 1)
-    graphs = "1 graph" if len(uses) == 1 else f"{len(uses)} graphs"
-    return f"{graphs}, {share:.0f} % of saved bytes seen"
-
-
-def _residents(uses: Sequence[Seen]) -> dict[int, int]:
-    """Storage -> bytes of all that the graphs of a step are given and that none of them made."""
-    made = {key for use in uses for key in use.made}
-    return {k: n for use in uses for k, n in use.read.items() if k not in made}
+def _kept(known: Program, needed: Around, budget: int | None) -> Program:
+    """A program that stays, with something else around it."""
+    return replace(known, around=needed, plan=in_step(known.planned.plan, needed, budget))
 
 
 def _device(args: Sequence[Any]) -> torch.device:
@@ -502,43 +508,3 @@ def _device(args: Sequence[Any]) -> torch.device:
 
 def _peak(program: Program, needed: Around) -> int:
     return needed.always + program.part.resident + program.part.peak(needed)
-
-
-# -- Errors --------------------------------------------------------------------------------------------
-
-
-def _of_a_share(error: BudgetInfeasibleError) -> BudgetInfeasibleError:
-    return BudgetInfeasibleError(
-        f"{error}\n  note    the share is of this one graph; where more make the step, as with blocks that "
-        "are compiled one by one, ask for bytes",
-        smallest_peak=error.smallest_peak,
-        best_plan=error.best_plan,
-        why=error.why,
-    )
-
-
-def _in_a_step(error: BudgetInfeasibleError, needed: Around, budget: int) -> BudgetInfeasibleError:
-    """The error of a graph, in the figures of the step."""
-    plan = replace(in_step(error.best_plan, needed), budget=budget)
-    found = infeasible(plan)
-    sizes = [line for line in str(error).split("\n") if line.startswith("  fits ")]
-    note = f"  note    {REST}: what other graphs hold while this one runs, and code that is in none"
-    return BudgetInfeasibleError(
-        "\n".join([str(found), note, *sizes]),
-        smallest_peak=plan.predicted_peak,
-        best_plan=plan,
-        why=found.why,
-    )
-
-
-def _first_step(program: Program, peak: int, budget: int) -> BudgetInfeasibleError:
-    return BudgetInfeasibleError(
-        f"the step runs in several graphs; those seen so far, with the smallest plan for the last, need "
-        f"{format_bytes(peak)} ({peak} bytes); the budget is {format_bytes(budget)} ({budget} bytes).\n"
-        "  try: the step once more, if an earlier graph took room that a later one needs: it now knows of "
-        f"all of them; or a budget above {peak} bytes, since graphs that follow, which nobody has seen "
-        "yet, add to what these need",
-        smallest_peak=peak,
-        best_plan=program.plan,
-        why="",
-    )

@@ -28,7 +28,8 @@ class Part:
 
     held: from its forward's end until its backward, saved or returned.  gradients: of parameters, which
     stay.  forward, boundary, backward: the most that is there in each; boundary: if no more graphs follow,
-    while the caller computes the loss.  tangents: the gradients that come in.
+    while the caller computes the loss.  tangents: the gradients that come in.  outside: of what is held,
+    what code before the graph saved.  returned: of what is held, what the caller was given.
     """
 
     resident: int
@@ -39,6 +40,7 @@ class Part:
     backward: int
     tangents: int
     outside: int = 0
+    returned: int = 0
 
     def after(self, outside: int, gradients: int = 0) -> Part:
         """The same graph after code that is in no graph, which saved so much.
@@ -94,7 +96,30 @@ def part_of(line: MemoryTimeline, graph: JointGraph, sizes: Mapping[Any, int]) -
         boundary=at_boundary + loss,
         backward=int(live[cut + 1 :].max(initial=resident)) - resident,
         tangents=total(tangents),
+        returned=total(s for s in line.storages if 0 <= s.born < cut and s.held),
     )
+
+
+def in_a_checkpoint(parts: Sequence[Part]) -> list[Part]:
+    """The graphs within one ``torch.utils.checkpoint``, in forward order, as the step sees them.
+
+    Until the backward they hold what they return.  Then all of them run once more, as a step of their
+    own, while the gradients that come in are there; that is counted at the first of them.
+    """
+    *others, last = parts
+    again = beyond([*others, replace(last, boundary=0)]) + last.tangents
+    gradients = sum(part.gradients for part in parts)
+    first, *rest = (
+        replace(
+            part,
+            held=part.returned,
+            boundary=part.boundary - part.held + part.returned,
+            backward=0,
+            gradients=0,
+        )
+        for part in parts
+    )
+    return [replace(first, backward=again, gradients=gradients), *rest]
 
 
 def _gradients_that_stay(graph: JointGraph) -> set[int]:

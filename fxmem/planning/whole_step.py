@@ -13,8 +13,8 @@ REST = "rest of the step"
 """Category of what other graphs, and code that is in none, hold while a graph runs."""
 
 
-def in_step(plan: Plan, around: Around) -> Plan:
-    """The plan, with what is around its graph among its bytes."""
+def in_step(plan: Plan, around: Around, budget: int | None = None) -> Plan:
+    """The plan, with what is around its graph among its bytes; budget: the step's, if it is known."""
     always = around.always
     if not always and around.meanwhile is None:
         return plan
@@ -22,7 +22,7 @@ def in_step(plan: Plan, around: Around) -> Plan:
     known = plan.certificate
     return replace(
         plan,
-        budget=plan.budget + always,
+        budget=plan.budget + always if budget is None else budget,
         predicted_peak=plan.predicted_peak + always,
         baseline_peak=baseline,
         keep_all_peak=plan.keep_all_peak + always,
