@@ -6,19 +6,29 @@ its backward, for the caller may hold it; here nobody does.
 
     python benchmarks/graphs.py --compiler eager
     python benchmarks/graphs.py --compiler inductor
+    python benchmarks/graphs.py --compile
+
+``--compile`` compares seconds of processor time from nothing to the end of the third step, by when all is
+planned, with those of ``torch.compile``: Inductor's code, caches empty, each in a process of its own.
 """
 
 import argparse
 import datetime
 import gc
 import json
+import operator
+import statistics
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from inductor import cpu_seconds
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_inductor_cache
 
 import fxmem
@@ -120,26 +130,67 @@ def rows(compiler: str) -> Iterator[dict[str, Any]]:
     yield row("min", "min", compiler, want)
 
 
+COMPILED: dict[str, Any] = {"torch.compile": None, "fxmem at 1TiB": 2**40, "fxmem at 0.7x": "0.7x"}
+
+
+def compilation(rounds: int) -> dict[str, Any]:
+    """Processor seconds to the end of the third step; beside: medians of ratios, taken round by round."""
+    seen: dict[str, list[float]] = {name: [] for name in COMPILED}
+    for _ in range(rounds):
+        for name, times in seen.items():
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                times.append(process.submit(seconds_to_compile, COMPILED[name]).result())
+            print(name, times[-1], flush=True)
+    base = seen["torch.compile"]
+    return {
+        name: {
+            "seconds": round(statistics.median(times), 1),
+            "beside": round(statistics.median(map(operator.truediv, times, base)), 3),
+        }
+        for name, times in seen.items()
+    }
+
+
+def seconds_to_compile(budget: int | str | None) -> float:
+    """Of ``torch.compile`` where no budget is given."""
+    torch.set_num_threads(1)
+    warm = nn.Linear(2, 2)
+    torch.compile(warm)(torch.ones(1, 2)).sum().backward()  # what every process does once
+    if budget == "0.7x":
+        budget = int(0.7 * Run().peak())
+    with fresh_inductor_cache(), inductor_config.patch(compile_threads=1):
+        run = Run(budget, "inductor")
+        step = torch.compile(run.model) if budget is None else run.step
+        start = cpu_seconds()
+        for _ in range(3):
+            step(run.x).backward()
+        return cpu_seconds() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--compiler", choices=["eager", "inductor"], default="eager")
-    compiler = parser.parse_args().compiler
+    parser.add_argument("--compiler", choices=["eager", "inductor"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    kept = [old for old in known if old["compiler"] != compiler]
-    made = []
-    with fresh_inductor_cache():
-        for one in rows(compiler):
-            print(json.dumps(one), flush=True)
-            made.append(one)
-    about = {
-        "device": "cpu",
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    RESULTS.write_text(json.dumps({**about, "rows": [*kept, *made]}, indent=1) + "\n")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    if chosen.compiler:
+        kept = [old for old in known["rows"] if old["compiler"] != chosen.compiler]
+        made = []
+        with fresh_inductor_cache():
+            for one in rows(chosen.compiler):
+                print(json.dumps(one), flush=True)
+                made.append(one)
+        known["rows"] = [*kept, *made]
+    if chosen.compile:
+        known["compile"] = compilation(chosen.rounds)
+    known["device"] = "cpu"
+    known["torch"] = torch.__version__
+    known["date"] = datetime.date.today().isoformat()
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -545,6 +545,46 @@ def test_blocks_that_are_compiled_one_by_one_share_a_budget():
     assert peak_of(model, model, x) + resident <= budget
 
 
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_equal_blocks_run_few_programs(share):
+    """Of one graph that is called at many places, code is made for a few of them."""
+    model, x = seeded(Net, depth=8), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    budget = int(share * (peak_of(eager, eager, x) + resident_of(model, x)))
+    options = {"budget": budget}
+    for block in model.blocks:
+        block.compile(backend="fxmem", options=options)
+    for _ in range(3):
+        assert_same(want, stepped(model, model, x))
+    assert 0.95 * budget < peak_of(model, model, x) + resident_of(model, x) <= budget
+    mine = [graph for graph in living() if graph.session.given is options]
+    programs = [program for graph in mine for program in graph.programs.values()]
+    assert len(programs) == 8
+    assert len({id(program.run) for program in programs}) <= 3
+    assert {program.plan.budget for program in programs} == {budget}
+
+
+def test_with_room_for_everything_each_graph_is_made_once():
+    model, x = seeded(Cut, depth=4), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    made, build = [], Graph.build
+
+    def counted(*args, **kwargs):
+        made.append(build(*args, **kwargs))
+        return made[-1]
+
+    with mock.patch.object(Graph, "build", counted):
+        step = compiled(model, "1GiB")
+        for _ in range(3):
+            assert_same(want, stepped(step, model, x))
+    assert len(made) == 4
+    plans = fxmem.plans(step)
+    assert [plan.predicted_overhead for plan in plans] == [0.0] * 4
+    assert [plan.budget for plan in plans] == [2**30] * 4
+    measured = peak_of(step, model, x) + resident_of(model, x)
+    assert measured == pytest.approx(max(plan.predicted_peak for plan in plans), rel=0.02)
+
+
 def test_two_forwards_before_a_backward_share_a_budget():
     model = seeded(Net)
     one, two = batch(256, seed=1), batch(256, seed=2)
@@ -784,7 +824,7 @@ def test_graphs_in_checkpoints_that_find_no_room_say_so(how):
     options = {"budget": "0.3x"}
     for block in model.blocks:
         block.compile(backend="fxmem", options=options)
-    with pytest.raises(fxmem.BudgetInfeasibleError, match="^smallest plan peaks at"):
+    with pytest.raises(fxmem.BudgetInfeasibleError, match=r"^smallest plan peaks at"):
         several_steps(model, x)
 
 

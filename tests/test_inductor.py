@@ -464,6 +464,34 @@ def test_which_outputs_keep_their_strides_is_part_of_the_key():
         assert _found() == {"hit": 1, "miss": 2}
 
 
+class Halves(Net):
+    """Two graphs that are the same."""
+
+    def forward(self, x):
+        x = self.blocks[0](x)
+        torch._dynamo.graph_break()
+        x = self.blocks[1](x)
+        torch._dynamo.graph_break()
+        return x.square().mean()
+
+
+def test_graphs_that_are_planned_later_use_the_cache():
+    """In a second step graphs are traced outside of Dynamo's work on them."""
+    x = batch(256)
+    with fresh_inductor_cache():
+        for again in (False, True):
+            torch._dynamo.reset()
+            model = seeded(Halves)
+            options = {"budget": "0.9x", "compiler": "inductor"}
+            step = torch.compile(model, backend="fxmem", options=options)
+            stepped(step, model, x)
+            _found()
+            stepped(step, model, x)
+            found = _found()
+            assert found["hit"] + found["miss"] >= 4
+            assert not again or found["hit"] >= 2
+
+
 # -- Errors --------------------------------------------------------------------------------------------
 
 _KERNELS = torch.library.Library("fxmem_tests_inductor", "FRAGMENT")

@@ -36,6 +36,7 @@ from torch._inductor.virtualized import V
 from torch._prims import rng_prims
 from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxmem._torch import (
@@ -230,6 +231,7 @@ def inductor(
         tracing(context),
         V.set_fake_mode(mode),
         _fake_generator_states(mode),
+        _for_the_cache(mode),
         TracingContext.report_output_strides() as found,
         _keyed_by(visible),
         reductions_early(),
@@ -250,6 +252,13 @@ def inductor(
         if isinstance(node, fx.Node) and given is not None
     }
     return code, made
+
+
+def _for_the_cache(mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inside, shapes could be guarded: where they cannot, torch caches no graph, not even a static one."""
+    if mode.shape_env is not None:
+        return contextlib.nullcontext()
+    return mock.patch.object(mode, "shape_env", ShapeEnv())
 
 
 def _keyed_by(visible: Sequence[int]) -> contextlib.AbstractContextManager[Any]:

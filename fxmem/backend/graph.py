@@ -56,10 +56,12 @@ class Program:
 
     around: what it leaves room for.  part, whole: its bytes as planned, and with everything kept.
     symbols: name -> place among the sizes.  fixed: are those of its first call constants in its code?
-    replan: the bytes of the smallest plan with something else around it.
+    lasting: does it keep everything, so that it may stay once somebody has seen what follows?  replan: the
+    bytes of the smallest plan with something else around it.
     """
 
     number: int
+    graph: int
     run: Callable[..., Any]
     plan: Plan
     planned: Planned
@@ -70,6 +72,7 @@ class Program:
     validity: Validity | None
     symbols: dict[str, int]
     fixed: bool
+    lasting: bool
     replan: Callable[[Around], Part] = field(repr=False)
 
     @property
@@ -90,7 +93,17 @@ class Program:
     @property
     def holds_least(self) -> bool:
         """Was it planned to hold as little as can be while other graphs run, whatever it takes itself?"""
-        return self.provisional and self.around.meanwhile is None
+        return self.provisional and self.around.meanwhile is None and not self.lasting
+
+    def peak(self, needed: Around) -> int:
+        """Bytes of the step while this graph runs, with that around it."""
+        return needed.always + self.part.resident + self.part.peak(needed)
+
+    def kept(self, needed: Around, budget: int | None) -> Program:
+        """The same, to stay with something else around it."""
+        program = replace(self, around=needed, plan=in_step(self.planned.plan, needed, budget))
+        _tell(program.graph, program.plan)
+        return program
 
     def serves(self, sizes: tuple[int, ...]) -> bool:
         """Does it compute with these sizes, and keep the budget at them?"""
@@ -121,6 +134,7 @@ class Graph:
         self.name = _title(module)
         self.programs: dict[Path, Program] = {}
         self.checkpointed: dict[Key, Program | None] = {}
+        self.unchanged: dict[tuple[int, ...], Unchanged] = {}
         self.plain: Callable[..., Any] | None = None
         self.error: FxmemError | None = None
         self.tracing = False
@@ -188,14 +202,18 @@ class Graph:
 
     # -- Building ------------------------------------------------------------------------------------
 
-    def build(self, args: Sequence[Any], around: Around, options: Options) -> Program | None:
+    def build(
+        self, args: Sequence[Any], around: Around, options: Options, *, room: int | None = None
+    ) -> Program | None:
         """Trace, plan and compile; None where nothing needs a gradient.
 
-        Once Dynamo has finished with the graph, the sizes of further inputs are constants.
+        room: bytes; a graph that keeps everything within them does, as a step of its own would; any other
+        gets its smallest plan.  Once Dynamo has finished with the graph, the sizes of further inputs are
+        constants.
         """
         call, unchanged = self._unchanged(args)
         without_data = replace(call, args=())  # what is compiled refers to it as long as it lives
-        builder = _Builder(self, self.sizes(args), around, options, without_data, unchanged)
+        builder = _Builder(self, self.sizes(args), around, options, without_data, unchanged, room)
         builder.examples = args
         context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
         with compiling(), eager_decompositions(), context, self._numbers_explained():
@@ -214,9 +232,14 @@ class Graph:
         return self._unchanged(args)[1].peak
 
     def _unchanged(self, args: Sequence[Any]) -> tuple[StepCall, Unchanged]:
-        call = StepCall(_bare(self.module), _concrete(args), name=self.name)
-        with _torch.outside_of_tracing():
-            return call, unchanged_step(call)
+        call, sizes = (
+            StepCall(_bare(self.module), _concrete(args), name=self.name),
+            self.sizes(args),
+        )
+        if sizes not in self.unchanged:
+            with _torch.outside_of_tracing():
+                self.unchanged[sizes] = unchanged_step(call)
+        return call, self.unchanged[sizes]
 
     @contextlib.contextmanager
     def _numbers_explained(self) -> Iterator[None]:
@@ -244,9 +267,11 @@ class _Builder:
         options: Options,
         call: StepCall,
         unchanged: Unchanged,
+        room: int | None,
     ) -> None:
         self.graph, self.sizes, self.around, self.options = graph, sizes, around, options
-        self.call, self.unchanged = call, unchanged
+        self.call, self.unchanged, self.room = call, unchanged, room
+        self.lasting = False
         self.examples: Sequence[Any] = ()  # until the graph is cut: its code is measured on them
         self.places: dict[str, int] = {}
         self.planned: Planned | None = None
@@ -265,10 +290,10 @@ class _Builder:
         self.joint = joint_graph(module, self.graph.roles, {})
         self._name_sizes(self.joint)
         examples, self.examples = examples_of(self.joint, self.examples), ()
-        analysis = replace(self._analysis(self.joint, self.around), examples=examples)
+        analysis, options = self._asked(self.joint)
+        analysis = replace(analysis, examples=examples)
         here = {info.name: info.hint for info in self.joint.symbols.values()}
-        options = self.options
-        if not self.around.known:  # it runs once
+        if not self.around.known and not self.lasting:  # it runs once
             options = replace(options, compiler="eager")
         try:
             found = decided_for_code(analysis, options, here)
@@ -277,6 +302,16 @@ class _Builder:
             examples.clear()  # forms of an analysis know each other, and so outlive this line
         self.planned = self.coded.planned
         return self.coded.split.forward, self.coded.split.backward
+
+    def _asked(self, graph: JointGraph) -> tuple[Analysis, Options]:
+        """What to plan, and for how many bytes."""
+        if self.room is None:
+            return self._analysis(graph, self.around), self.options
+        alone = self._analysis(graph, Around())
+        self.lasting = alone.planner.keep_all().outcome.peak <= self.room
+        if self.lasting:
+            return alone, self.options.for_bytes(self.room, alone.device)
+        return self._analysis(graph, self.around), self.options.for_the_smallest()
 
     def _analysis(self, graph: JointGraph, around: Around) -> Analysis:
         surrounded = _surrounded(graph, around)
@@ -313,6 +348,7 @@ class _Builder:
             part = part.as_measured(phases.forward, phases.held, phases.backward)
         return Program(
             next(_numbers),
+            self.graph.number,
             run,
             plan,
             planned,
@@ -323,6 +359,7 @@ class _Builder:
             self.validity,
             self.places,
             not self.graph.tracing,
+            self.lasting,
             self.replanned,
         )
 

@@ -9,7 +9,6 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,12 +32,10 @@ from fxmem.backend.schedule import (
     path_of,
     residents,
 )
-from fxmem.basics.budget import Budget
 from fxmem.basics.device import library_memory
 from fxmem.basics.errors import BudgetInfeasibleError
 from fxmem.graphs.capture import StepCall
 from fxmem.planning.ledger import Around, Part, step_peak
-from fxmem.planning.whole_step import in_step
 from fxmem.steps.analyze import device_of
 from fxmem.steps.options import Options
 
@@ -49,6 +46,12 @@ log = logging.getLogger("fxmem.backend")
 
 _TIGHT = 0.8
 """Of the budget: a graph of a first step that takes more at its peak is planned once more, to take less."""
+
+_HOPED = 0.25
+"""Of the budget: within it, graphs of a first step keep everything, in the hope that all others can."""
+
+_UNUSED = 0.02
+"""Of the budget: a program that is there already may leave so much to the graphs that follow."""
 
 _MANY = 256
 _MANY_WAITING = (
@@ -177,6 +180,8 @@ class Session:
             return known
         if needed is None:
             made = self._provisional(graph, args, path)
+        elif (fitting := self._fitting(graph, args, path, needed)) is not None:
+            made = fitting.kept(needed, self._budget(path))
         else:
             made = self._made(graph, args, needed, self._budget(path), known)
         self._to_be_seen_again.discard(path)
@@ -186,6 +191,28 @@ class Session:
 
     def _may_stay(self, known: Program, path: Path, needed: Around | None) -> bool:
         return path not in self._to_be_seen_again if needed is None else known.leaves_room(needed)
+
+    def _fitting(
+        self, graph: Graph, args: Sequence[Any], path: Path, needed: Around
+    ) -> Program | None:
+        """A program of the graph that is there already and is as good here as a new one would be.
+
+        Blocks of one class are one graph, called at many places: code is made for a few of them.
+        """
+        budget, sizes = self._budget(path), graph.sizes(args)
+        if budget is None:
+            return None
+        fitting = [
+            program
+            for program in graph.programs.values()
+            if (program.lasting or not program.provisional)
+            and program.sizes == sizes
+            and program.peak(needed) <= budget
+        ]
+        best = min(fitting, key=lambda program: program.plan.added_seconds, default=None)
+        if best is None or best.plan.added_seconds <= 0:
+            return best
+        return best if budget - best.peak(needed) <= _UNUSED * budget else None
 
     def _checkpointed(self, graph: Graph, args: Sequence[Any], path: Path) -> Program | None:
         """The forward, and the one that makes again what the checkpoint around it dropped, save the same.
@@ -203,7 +230,7 @@ class Session:
             smallest = self.options.for_the_smallest()
             known = graph.build(args, Around(meanwhile=0, known=False), smallest)
         graph.checkpointed[call] = known
-        asked = None if known is None or self._of(path) else self._budget_in_bytes(known)
+        asked = None if known is None or self._of(path) else self._budget_in_bytes(_device(args))
         if known is not None and asked is not None:
             self._check_so_far(graph, args, path, known, asked)
         return known
@@ -226,7 +253,7 @@ class Session:
             uses = [one for one in self.schedules.values() if one.shares_a_checkpoint(call)]
             if known is None or not uses or not all(one.fits for one in uses):
                 raise
-            return _kept(known, needed, budget)
+            return known.kept(needed, budget)
 
     def _around_checkpoints(self, call: Key) -> tuple[Around | None, int | None]:
         """What a graph in checkpoints leaves room for, wherever in the known steps, and the budget.
@@ -331,18 +358,20 @@ class Session:
         try:
             return _built_within(graph, args, needed, budget, replace(self.options, plan=None))
         except BudgetInfeasibleError as error:
-            if known is None or _peak(known, needed) > budget:
+            if known is None or known.peak(needed) > budget:
                 raise in_figures_of_the_step(error, needed, budget) from error
-        return _kept(known, needed, budget)
+        return known.kept(needed, budget)
 
     def _provisional(self, graph: Graph, args: Sequence[Any], path: Path) -> Program | None:
         """A program for a first step, when nobody knows what follows: it leaves the most room for that.
 
         Raises ``BudgetInfeasibleError`` if what is seen so far breaks a budget that is known by then.
         """
-        found = self._holding_least(graph, args)
-        budget = None if found is None else self._budget_in_bytes(found)
-        if found is None or budget is None:
+        budget = self._budget_in_bytes(_device(args))
+        if budget is None:
+            return self._holding_least(graph, args)
+        found = self._keeping_all(graph, args, path, budget)
+        if found is None or found.lasting:
             return found
         *earlier, last = parts_of([*self.outstanding(), self._seen(path, found, args)])
         here = sum(part.held for part in earlier) + self._given(path, args) + last.least
@@ -359,6 +388,26 @@ class Session:
         if peak > budget:
             self._remember(graph, last, path, args)
             raise first_step(last, peak, budget)
+
+    def _keeping_all(
+        self, graph: Graph, args: Sequence[Any], path: Path, budget: int
+    ) -> Program | None:
+        """The graph so that it keeps everything, if that is a small part of the budget; else as little as
+        can be.
+        """
+        sizes = graph.sizes(args)
+        programs = [p for p in graph.programs.values() if p.provisional and p.sizes == sizes]
+        earlier = parts_of(self.outstanding())
+        held = sum(part.held for part in earlier) + self._before(path, args).nbytes
+        room = int(_HOPED * budget) - held - self._given(path, args) - self._coming.get(path, 0)
+        for program in programs:
+            if program.lasting and program.part.least <= room:
+                return program
+        if programs or room <= 0:
+            return self._holding_least(graph, args)
+        room += resident_bytes(storages(args))
+        options = replace(self.options, plan=None)
+        return graph.build(args, Around(known=False), options, room=room)
 
     def _holding_least(self, graph: Graph, args: Sequence[Any]) -> Program | None:
         """The graph so that it holds as little as can be while others run."""
@@ -424,7 +473,7 @@ class Session:
         whole = [*parts_of(uses, keeping_all), *last]
         log.info(coverage(uses, after or Outside()))
         unchanged = step_peak(whole, resident)
-        budget = self._resolved(unchanged, uses[0].program)
+        budget = self._resolved(unchanged, torch.device(uses[0].program.plan.device))
         if budget is None or step_peak(parts, resident) > budget:
             parts = as_small_as_can_be(uses, last, resident)
         if budget is not None and step_peak(parts, resident) > budget:
@@ -443,12 +492,11 @@ class Session:
 
     def _keeps(self, parts: Sequence[Part], resident: int, uses: Sequence[Seen]) -> bool:
         """Do the graphs, as they run, keep a budget of bytes?"""
-        budget = self._budget_in_bytes(uses[0].program)
+        budget = self._budget_in_bytes(torch.device(uses[0].program.plan.device))
         return budget is not None and step_peak(parts, resident) <= budget
 
-    def _resolved(self, baseline: int, program: Program) -> int | None:
+    def _resolved(self, baseline: int, device: torch.device) -> int | None:
         """The budget of the whole step, in bytes; None for "min"."""
-        device = torch.device(program.plan.device)
         reserve = self.options.reserve + library_memory(device)
         return self.options.budget.resolve(device=device, baseline_peak=baseline, reserve=reserve)
 
@@ -470,11 +518,11 @@ class Session:
         budgets = [s.budget for s in self._of(path) if s.budget is not None]
         return min(budgets) if budgets else None
 
-    def _budget_in_bytes(self, program: Program) -> int | None:
+    def _budget_in_bytes(self, device: torch.device) -> int | None:
         """Of the whole step, where it is known before all of its graphs are."""
         if self.options.budget.kind in ("min", "baseline_share"):
             return None
-        return self._resolved(0, program)
+        return self._resolved(0, device)
 
     def _given(self, path: Path, args: Sequence[Any]) -> int:
         """Bytes of what the graphs of this step are given, up to one that is called with these."""
@@ -490,21 +538,10 @@ def _built_within(
     graph: Graph, args: Sequence[Any], needed: Around, budget: int, options: Options
 ) -> Program | None:
     """The graph by the plan for what is left of the step's budget, in bytes."""
-    outside = options.reserve + library_memory(_device(args))
-    left = max(budget - needed.always, 1)
-    asked = Budget("bytes", Fraction(left + outside), options.budget.asked)
-    made = graph.build(args, needed, replace(options, budget=asked))
+    asked = options.for_bytes(max(budget - needed.always, 1), _device(args))
+    made = graph.build(args, needed, asked)
     return made and replace(made, plan=replace(made.plan, budget=budget))
-
-
-def _kept(known: Program, needed: Around, budget: int | None) -> Program:
-    """A program that stays, with something else around it."""
-    return replace(known, around=needed, plan=in_step(known.planned.plan, needed, budget))
 
 
 def _device(args: Sequence[Any]) -> torch.device:
     return device_of(StepCall(nn.Module(), tuple(args)))
-
-
-def _peak(program: Program, needed: Around) -> int:
-    return needed.always + program.part.resident + program.part.peak(needed)

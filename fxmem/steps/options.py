@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal
 
 import torch
 
 from fxmem.analysis.cost import CostModel
 from fxmem.basics.budget import NO_RESERVE, Budget, Reserve
+from fxmem.basics.device import library_memory
 from fxmem.codes.gradient_noise import Noise
 from fxmem.planning.plan import Plan
 
@@ -39,6 +41,11 @@ class Options:
     def reserve(self) -> int:
         """Bytes outside the step, those of libraries aside."""
         return self.outside.nbytes
+
+    def for_bytes(self, nbytes: int, device: torch.device) -> Options:
+        """The same, for a plan of so many bytes beside those of the reserve and of libraries."""
+        whole = Fraction(nbytes + self.reserve + library_memory(device))
+        return replace(self, budget=Budget("bytes", whole, self.budget.asked))
 
     def for_the_smallest(self) -> Options:
         """The same, for the plan with the smallest peak."""
