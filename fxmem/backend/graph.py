@@ -307,10 +307,11 @@ class _Builder:
         """What to plan, and for how many bytes."""
         if self.room is None:
             return self._analysis(graph, self.around), self.options
-        alone = self._analysis(graph, Around())
-        self.lasting = alone.planner.keep_all().outcome.peak <= self.room
-        if self.lasting:
-            return alone, self.options.for_bytes(self.room, alone.device)
+        if (self.unchanged.peak or 0) <= self.room:
+            alone = self._analysis(graph, Around())
+            self.lasting = alone.planner.keep_all().outcome.peak <= self.room
+            if self.lasting:
+                return alone, self.options.for_bytes(self.room, alone.device)
         return self._analysis(graph, self.around), self.options.for_the_smallest()
 
     def _analysis(self, graph: JointGraph, around: Around) -> Analysis:
