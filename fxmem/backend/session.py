@@ -136,13 +136,14 @@ class Session:
 
     def _backward_begins(self, roots: Any) -> bool:
         """See what code after the last graph left there; was this the backward of graphs of a step?"""
-        seen = self.outstanding()
-        if not seen or not leads_to_ours(roots):
-            return False
-        device = torch.device(seen[-1].program.plan.device)
-        keys = tuple(use.key for use in seen)
-        self._outside_after[keys] = outside_of(roots, self._known(), device)
-        return True
+        with self.lock:
+            seen = self.outstanding()
+            if not seen or not leads_to_ours(roots):
+                return False
+            device = torch.device(seen[-1].program.plan.device)
+            keys = tuple(use.key for use in seen)
+            self._outside_after[keys] = outside_of(roots, self._known(), device)
+            return True
 
     def _known(self) -> set[int]:
         """Storages that the graphs of this step are given, have made, or found there."""
@@ -164,8 +165,11 @@ class Session:
         return program
 
     def _program_for(self, graph: Graph, args: Sequence[Any]) -> Program | None:
+        call = graph.key(args)
         if _torch.makes_again():
-            return graph.checkpointed.get(graph.key(args))
+            if call not in graph.checkpointed:  # compiled since its first forward
+                graph.checkpointed[call] = self._alone(graph, args, (call,))
+            return graph.checkpointed[call]
         outstanding = self.outstanding()
         if not outstanding:
             self._plan_last_step()
@@ -461,15 +465,16 @@ class Session:
         uses, self._longest = self._longest, []
         keys = tuple(seen.key for seen in uses)
         after = self._follows(uses)
+        # Within checkpoints, one program may have to wait until all else of a step is planned.
+        new = [seen for seen in uses if not (seen.key.checkpoint and keys in self.schedules)]
+        planned = all(not seen.program.provisional for seen in new)
+        if planned and (after is None or keys in self.schedules):
+            return  # nothing ran, or all of it as planned for this step
         last = [] if after is None else [after.last]
         parts = [*parts_of(uses), *last]
         resident = resident_bytes({**residents(uses), **(after or Outside()).leaves})
-        # Within checkpoints, one program may have to wait until all else of a step is planned.
-        new = [seen for seen in uses if not (seen.key.checkpoint and keys in self.schedules)]
-        if all(not seen.program.provisional for seen in new) and (
-            after is None or keys in self.schedules or self._keeps(parts, resident, uses)
-        ):
-            return  # nothing ran, or all of it as planned for this step
+        if planned and self._keeps(parts, resident, uses):
+            return
         whole = [*parts_of(uses, keeping_all), *last]
         log.info(coverage(uses, after or Outside()))
         unchanged = step_peak(whole, resident)
