@@ -561,7 +561,11 @@ def test_equal_blocks_run_few_programs(share):
     programs = [program for graph in mine for program in graph.programs.values()]
     assert len(programs) == 8
     assert len({id(program.run) for program in programs}) <= 3
-    assert {program.plan.budget for program in programs} == {budget}
+    plans = [program.plan for program in programs]
+    assert {plan.budget for plan in plans} == {budget}
+    assert all(sum(plan.peak.live.values()) == plan.peak.nbytes for plan in plans)
+    measured = peak_of(model, model, x) + resident_of(model, x)
+    assert measured == pytest.approx(max(plan.predicted_peak for plan in plans), rel=0.03)
 
 
 def test_with_room_for_everything_each_graph_is_made_once():

@@ -56,8 +56,8 @@ class Program:
 
     around: what it leaves room for.  part, whole: its bytes as planned, and with everything kept.
     symbols: name -> place among the sizes.  fixed: are those of its first call constants in its code?
-    lasting: does it keep everything, so that it may stay once somebody has seen what follows?  replan: the
-    bytes of the smallest plan with something else around it.
+    phases: what its code was measured to hold.  lasting: does it keep everything, so that it may stay once
+    somebody has seen what follows?  replan: the bytes of the smallest plan with something else around it.
     """
 
     number: int
@@ -72,6 +72,7 @@ class Program:
     validity: Validity | None
     symbols: dict[str, int]
     fixed: bool
+    phases: Phases | None
     lasting: bool
     replan: Callable[[Around], Part] = field(repr=False)
 
@@ -101,7 +102,10 @@ class Program:
 
     def kept(self, needed: Around, budget: int | None) -> Program:
         """The same, to stay with something else around it."""
-        program = replace(self, around=needed, plan=in_step(self.planned.plan, needed, budget))
+        loss = self.part.boundary - self.part.held - self.part.tangents
+        between = loss if needed.meanwhile is None else needed.meanwhile - needed.spare
+        plan = _with_between(self.planned, self.phases, between)
+        program = replace(self, around=needed, plan=in_step(plan, needed, budget))
         _tell(program.graph, program.plan)
         return program
 
@@ -338,10 +342,10 @@ class _Builder:
         assert graph is not None
         bindings = graph.bindings()
         phases = None if self.coded is None else self.coded.phases
-        plan = planned.plan
-        if self.around.spare:
-            plan = _by_need(planned, phases, self.around.spare)
-        plan = in_step(plan, self.around)
+        plan, around = planned.plan, self.around
+        if around.known and around.meanwhile is not None:
+            plan = _with_between(planned, phases, around.meanwhile - around.spare)
+        plan = in_step(plan, around)
         if self.around.known:
             _tell(self.graph.number, plan)
         part = part_of(planned.line, planned.graph, bindings)
@@ -360,6 +364,7 @@ class _Builder:
             self.validity,
             self.places,
             not self.graph.tracing,
+            phases,
             self.lasting,
             self.replanned,
         )
@@ -383,13 +388,18 @@ def _tell(number: int, plan: Plan) -> None:
     _torch.trace_artifact(f"fxmem_plan_{number}", lambda: json.dumps(plan.to_dict(), indent=1))
 
 
-def _by_need(planned: Planned, phases: Phases | None, spare: int) -> Plan:
-    """The plan with the peak that was found, had nothing been left to spare for the graphs that follow."""
-    line, bindings = planned.line.with_less_between(spare), planned.graph.bindings()
+def _with_between(planned: Planned, phases: Phases | None, between: int) -> Plan:
+    """The plan with the peak that is there when what follows its graph holds so much at the boundary.
+
+    It was made with more there, to spare for them, or for another place.
+    """
+    bindings = planned.graph.bindings()
+    made_for = evaluate(planned.line.steps[planned.line.boundary].workspace, bindings)
+    line = planned.line.with_less_between(made_for - between)
     point = peak_point(line, planned.graph, bindings)
     if phases is None:
         return replace(planned.plan, predicted_peak=point.nbytes, peak=point)
-    phases = replace(phases, outside=phases.outside - spare)
+    phases = replace(phases, outside=between)
     return replace(planned.plan, predicted_peak=planned.plan.resident + phases.peak, peak=point)
 
 
