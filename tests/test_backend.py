@@ -25,6 +25,7 @@ from fxmem import _torch, backend
 from fxmem._torch import saved
 from fxmem._torch.saved import saved_before
 from fxmem.backend.graph import Graph
+from fxmem.backend.schedule import Key, Schedule
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.planning.ledger import Around, Part, around, beyond, in_a_checkpoint, shares, step_peak
 
@@ -529,6 +530,47 @@ def test_the_smallest_budget_of_several_graphs(make):
     assert_same(want, stepped(step, model, x))
     resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
     assert peak_of(step, model, x) + resident <= least
+
+
+class Causal(nn.Module):
+    """Attention whose mask is made in the midst of it, computed again by a checkpoint of the user's."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(32, 96) for _ in range(2))
+
+    def forward(self, x):
+        x = checkpoint(self.attention, self.qkv[0], x, use_reentrant=False)
+        torch._dynamo.graph_break()
+        x = checkpoint(self.attention, self.qkv[1], x, use_reentrant=False)
+        return x.square().mean()
+
+    def attention(self, qkv, x):
+        q, k, v = qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True)
+        return x + y.transpose(1, 2).flatten(2)
+
+
+def test_graphs_with_constants_are_planned_later():
+    model, x = seeded(Causal), torch.randn(2, 16, 32)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    step = compiled(model, "1GiB")
+    assert_same(want, stepped(step, model, x))
+    (program,) = [p for g in living() if g.more_follows for p in g.programs.values()]
+    assert program.replan(Around(meanwhile=0)).least < program.part.least
+
+
+def test_a_step_that_was_refused_does_not_take_the_room_of_others():
+    """Two forwards before a backward find none; one alone does, as before."""
+    session = backend.session.Session({}, backend.read({"budget": 50}))
+    key, one = Key(0, ()), part(held=20, forward=30, backward=30, boundary=30)
+    for count in (1, 3):
+        parts = (one,) * count
+        session.schedules[(key,) * count] = Schedule((key,) * count, parts, parts, parts, 0, 50)
+    alone = session._around((key,), [])
+    assert (alone.meanwhile, session._budget((key,))) == (None, 50)
+    refused = session._around((key, key), [one])
+    assert (refused.always, refused.meanwhile) == (20, 30)
 
 
 def test_blocks_that_are_compiled_one_by_one_share_a_budget():

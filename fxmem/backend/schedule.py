@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,7 +87,7 @@ class Schedule:
         found = around(self.parts, place, earlier, self.resident, self._spare(place))
         return replace(found, unchanged=step_peak(self.whole, self.resident))
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Are the smallest plans within the budget?"""
         return self.budget is None or step_peak(self.parts, self.resident) <= self.budget

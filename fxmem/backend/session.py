@@ -506,7 +506,9 @@ class Session:
         return self.options.budget.resolve(device=device, baseline_peak=baseline, reserve=reserve)
 
     def _of(self, path: Path) -> list[Schedule]:
-        return [s for keys, s in self.schedules.items() if keys[: len(path)] == path]
+        """Steps that begin so; such as were refused count where no other does."""
+        found = [s for keys, s in self.schedules.items() if keys[: len(path)] == path]
+        return [s for s in found if s.fits] or found
 
     def _around(self, path: Path, earlier: Sequence[Part]) -> Around | None:
         """What a graph at the end of the path leaves room for, whatever of the known steps this is."""

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -31,7 +32,7 @@ def fake_value(
     if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
         _refuse_impossible_view(*example_args)
     mode = _fake_mode(example_args, example_kwargs)
-    with mode or contextlib.nullcontext(), torch.no_grad():
+    with mode or contextlib.nullcontext(), _with_constants(mode), torch.no_grad():
         return target(*example_args, **example_kwargs)
 
 
@@ -106,6 +107,16 @@ def look(node: fx.Node) -> tuple[Any, ...] | None:
 
 def _storages(node: fx.Node) -> dict[int, None]:
     return storage_keys(node.meta.get("val"))
+
+
+def _with_constants(mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inside, real tensors may be operands: a graph's constants are, as a mask that a model holds.
+
+    Dynamo's mode takes them while Dynamo works on the graph, and not when it is planned later.
+    """
+    if mode is None or mode.allow_non_fake_inputs:
+        return contextlib.nullcontext()
+    return mock.patch.object(mode, "allow_non_fake_inputs", True)
 
 
 def _fake_mode(*values: Any) -> Any:
