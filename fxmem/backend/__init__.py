@@ -2,8 +2,9 @@
 
 Dynamo hands over one graph at a time, and AOTAutograd, on the way to its two halves, the joint graph that
 ``optimize`` would have captured.  From there on the pipeline is the same.  A model that Dynamo cuts into
-several graphs runs its first step with the smallest plans, because nobody knows yet what follows; from
-the second step on all its graphs share the budget (``fxmem.planning.ledger``).
+several graphs runs its first step with the smallest plans, but for what fits into a quarter of the budget,
+because nobody knows yet what follows; from the second step on all its graphs share the budget
+(``fxmem.planning.ledger``).
 """
 
 from __future__ import annotations

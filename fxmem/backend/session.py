@@ -295,7 +295,7 @@ class Session:
         program = None if graph is None else graph.programs.get(path)
         if program is None or program.provisional:
             return None
-        before = self._outside_before[path]
+        before = self._outside_before.get(path, Outside())
         return program.part.after(before.nbytes, before.gradients)
 
     def _alone(self, graph: Graph, args: Sequence[Any], path: Path) -> Program | None:
@@ -403,7 +403,9 @@ class Session:
         programs = [p for p in graph.programs.values() if p.provisional and p.sizes == sizes]
         earlier = parts_of(self.outstanding())
         held = sum(part.held for part in earlier) + self._before(path, args).nbytes
-        room = int(_HOPED * budget) - held - self._given(path, args) - self._coming.get(path, 0)
+        room = int(_HOPED * budget) - held - self._given(path, args)
+        if path in self._coming:  # there was hope, and it was refused
+            room = 0
         for program in programs:
             if program.lasting and program.part.least <= room:
                 return program
