@@ -136,6 +136,10 @@ def peak_of(step, model, *args, **kwargs):
     return peak
 
 
+def resident_of(model, *inputs):
+    return sum(t.nbytes for t in (*model.parameters(), *inputs))
+
+
 # -- Families ----------------------------------------------------------------------------------------
 
 
@@ -177,7 +181,7 @@ def test_four_graphs_keep_one_budget():
     model = seeded(Cut, depth=4)
     x = batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
-    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    resident = resident_of(model, x)
     budget = int(0.62 * (peak_of(eager, eager, x) + resident))
     step = compiled(model, budget)
     for _ in range(3):  # the first, smallest plans; then those that share the budget
@@ -237,7 +241,7 @@ def test_a_plan_of_one_of_several_graphs_says_what_it_needs():
     step = compiled(model, "1GiB")
     for _ in range(2):
         stepped(step, model, x)
-    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    resident = resident_of(model, x)
     plans = fxmem.plans(step)
     assert max(p.predicted_peak for p in plans) == predicted(model)
     assert peak_of(step, model, x) + resident == pytest.approx(predicted(model), rel=0.001)
@@ -268,7 +272,7 @@ class Between(Net):
 def test_what_is_saved_outside_of_every_graph_counts(share, caplog):
     model, x = seeded(Between, depth=4), batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
-    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    resident = resident_of(model, x)
     budget = int(share * (peak_of(eager, eager, x) + resident))
     step = compiled(model, budget)
     with caplog.at_level(logging.INFO, "fxmem.backend"):
@@ -311,10 +315,6 @@ def compile_inside(model, budget, *, one_by_one=False):
         model.inner = Inner(model.inner)
     for module in model.blocks if one_by_one else [model.inner]:
         module.compile(backend="fxmem", options=options)
-
-
-def resident_of(model, *inputs):
-    return sum(t.nbytes for t in (*model.parameters(), *inputs))
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_a_step_that_broke_off_is_no_whole_step(share):
             stepped(step, model, x)
     want = stepped(eager := copy.deepcopy(model), eager, x)
     assert_same(want, stepped(step, model, x))
-    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    resident = resident_of(model, x)
     assert peak_of(step, model, x) + resident <= budget
 
 
@@ -528,7 +528,7 @@ def test_the_smallest_budget_of_several_graphs(make):
     with contextlib.suppress(fxmem.BudgetInfeasibleError):
         stepped(step, model, x)
     assert_same(want, stepped(step, model, x))
-    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    resident = resident_of(model, x)
     assert peak_of(step, model, x) + resident <= least
 
 
@@ -577,7 +577,7 @@ def test_blocks_that_are_compiled_one_by_one_share_a_budget():
     model = seeded(Net, depth=3)
     x = batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
-    resident = sum(p.nbytes for p in model.parameters()) + x.nbytes
+    resident = resident_of(model, x)
     budget = int(0.75 * (peak_of(eager, eager, x) + resident))
     options = {"budget": budget}
     for block in model.blocks:
@@ -639,7 +639,7 @@ def test_two_forwards_before_a_backward_share_a_budget():
         return lambda: run(one) + run(two)
 
     want = stepped(both(eager := copy.deepcopy(model)), eager)
-    resident = sum(p.nbytes for p in model.parameters()) + one.nbytes + two.nbytes
+    resident = resident_of(model, one, two)
     budget = int(0.7 * (peak_of(both(eager), eager) + resident))
     step = compiled(model, budget)
     model.zero_grad(set_to_none=True)

@@ -672,7 +672,7 @@ def _saved_tensors_hooks_off() -> Iterator[list[Any]]:
 
 def makes_again() -> bool:
     """Does this forward make again what a checkpoint dropped?"""
-    return any("recomputation" in pack.__qualname__ for pack in _checkpoint_hooks())
+    return any(map(_recomputes, _checkpoint_hooks()))
 
 
 def checkpoint_around() -> int | None:
@@ -680,10 +680,14 @@ def checkpoint_around() -> int | None:
     to come; None where there is none, or where one is making again what it dropped.
     """
     hooks = _checkpoint_hooks()
-    if not hooks or makes_again():
+    if not hooks or any(map(_recomputes, hooks)):
         return None
     names = hooks[-1].__code__.co_freevars
     return id(hooks[-1].__closure__[names.index("frame")].cell_contents)
+
+
+def _recomputes(pack: Any) -> bool:
+    return "recomputation" in pack.__qualname__
 
 
 def _checkpoint_hooks() -> list[Any]:

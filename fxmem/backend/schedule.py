@@ -84,8 +84,13 @@ class Schedule:
 
     def around(self, place: int, earlier: Sequence[Part]) -> Around:
         """What is around the graph at a place; earlier: those before it as they now run."""
-        found = around(self.parts, place, earlier, self.resident, self._spare(place))
-        return replace(found, unchanged=step_peak(self.whole, self.resident))
+        found = around(self.parts, place, earlier, self.resident, self._spares[place])
+        return replace(found, unchanged=self._unchanged)
+
+    @cached_property
+    def _unchanged(self) -> int:
+        """Bytes at the peak of the step with everything kept."""
+        return step_peak(self.whole, self.resident)
 
     @cached_property
     def fits(self) -> bool:
@@ -111,16 +116,20 @@ class Schedule:
     def _of_checkpoint(self, checkpoint: int) -> list[int]:
         return [place for place, key in enumerate(self.keys) if key.checkpoint == checkpoint]
 
-    def _spare(self, place: int) -> int:
-        """Bytes to leave for the graphs after a place beyond their smallest plans: no more than they need
+    @cached_property
+    def _spares(self) -> list[int]:
+        """Bytes to leave for what follows each place, beyond its smallest plans: no more than it needs
         to keep everything.
         """
         if self.budget is None:
-            return 0
+            return [0] * len(self.parts)
         room = max(self.budget - step_peak(self.parts, self.resident), 0)
-        later = shares(self.parts, [part.least for part in self.whole])[place + 1 :]
-        parts, whole = self.parts[place + 1 :], self.whole[place + 1 :]
-        return min(int(sum(later) * room), max(beyond(whole) - beyond(parts), 0))
+        all_shares = shares(self.parts, [part.least for part in self.whole])
+        found = []
+        for after in range(1, len(self.parts) + 1):
+            most = max(beyond(self.whole[after:]) - beyond(self.parts[after:]), 0)
+            found.append(min(int(sum(all_shares[after:]) * room), most))
+        return found
 
 
 def path_of(uses: Sequence[Seen], key: Key) -> Path:

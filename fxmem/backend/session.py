@@ -7,7 +7,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -254,7 +254,7 @@ class Session:
             return self._made(graph, args, needed, budget, known)
         except BudgetInfeasibleError:
             call = graph.key(args)
-            uses = [one for one in self.schedules.values() if one.shares_a_checkpoint(call)]
+            uses = [s for s in self._with_checkpointed(call) if s.shares_a_checkpoint(call)]
             if known is None or not uses or not all(one.fits for one in uses):
                 raise
             return known.kept(needed, budget)
@@ -265,7 +265,7 @@ class Session:
         None as long as that is not known of one of its places.
         """
         found, budgets = list[Around](), list[int | None]()
-        for schedule in self.schedules.values():
+        for schedule in self._with_checkpointed(call):
             for place, key in enumerate(schedule.keys):
                 if not key.is_checkpointed(call):
                     continue
@@ -282,6 +282,11 @@ class Session:
         meanwhile = max(one.meanwhile or 0 for one in found)
         unchanged = max(one.unchanged or 0 for one in found)
         return Around(always, meanwhile, unchanged=unchanged), min(limits, default=None)
+
+    def _with_checkpointed(self, call: Key) -> list[Schedule]:
+        """Steps with this call of a graph in a checkpoint."""
+        every = self.schedules.values()
+        return _fitting_first(s for s in every if any(key.is_checkpointed(call) for key in s.keys))
 
     def _as_planned(self, schedule: Schedule, place: int) -> Part | None:
         """A graph of a known step by its last plan; None if that is to come.
@@ -334,15 +339,13 @@ class Session:
         """Of what was asked for the step, the graph gets what the code before it does not hold."""
         if not needed.always or options.budget.kind == "min":
             return graph.build(args, needed, options)
-        device = _device(args)
-        reserve = options.reserve + library_memory(device)
         baseline = 0
         if options.budget.kind == "baseline_share":
             unchanged = graph.unchanged_peak(args)
             if unchanged is None:
                 return graph.build(args, needed, options)  # a share of the planner's own baseline
             baseline = needed.always + unchanged
-        budget = options.budget.resolve(device=device, baseline_peak=baseline, reserve=reserve)
+        budget = self._resolved(baseline, _device(args))
         assert budget is not None
         try:
             return _built_within(graph, args, needed, budget, options)
@@ -508,9 +511,8 @@ class Session:
         return self.options.budget.resolve(device=device, baseline_peak=baseline, reserve=reserve)
 
     def _of(self, path: Path) -> list[Schedule]:
-        """Steps that begin so; such as were refused count where no other does."""
-        found = [s for keys, s in self.schedules.items() if keys[: len(path)] == path]
-        return [s for s in found if s.fits] or found
+        """Steps that begin so."""
+        return _fitting_first(s for s in self.schedules.values() if s.keys[: len(path)] == path)
 
     def _around(self, path: Path, earlier: Sequence[Part]) -> Around | None:
         """What a graph at the end of the path leaves room for, whatever of the known steps this is."""
@@ -541,6 +543,12 @@ class Session:
             for key in use.made:
                 given.pop(key, None)
         return resident_bytes(given)
+
+
+def _fitting_first(schedules: Iterable[Schedule]) -> list[Schedule]:
+    """Steps that count: such as were refused do where no others are left."""
+    found = list(schedules)
+    return [schedule for schedule in found if schedule.fits] or found
 
 
 def _built_within(

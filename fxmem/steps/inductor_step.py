@@ -13,9 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 
-from fxmem.basics.budget import Budget
 from fxmem.basics.units import format_bytes
 from fxmem.graphs.graph import JointGraph
 from fxmem.graphs.workspace import Workspaces
@@ -229,8 +227,7 @@ class _Search:
         plan, options = self.plan, self.options
         if target is None or plan.smallest or options.plan is not None or not _fits(plan):
             return None
-        asked = Budget("bytes", Fraction(target + plan.reserve), plan.asked)
-        options = replace(options, budget=asked, on_infeasible="best")
+        options = replace(options.for_bytes(target, self.analysis.device), on_infeasible="best")
         memory = self.found[0].memory is not None
         again, validity = decided(self.analysis, options, self.here, memory=memory)
         if any(again.plan.decisions == one.plan.decisions for one in self.seen):
