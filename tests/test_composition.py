@@ -190,6 +190,45 @@ class Scanned(nn.Module):
         return scan(lambda sums, row: (sums + row.sin(), sums * row), x.new_zeros(8), self.first(x))
 
 
+class Region(nn.Module):
+    """Compiled by itself, once for all such blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x):
+        return x + self.drop(self.linear(x).sin())
+
+
+class Regions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Region() for _ in range(3)))
+
+    def forward(self, x):
+        return self.blocks(x).cos()
+
+
+class RegionsWithin(nn.Module):
+    """In a region, in a checkpoint, and in what an operator chooses from."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = Regions(), Regions(), Regions().eval()
+
+    @torch.compiler.nested_compile_region
+    def in_a_region(self, x):
+        return self.first(x).sin()
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.in_a_region(x)
+        x = checkpoint(self.second, x, use_reentrant=False)
+        return torch.cond(x.sum() < 1e9, lambda x: self.third(x), torch.sin, (x,))
+
+
 class Called(nn.Module):
     """Its layers with other parameters in their place."""
 
@@ -308,7 +347,16 @@ class OwnFunctions(nn.Module):
         return self.layers(x) + mask.sum()
 
 
-WORKS = (Selective, Reentrant, OwnOperator, OwnFunctions, MappedDraws, Scanned)
+WORKS = (
+    Selective,
+    Reentrant,
+    OwnOperator,
+    OwnFunctions,
+    MappedDraws,
+    Scanned,
+    Regions,
+    RegionsWithin,
+)
 WORKS_TOO = (
     SelectiveOfNothing,
     SelectiveAtWill,
@@ -389,6 +437,30 @@ def test_flex_attention_trains_nowhere_on_the_cpu_and_evaluates_as_it_is():
     with torch.no_grad():
         want = torch.compile(model, backend="aot_eager")(x)
         assert torch.equal(compiled(model, (x,))(x), want)
+
+
+class DrawsInABranch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.cond(x.sum() < 1e9, F.dropout, torch.sin, (self.first(x),))
+
+
+class DrawsInAMap(DrawsInABranch):
+    def forward(self, x):
+        return torch._higher_order_ops.map(lambda row: F.dropout(row).sin(), self.first(x))
+
+
+@pytest.mark.parametrize("make", [DrawsInABranch, DrawsInAMap])
+def test_what_draws_other_numbers_in_its_backward_is_refused(make):
+    x = torch.randn(X)
+    for apply in (optimized, compiled):
+        with pytest.raises(fxmem.CaptureError, match="draws other numbers then") as caught:
+            apply(make(), (x,))(x)
+        assert "try     drawing before" in str(caught.value)
+        assert "test_composition.py" in str(caught.value)
 
 
 def test_what_the_model_itself_raises_is_quoted():

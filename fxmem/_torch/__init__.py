@@ -427,11 +427,6 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     )
 
 
-def is_of_a_region(joint: fx.GraphModule) -> bool:
-    """Is this the joint graph of a nested region, such as ``invoke_subgraph``'s, not of a graph?"""
-    return "desc" not in joint.graph.output_node().meta
-
-
 def follows_a_break(module: fx.GraphModule) -> bool:
     """Did Dynamo end this graph because it could not go on, so that more of the step follows?"""
     reason = getattr(module, "compile_subgraph_reason", None)

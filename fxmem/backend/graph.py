@@ -24,6 +24,7 @@ from fxmem.basics.sizes import evaluate, hint, storages_in
 from fxmem.graphs.capture import StepCall, examples_of, joint_graph
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
+from fxmem.graphs.regions import without_regions
 from fxmem.planning.ledger import Around, Part, part_of
 from fxmem.planning.plan import Plan
 from fxmem.planning.whole_step import in_step
@@ -132,7 +133,7 @@ class Graph:
 
     def __init__(self, module: fx.GraphModule, example_inputs: list[Any], session: Session) -> None:
         self.number = next(_numbers)
-        self.module = module
+        self.module = without_regions(module)
         self.session = session
         self.more_follows = _torch.follows_a_break(module) or reads_gathered(example_inputs)
         self.name = _title(module)
@@ -286,11 +287,6 @@ class _Builder:
     def partition(
         self, module: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        if _torch.is_of_a_region(module):
-            raise CaptureError(
-                "the model has a region that is compiled by itself (nested_compile_region), whose bytes "
-                "the backend fxmem cannot plan\n  try: the model without the decorator"
-            )
         self.joint = joint_graph(module, self.graph.roles, {})
         self._name_sizes(self.joint)
         examples, self.examples = examples_of(self.joint, self.examples), ()

@@ -36,6 +36,8 @@ from fxmem.graphs.graph import (
     output_values,
     source_line,
 )
+from fxmem.graphs.operators import draws_within
+from fxmem.graphs.regions import without_regions
 
 
 def training_step(
@@ -132,6 +134,7 @@ def capture(
                 "the step computes no tensor, so there is nothing to capture.\n"
                 "  try: pass a model whose forward uses its parameters on the inputs"
             )
+        output.backend_input.graph_module = without_regions(output.backend_input.graph_module)
         roles = _roles(output, call.model)
         with contextlib.ExitStack() as stack:
             try:
@@ -200,6 +203,7 @@ def joint_graph(
     _refuse_subclasses(module, roles)
     _refuse_unknown_sizes(module)
     tag_backward(module)
+    _refuse_other_draws(module)
     _own_tangents(module)
     descriptions = module.graph.output_node().meta["desc"]
     kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
@@ -246,6 +250,19 @@ def _refuse_unknown_sizes(module: fx.GraphModule) -> None:
                     "  try     torch.where or a mask in place of selecting elements, or optimize "
                     "the submodules around it one by one"
                 )
+
+
+def _refuse_other_draws(module: fx.GraphModule) -> None:
+    """``cond`` and ``map`` run their code once more for its gradient, which draws other numbers there."""
+    for node in module.graph.nodes:
+        if is_backward(node) and draws_within(node):
+            name = operator_name(node)
+            raise CaptureError(
+                f"torch's {name} runs its code a second time in the backward, and what is random in there "
+                "draws other numbers then: the gradients are not those of what was computed, without fxmem "
+                f"either.\n  at      {source_line(node) or name}\n"
+                f"  try     drawing before {name}, as a mask that is passed into it"
+            )
 
 
 def _without_regenerated(

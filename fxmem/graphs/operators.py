@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -144,6 +145,17 @@ def is_random(node: fx.Node) -> bool:
     if target.overloadpacket is aten.native_dropout:
         return node.args[2] is not False
     return True
+
+
+def draws_within(node: fx.Node) -> bool:
+    """Does a graph that the node's higher-order operator runs draw from a generator?"""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    owner = node.graph.owning_module
+    names = [str(given.target) for given in node.all_input_nodes if given.op == "get_attr"]
+    codes = [operator.attrgetter(name)(owner) for name in names]
+    inner = [n for code in codes if isinstance(code, fx.GraphModule) for n in code.graph.nodes]
+    return any(is_random(n) or draws_within(n) for n in inner)
 
 
 def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
