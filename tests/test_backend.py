@@ -686,10 +686,11 @@ def test_a_graph_by_code_that_was_measured():
     )
 
 
-def test_room_is_shared_by_what_is_wanted():
-    parts = [part(forward=10), part(backward=20)]
-    assert shares(parts, [40, 30]) == [0.75, 0.25]
-    assert shares(parts, [10, 20]) == [0.0, 0.0]
+def test_room_is_shared_by_what_graphs_would_hold():
+    smallest = [part(held=10, backward=90), part(held=5, backward=90), part(held=5, forward=20)]
+    whole = [part(held=40, backward=90), part(held=25, backward=90), part(held=30, boundary=70)]
+    assert shares(smallest, whole) == [0.3, 0.2, 0.5]
+    assert shares(whole, smallest) == [0.0, 0.0, 0.0]
 
 
 def test_what_torch_does_not_compile_in_place_is_said():

@@ -335,6 +335,46 @@ class Drawing(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0], None
 
 
+class DrawingBackwards(torch.autograd.Function):
+    """Draws in its backward, before it reads a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        noise = 0.1 * torch.randn(gradient.shape)
+        return gradient * F.dropout(x.cos()) + noise
+
+
+class NoiseInBackward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.layers = nn.Linear(8, 8), mlp(depth=1)
+
+    def forward(self, x):
+        return self.layers(DrawingBackwards.apply(DrawingBackwards.apply(self.first(x))))
+
+
+class BranchUnderModes(nn.Module):
+    """A choice by what is computed, under ``no_grad`` and autocast: it does not run on fake tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.first(x)
+        with torch.no_grad():
+            scale = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = torch.cond(x.sum() > 0, self.last, lambda x: self.last(x).cos(), (x * scale,))
+        return self.last(y.float())
+
+
 class OwnFunctions(nn.Module):
     def __init__(self):
         super().__init__()
@@ -437,6 +477,37 @@ def test_flex_attention_trains_nowhere_on_the_cpu_and_evaluates_as_it_is():
     with torch.no_grad():
         want = torch.compile(model, backend="aot_eager")(x)
         assert torch.equal(compiled(model, (x,))(x), want)
+
+
+def test_hooks_of_all_modules_count_from_when_they_are_there():
+    model, x = mlp(depth=1), torch.randn(X)
+    step = optimized(model, (x,))
+    assert torch.equal(step(x), model(x))
+
+    def doubled(module, args, output):
+        return output * 2 if isinstance(module, nn.Linear) else None
+
+    hook = torch.nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        assert torch.equal(step(x), model(x))
+    finally:
+        hook.remove()
+    assert torch.equal(step(x), model(x))
+
+
+def test_what_a_thread_has_set_is_kept_where_a_trace_fails():
+    def failing():
+        torch.set_grad_enabled(False)
+        torch.autocast("cpu", torch.float16).__enter__()
+        raise ValueError
+
+    with pytest.raises(ValueError), _torch.modes_kept():  # noqa: PT011
+        failing()
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert torch.autocast_increment_nesting() == 1
+    torch.autocast_decrement_nesting()
 
 
 class DrawsInABranch(nn.Module):

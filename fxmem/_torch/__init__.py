@@ -45,7 +45,12 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import _lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
@@ -54,6 +59,8 @@ from fxmem._torch.saved import PREPARED, nodes_before
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+_GLOBAL_FORWARD_HOOKS = (_global_forward_pre_hooks, _global_forward_hooks)
 
 # torch's compiler stack is not thread-safe, so every capture and compilation holds this lock.
 COMPILE_LOCK = compile_lock
@@ -209,6 +216,12 @@ def dispatch_state() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     return lambda: torch._C._ForceDispatchKeyGuard(included, excluded)
 
 
+def modes_unchanged() -> Callable[[], bool]:
+    """Are the thread's settings, such as autocast and the default dtype, as they are now?"""
+    found: Callable[[], bool] = torch._C._dynamo.guards.GlobalStateGuard().check
+    return found
+
+
 def dynamo_guards(
     output: Any,
     function: Callable[..., Any],
@@ -227,8 +240,16 @@ def dynamo_guards(
     hooks = Hooks(guard_filter_fn=lambda guards: [replaced not in g.name for g in guards])
     with as_called(), watched, get_metrics_context(), dynamo_timed("fxmem_guards"):
         manager = output.graph_capture_output.build_guards(code, hooks).guard_manager
-    chosen = _attention_backends()
-    return lambda local: manager.check(local) and _attention_backends() == chosen
+    chosen = (_attention_backends(), _hooks_of_all_modules())
+    return lambda local: (
+        (_attention_backends(), _hooks_of_all_modules()) == chosen and manager.check(local)
+    )
+
+
+def _hooks_of_all_modules() -> tuple[int, ...]:
+    """Global hooks by identity, which Dynamo does not guard, either; but for those of trackers."""
+    tables = (*_GLOBAL_FORWARD_HOOKS, _global_backward_hooks, _global_backward_pre_hooks)
+    return tuple(id(hook) for table in tables for hook in table.values() if not _is_tracker(hook))
 
 
 def _attention_backends() -> tuple[bool, ...]:
@@ -301,6 +322,36 @@ def _joint(backend_input: Any, stack: contextlib.ExitStack) -> Any:
         return aot_export_joint_with_descriptors(
             stack, backend_input.graph_module, tuple(backend_input.example_inputs)
         )
+
+
+@contextlib.contextmanager
+def modes_kept() -> Iterator[None]:
+    """A graph of Dynamo's enters and leaves ``no_grad`` and ``autocast`` step by step, too: the thread's
+    settings are as they were when this is left, also after an error in between.
+    """
+    grad, kept = torch.is_grad_enabled(), dispatch_state()
+    dtypes = {device: torch.get_autocast_dtype(device) for device in _CAST}
+    enabled = {device: torch.is_autocast_enabled(device) for device in _CAST}
+    cache, depth = torch.is_autocast_cache_enabled(), _depth_of_autocast()
+    try:
+        with kept():
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_autocast_cache_enabled(cache)
+        for device in _CAST:
+            torch.set_autocast_dtype(device, dtypes[device])
+            torch.set_autocast_enabled(device, enabled[device])
+        for _ in range(_depth_of_autocast() - depth):
+            torch.autocast_decrement_nesting()
+
+
+_CAST = ("cpu", "cuda")
+
+
+def _depth_of_autocast() -> int:
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
 
 
 @contextlib.contextmanager
@@ -637,7 +688,7 @@ def unwatched() -> Iterator[None]:
     They would see the tracing as if it ran, Dynamo cannot trace the global hooks, and its guards
     compare both.  What was captured without them runs under them.
     """
-    tables = (_global_forward_pre_hooks, _global_forward_hooks)
+    tables = _GLOBAL_FORWARD_HOOKS
     trackers = [{key: h for key, h in table.items() if _is_tracker(h)} for table in tables]
     for table, hooks in zip(tables, trackers, strict=True):
         for key in hooks:

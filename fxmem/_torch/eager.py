@@ -23,7 +23,7 @@ from torch._library.utils import Kernel
 from torch._prims_common import compute_elementwise_output_strides, suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxmem._torch import COMPILE_LOCK, quiet_fake_tensors, unwatched
+from fxmem._torch import COMPILE_LOCK, modes_kept, quiet_fake_tensors, unwatched
 
 aten = torch.ops.aten
 
@@ -103,7 +103,7 @@ _COPIES_STORAGE = (
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """One thread at a time, with fake tensors that are laid out as real ones will be."""
-    with COMPILE_LOCK, unwatched(), quiet_fake_tensors(), real_layouts():
+    with COMPILE_LOCK, modes_kept(), unwatched(), quiet_fake_tensors(), real_layouts():
         yield
 
 

@@ -19,6 +19,7 @@ from fxmem import _torch
 from fxmem._torch.eager import compiling, eager_decompositions
 from fxmem.analysis.shards import reads_gathered
 from fxmem.backend.schedule import Key, Path
+from fxmem.backend.twins import Form, form_of, names_of, renamed
 from fxmem.basics.errors import CaptureError, FxmemError
 from fxmem.basics.sizes import evaluate, hint, storages_in
 from fxmem.graphs.capture import StepCall, examples_of, joint_graph
@@ -59,6 +60,8 @@ class Program:
     symbols: name -> place among the sizes.  fixed: are those of its first call constants in its code?
     phases: what its code was measured to hold.  lasting: does it keep everything, so that it may stay once
     somebody has seen what follows?  replan: the bytes of the smallest plan with something else around it.
+    names: of the graph that was planned.  said: of these, what the graph that it runs for has in place of
+    them, where that is a twin.
     """
 
     number: int
@@ -76,6 +79,8 @@ class Program:
     phases: Phases | None
     lasting: bool
     replan: Callable[[Around], Part] = field(repr=False)
+    names: tuple[str, ...] = field(repr=False)
+    said: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def provisional(self) -> bool:
@@ -106,9 +111,17 @@ class Program:
         loss = self.part.boundary - self.part.held - self.part.tangents
         between = loss if needed.meanwhile is None else needed.meanwhile - needed.spare
         plan = _with_between(self.planned, self.phases, between)
-        program = replace(self, around=needed, plan=in_step(plan, needed, budget))
+        plan = renamed(in_step(plan, needed, budget), self.said)
+        program = replace(self, around=needed, plan=plan)
         _tell(program.graph, program.plan)
         return program
+
+    def of(self, graph: Graph) -> Program:
+        """The same to run for a twin of its graph."""
+        if graph.number == self.graph:
+            return self
+        said = dict(zip(self.names, graph.names, strict=True))
+        return replace(self, graph=graph.number, said=said, plan=renamed(self.plan, said))
 
     def serves(self, sizes: tuple[int, ...]) -> bool:
         """Does it compute with these sizes, and keep the budget at them?"""
@@ -144,9 +157,13 @@ class Graph:
         self.error: FxmemError | None = None
         self.tracing = False
         self.met = False
-        session.graphs.append(weakref.ref(self))
+        self.form: Form | None = None
+        self.kind: int | None = None
         if not any(map(_torch.is_fake, example_inputs)):
             self._meet(example_inputs)
+            self._find_twins(example_inputs)
+        session.graphs.append(weakref.ref(self))
+        if self.met:
             self._trace(example_inputs)
 
     def _meet(self, inputs: Sequence[Any]) -> None:
@@ -158,11 +175,30 @@ class Graph:
         nodes = self.module.graph.find_nodes(op="placeholder")
         values = list(zip(nodes, inputs, strict=True))
         self.roles = [_role(node, value) for node, value in values]
+        self.names = names_of(self.name, self.module, self.roles)
         self.states = _references(inputs)
         self.size_places = [
             i for i, (_, v) in enumerate(values) if isinstance(v, (int, torch.SymInt))
         ]
         self.met = True
+
+    def _find_twins(self, inputs: Sequence[Any]) -> None:
+        """Graphs for which the same is compiled have the same number as their ``kind``."""
+        self.form = form_of(self.module, inputs, self.roles)
+        self.modes_unchanged = _torch.modes_unchanged()
+        if self.form is not None:
+            alike = [one for one in self.session.living() if one.form == self.form]
+            twin = next((one for one in alike if one.modes_unchanged()), self)
+            self.kind = self.number if twin is self else twin.kind
+
+    def known(self) -> list[Program]:
+        """Programs that it could run: its own, and those of its twins."""
+        twins = [
+            one
+            for one in self.session.living()
+            if self.kind is not None and one.kind == self.kind and one is not self
+        ]
+        return [*self.programs.values(), *(p for one in twins for p in one.programs.values())]
 
     def _trace(self, inputs: Sequence[Any]) -> None:
         """While Dynamo works on the graph: what tracing assumes of sizes becomes guards of Dynamo's."""
@@ -363,6 +399,7 @@ class _Builder:
             phases,
             self.lasting,
             self.replanned,
+            self.graph.names,
         )
 
     def _name_sizes(self, graph: JointGraph) -> None:

@@ -124,7 +124,7 @@ class Schedule:
         if self.budget is None:
             return [0] * len(self.parts)
         room = max(self.budget - step_peak(self.parts, self.resident), 0)
-        all_shares = shares(self.parts, [part.least for part in self.whole])
+        all_shares = shares(self.parts, self.whole)
         found = []
         for after in range(1, len(self.parts) + 1):
             most = max(beyond(self.whole[after:]) - beyond(self.parts[after:]), 0)

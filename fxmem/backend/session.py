@@ -201,22 +201,23 @@ class Session:
     ) -> Program | None:
         """A program of the graph that is there already and is as good here as a new one would be.
 
-        Blocks of one class are one graph, called at many places: code is made for a few of them.
+        Blocks of one class are one graph, called at many places, or twins: code is made for a few of them.
         """
         budget, sizes = self._budget(path), graph.sizes(args)
         if budget is None:
             return None
         fitting = [
             program
-            for program in graph.programs.values()
+            for program in graph.known()
             if (program.lasting or not program.provisional)
             and program.sizes == sizes
             and program.peak(needed) <= budget
         ]
-        best = min(fitting, key=lambda program: program.plan.added_seconds, default=None)
-        if best is None or best.plan.added_seconds <= 0:
-            return best
-        return best if budget - best.peak(needed) <= _UNUSED * budget else None
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda program: program.plan.added_seconds).of(graph)
+        is_good = best.plan.added_seconds <= 0 or budget - best.peak(needed) <= _UNUSED * budget
+        return best if is_good else None
 
     def _checkpointed(self, graph: Graph, args: Sequence[Any], path: Path) -> Program | None:
         """The forward, and the one that makes again what the checkpoint around it dropped, save the same.
@@ -403,7 +404,7 @@ class Session:
         can be.
         """
         sizes = graph.sizes(args)
-        programs = [p for p in graph.programs.values() if p.provisional and p.sizes == sizes]
+        programs = [p for p in graph.known() if p.provisional and p.sizes == sizes]
         earlier = parts_of(self.outstanding())
         held = sum(part.held for part in earlier) + self._before(path, args).nbytes
         room = int(_HOPED * budget) - held - self._given(path, args)
@@ -411,7 +412,7 @@ class Session:
             room = 0
         for program in programs:
             if program.lasting and program.part.least <= room:
-                return program
+                return program.of(graph)
         if programs or room <= 0:
             return self._holding_least(graph, args)
         room += resident_bytes(storages(args))
@@ -421,10 +422,10 @@ class Session:
     def _holding_least(self, graph: Graph, args: Sequence[Any]) -> Program | None:
         """The graph so that it holds as little as can be while others run."""
         sizes = graph.sizes(args)
-        known = (p for p in graph.programs.values() if p.holds_least and p.sizes == sizes)
-        return next(known, None) or graph.build(
-            args, Around(known=False), self.options.for_the_smallest()
-        )
+        known = [p for p in graph.known() if p.holds_least and p.sizes == sizes]
+        if known:
+            return known[0].of(graph)
+        return graph.build(args, Around(known=False), self.options.for_the_smallest())
 
     def _balanced(self, graph: Graph, args: Sequence[Any], most: Program) -> Program:
         """The graph so that it holds little while others run, and takes little itself: as near as can be
@@ -432,10 +433,10 @@ class Session:
 
         most: that holds the least.
         """
-        known = (p for p in graph.programs.values() if p.provisional and not p.holds_least)
+        known = (p for p in graph.known() if p.provisional and not p.holds_least)
         found = next((p for p in known if p.sizes == most.sizes), None)
         if found is not None:
-            return found
+            return found.of(graph)
         least = most.replan(Around(meanwhile=0)).least
         beside = max(least - most.part.held - most.part.tangents, 0)
         around = Around(meanwhile=beside, known=False)

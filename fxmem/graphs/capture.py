@@ -202,6 +202,7 @@ def joint_graph(
     """
     _refuse_subclasses(module, roles)
     _refuse_unknown_sizes(module)
+    _tag_own_backwards(module)
     tag_backward(module)
     _refuse_other_draws(module)
     _own_tangents(module)
@@ -290,12 +291,23 @@ def _without_regenerated(
 
 
 def tag_backward(module: fx.GraphModule) -> None:
-    """Whatever depends on a tangent runs in the backward.
-
-    Autograd's tags miss the body of a user's own backward function.
-    """
+    """Whatever depends on a tangent runs in the backward."""
     for node in module.graph.nodes:
         if node.op == "call_function" and any(map(is_backward, node.all_input_nodes)):
+            node.meta["partitioner_tag"] = "is_backward"
+
+
+def _tag_own_backwards(module: fx.GraphModule) -> None:
+    """Autograd's tags miss the body of a user's own backward function, which may draw before it reads a
+    tangent.  It is traced after all of the forward.
+    """
+    nodes = list(module.graph.nodes)
+    tags = [node.meta.get("partitioner_tag") for node in nodes]
+    if "is_forward" not in tags:
+        return
+    last = max(place for place, tag in enumerate(tags) if tag == "is_forward")
+    for node, tag in zip(nodes[last + 1 :], tags[last + 1 :], strict=True):
+        if node.op == "call_function" and tag is None:
             node.meta["partitioner_tag"] = "is_backward"
 
 

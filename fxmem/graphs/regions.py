@@ -7,7 +7,7 @@ it, so the calls have to be operators of the graph around them like all others.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -28,7 +28,7 @@ def without_regions(module: fx.GraphModule) -> fx.GraphModule:
         setattr(flat, name, child)
     first: dict[Any, str] = {}  # identifier -> path of the module whose call was traced
     for call in flat.graph.find_nodes(op="call_function", target=_CALL):
-        region, identifier, *_ = call.args
+        region, identifier, *_ = cast("tuple[Any, ...]", call.args)
         here = _path(call)
         _inline(
             flat.graph, call, getattr(flat, region.target), first.setdefault(identifier, here), here
@@ -48,7 +48,7 @@ def _inline(graph: fx.Graph, call: fx.Node, region: fx.GraphModule, traced: str,
 
     traced: path of the module whose call was traced.  here: of the one that is called.
     """
-    code, _, *operands = call.args
+    code, _, *operands = cast("tuple[Any, ...]", call.args)
     inputs = region.graph.find_nodes(op="placeholder")
     env: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
     with graph.inserting_before(call):
@@ -60,9 +60,9 @@ def _inline(graph: fx.Graph, call: fx.Node, region: fx.GraphModule, traced: str,
                 new.target = f"{code.target}.{node.target}"
             if "nn_module_stack" in node.meta:
                 new.meta["nn_module_stack"] = _moved(node.meta["nn_module_stack"], traced, here)
-    (results,) = fx.map_arg(region.graph.output_node().args, env.__getitem__)
+    results: Any = fx.map_arg(region.graph.output_node().args[0], env.__getitem__)
     for user in list(call.users):  # each takes one of the results
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(results[cast(int, user.args[1])])
         graph.erase_node(user)
     graph.erase_node(call)
     if not code.users:

@@ -188,11 +188,14 @@ def around(
     return Around(always, needed, min(spare, needed))
 
 
-def shares(parts: Sequence[Part], wanted: Sequence[int]) -> list[float]:
+def shares(smallest: Sequence[Part], whole: Sequence[Part]) -> list[float]:
     """Of the room that is left when every graph is as small as can be, each one's share.
 
-    wanted: bytes that each would use if it could.
+    Room is for what graphs hold while others run, and for what the last one takes at its peak: each gets
+    as large a part of what it would use.  whole: the graphs with everything kept.
     """
-    more = [max(want - part.least, 0) for part, want in zip(parts, wanted, strict=True)]
+    more = [keep.held - least.held for least, keep in zip(smallest, whole, strict=True)]
+    more[-1] = whole[-1].peak(Around()) - smallest[-1].peak(Around())
+    more = [max(nbytes, 0) for nbytes in more]
     total = sum(more)
-    return [one / total if total else 0.0 for one in more]
+    return [nbytes / total if total else 0.0 for nbytes in more]
