@@ -212,7 +212,7 @@ def test_what_the_graphs_were_compiled_with_is_not_held(monkeypatch):
             stepped(step, model, x)
     finally:
         gc.enable()
-    assert len(seen) >= 2 * 3
+    assert len(seen) >= 4  # graphs that compute the same are built once
     assert sum(ref() is not None for ref in seen) == 0
 
 
