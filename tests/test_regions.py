@@ -116,6 +116,15 @@ def test_regions_keep_a_budget(share):
     assert found <= plan.predicted_peak <= budget < eager
 
 
+def test_a_report_names_the_parameters_of_regions():
+    torch.manual_seed(0)
+    model, x = Net(64), torch.randn(8, 64)
+    torch.compile(model, backend=backend.fxmem, options={"budget": "min"})(x)
+    (plan,) = fxmem.plans(model)
+    named = [t.name for t in plan.certificate.tensors if t.category == "parameters"]
+    assert {"blocks.0.linear.weight", "blocks.2.linear.weight"} <= set(named)
+
+
 def peak(step, model, x):
     model.zero_grad()
     sizes, _ = cpu_allocations(lambda: step(x).backward())

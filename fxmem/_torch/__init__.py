@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import gc
 import logging
 import re
@@ -272,6 +273,15 @@ def dynamo_callable(
     """
     known = {**vars(builtins), **function.__globals__}
     return output.forward_callable(compiled_fn=compiled, extra_globals=known)
+
+
+def dynamo_graph_copy(graph: fx.Graph) -> fx.Graph:
+    """A copy whose placeholders still know how the user's code reaches them."""
+    found = copy.deepcopy(graph)
+    pairs = zip(found.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder"), strict=True)
+    for ours, theirs in pairs:
+        ours._dynamo_source = getattr(theirs, "_dynamo_source", None)
+    return found
 
 
 def dynamo_source_name(placeholder: fx.Node) -> str:

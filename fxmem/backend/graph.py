@@ -121,7 +121,8 @@ class Program:
         if graph.number == self.graph:
             return self
         said = dict(zip(self.names, graph.names, strict=True))
-        return replace(self, graph=graph.number, said=said, plan=renamed(self.plan, said))
+        here = {self.said.get(name, name): said[name] for name in self.names}
+        return replace(self, graph=graph.number, said=said, plan=renamed(self.plan, here))
 
     def serves(self, sizes: tuple[int, ...]) -> bool:
         """Does it compute with these sizes, and keep the budget at them?"""

@@ -6,11 +6,12 @@ it, so the calls have to be operators of the graph around them like all others.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
 from torch import fx
+
+from fxmem._torch import dynamo_graph_copy
 
 _CALL = torch.ops.higher_order.invoke_subgraph
 
@@ -23,7 +24,7 @@ def without_regions(module: fx.GraphModule) -> fx.GraphModule:
     calls = module.graph.find_nodes(op="call_function", target=_CALL)
     if not calls and all(child is getattr(module, name) for name, child in inner.items()):
         return module
-    flat = fx.GraphModule(module, copy.deepcopy(module.graph))
+    flat = fx.GraphModule(module, dynamo_graph_copy(module.graph))
     for name, child in inner.items():
         setattr(flat, name, child)
     first: dict[Any, str] = {}  # identifier -> path of the module whose call was traced
