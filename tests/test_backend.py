@@ -598,11 +598,13 @@ def test_equal_blocks_run_few_programs(share):
         block.compile(backend="fxmem", options=options)
     for _ in range(3):
         assert_same(want, stepped(model, model, x))
-    assert 0.95 * budget < peak_of(model, model, x) + resident_of(model, x) <= budget
+    # What a block can hold comes in steps of 8 % of the smallest of these budgets.
+    assert 0.9 * budget < peak_of(model, model, x) + resident_of(model, x) <= budget
     mine = [graph for graph in living() if graph.session.given is options]
     programs = [program for graph in mine for program in graph.programs.values()]
     assert len(programs) == 8
-    assert len({id(program.run) for program in programs}) <= 3
+    # The first one's input needs no gradient; of the others three plans are possible.
+    assert len({id(program.run) for program in programs}) <= 4
     plans = [program.plan for program in programs]
     assert {plan.budget for plan in plans} == {budget}
     assert all(sum(plan.peak.live.values()) == plan.peak.nbytes for plan in plans)
@@ -610,7 +612,7 @@ def test_equal_blocks_run_few_programs(share):
     assert measured == pytest.approx(max(plan.predicted_peak for plan in plans), rel=0.03)
 
 
-def test_with_room_for_everything_each_graph_is_made_once():
+def test_with_room_for_everything_what_differs_is_made_once():
     model, x = seeded(Cut, depth=4), batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
     made, build = [], Graph.build
@@ -623,7 +625,7 @@ def test_with_room_for_everything_each_graph_is_made_once():
         step = compiled(model, "1GiB")
         for _ in range(3):
             assert_same(want, stepped(step, model, x))
-    assert len(made) == 4
+    assert len(made) == 3  # the second and the third compute the same
     plans = fxmem.plans(step)
     assert [plan.predicted_overhead for plan in plans] == [0.0] * 4
     assert [plan.budget for plan in plans] == [2**30] * 4

@@ -245,24 +245,34 @@ class Graph:
     # -- Building ------------------------------------------------------------------------------------
 
     def build(
-        self, args: Sequence[Any], around: Around, options: Options, *, room: int | None = None
+        self,
+        args: Sequence[Any],
+        around: Around,
+        options: Options,
+        *,
+        room: int | None = None,
+        fitting: Sequence[Program] = (),
     ) -> Program | None:
         """Trace, plan and compile; None where nothing needs a gradient.
 
         room: bytes; a graph that keeps everything within them does, as a step of its own would; any other
-        gets its smallest plan.  Once Dynamo has finished with the graph, the sizes of further inputs are
-        constants.
+        gets its smallest plan.  fitting: programs that could stay; if the plan is that of one of them, no
+        code is made.  Once Dynamo has finished with the graph, the sizes of further inputs are constants.
         """
         call, unchanged = self._unchanged(args)
         without_data = replace(call, args=())  # what is compiled refers to it as long as it lives
         builder = _Builder(self, self.sizes(args), around, options, without_data, unchanged, room)
-        builder.examples = args
+        builder.examples, builder.fitting = args, fitting
         context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
-        with compiling(), eager_decompositions(), context, self._numbers_explained():
-            run = _torch.aot_compile(
-                self.module, args, builder.partition, builder.forward, builder.backward
-            )
-        builder.examples = ()
+        try:
+            with compiling(), eager_decompositions(), context, self._numbers_explained():
+                run = _torch.aot_compile(
+                    self.module, args, builder.partition, builder.forward, builder.backward
+                )
+        except _PlannedAlike as found:
+            return found.program.of(self).kept(around, found.budget)
+        finally:
+            builder.examples, builder.fitting = (), ()
         if builder.planned is None:
             # Compiled later than Dynamo traced, it would serve the sizes of this call alone.
             self.plain = run if self.tracing else self.module
@@ -298,6 +308,14 @@ class Graph:
             ) from error
 
 
+class _PlannedAlike(Exception):
+    """The plan is that of a program that is there already.  budget: bytes, of the plan."""
+
+    def __init__(self, program: Program, budget: int) -> None:
+        super().__init__()
+        self.program, self.budget = program, budget
+
+
 class _Builder:
     """Plans a graph in the middle of AOTAutograd's work on it."""
 
@@ -315,6 +333,7 @@ class _Builder:
         self.call, self.unchanged, self.room = call, unchanged, room
         self.lasting = False
         self.examples: Sequence[Any] = ()  # until the graph is cut: its code is measured on them
+        self.fitting: Sequence[Program] = ()
         self.places: dict[str, int] = {}
         self.planned: Planned | None = None
         self.validity: Validity | None = None
@@ -334,11 +353,17 @@ class _Builder:
             options = replace(options, compiler="eager")
         try:
             found = decided_for_code(analysis, options, here)
+            self._check_new(found[0].plan)
             self.coded, self.validity = step_code(analysis, options, self.joint, found, here)
         finally:
             examples.clear()  # forms of an analysis know each other, and so outlive this line
         self.planned = self.coded.planned
         return self.coded.split.forward, self.coded.split.backward
+
+    def _check_new(self, plan: Plan) -> None:
+        for program in self.fitting:
+            if _decided(program.planned.plan) == _decided(plan):
+                raise _PlannedAlike(program, plan.budget + self.around.always)
 
     def _asked(self, graph: JointGraph) -> tuple[Analysis, Options]:
         """What to plan, and for how many bytes."""
@@ -413,6 +438,11 @@ class _Builder:
             name = self.graph.roles[i].name
             symbol = Symbol(name, int(value.node.hint), name)
             self.places[graph.symbols.setdefault(value.node.expr, symbol).name] = place
+
+
+def _decided(plan: Plan) -> list[tuple[Any, ...]]:
+    """What a plan does, by names that twins have in common."""
+    return [(d.value, d.action, d.nbytes_stored, d.times, d.dropped) for d in plan.decisions]
 
 
 def _tell(number: int, plan: Plan) -> None:

@@ -50,8 +50,8 @@ _TIGHT = 0.8
 _HOPED = 0.25
 """Of the budget: within it, graphs of a first step keep everything, in the hope that all others can."""
 
-_UNUSED = 0.02
-"""Of the budget: a program that is there already may leave so much to the graphs that follow."""
+_UNUSED = 0.04
+"""Of the budget: a program that is there already may leave so much unused."""
 
 _MANY = 256
 _MANY_WAITING = (
@@ -184,10 +184,8 @@ class Session:
             return known
         if needed is None:
             made = self._provisional(graph, args, path)
-        elif (fitting := self._fitting(graph, args, path, needed)) is not None:
-            made = fitting.kept(needed, self._budget(path))
         else:
-            made = self._made(graph, args, needed, self._budget(path), known)
+            made = self._planned(graph, args, path, needed, known)
         self._to_be_seen_again.discard(path)
         if made is not None:
             graph.programs[path] = made
@@ -196,28 +194,39 @@ class Session:
     def _may_stay(self, known: Program, path: Path, needed: Around | None) -> bool:
         return path not in self._to_be_seen_again if needed is None else known.leaves_room(needed)
 
-    def _fitting(
-        self, graph: Graph, args: Sequence[Any], path: Path, needed: Around
+    def _planned(
+        self,
+        graph: Graph,
+        args: Sequence[Any],
+        path: Path,
+        needed: Around,
+        known: Program | None,
     ) -> Program | None:
-        """A program of the graph that is there already and is as good here as a new one would be.
+        """The program of a graph once it is known what follows: one that is there already, if that is as
+        good here as a new one would be.
 
         Blocks of one class are one graph, called at many places, or twins: code is made for a few of them.
         """
-        budget, sizes = self._budget(path), graph.sizes(args)
-        if budget is None:
-            return None
-        fitting = [
+        budget = self._budget(path)
+        fitting = [] if budget is None else self._fitting(graph, args, needed, budget)
+        if budget is not None and fitting:
+            best = min(fitting, key=lambda program: program.plan.added_seconds)
+            if best.plan.added_seconds <= 0 or budget - best.peak(needed) <= _UNUSED * budget:
+                return best.of(graph).kept(needed, budget)
+        return self._made(graph, args, needed, budget, known, fitting)
+
+    def _fitting(
+        self, graph: Graph, args: Sequence[Any], needed: Around, budget: int
+    ) -> list[Program]:
+        """Programs that are there already and keep the budget here."""
+        sizes = graph.sizes(args)
+        return [
             program
             for program in graph.known()
             if (program.lasting or not program.provisional)
             and program.sizes == sizes
             and program.peak(needed) <= budget
         ]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda program: program.plan.added_seconds).of(graph)
-        is_good = best.plan.added_seconds <= 0 or budget - best.peak(needed) <= _UNUSED * budget
-        return best if is_good else None
 
     def _checkpointed(self, graph: Graph, args: Sequence[Any], path: Path) -> Program | None:
         """The forward, and the one that makes again what the checkpoint around it dropped, save the same.
@@ -360,11 +369,13 @@ class Session:
         needed: Around,
         budget: int | None,
         known: Program | None,
+        fitting: Sequence[Program] = (),
     ) -> Program | None:
         if budget is None:
             return graph.build(args, needed, self.options.for_the_smallest())
+        options = replace(self.options, plan=None)
         try:
-            return _built_within(graph, args, needed, budget, replace(self.options, plan=None))
+            return _built_within(graph, args, needed, budget, options, fitting)
         except BudgetInfeasibleError as error:
             if known is None or known.peak(needed) > budget:
                 raise in_figures_of_the_step(error, needed, budget) from error
@@ -553,11 +564,16 @@ def _fitting_first(schedules: Iterable[Schedule]) -> list[Schedule]:
 
 
 def _built_within(
-    graph: Graph, args: Sequence[Any], needed: Around, budget: int, options: Options
+    graph: Graph,
+    args: Sequence[Any],
+    needed: Around,
+    budget: int,
+    options: Options,
+    fitting: Sequence[Program] = (),
 ) -> Program | None:
     """The graph by the plan for what is left of the step's budget, in bytes."""
     asked = options.for_bytes(max(budget - needed.always, 1), _device(args))
-    made = graph.build(args, needed, asked)
+    made = graph.build(args, needed, asked, fitting=fitting)
     return made and replace(made, plan=replace(made.plan, budget=budget))
 
 
