@@ -217,6 +217,11 @@ def dispatch_state() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     return lambda: torch._C._ForceDispatchKeyGuard(included, excluded)
 
 
+def is_view_of_another(tensor: torch.Tensor) -> bool:
+    """Does autograd know it as a view, so that changing it changes what it is a view of?"""
+    return tensor._is_view()
+
+
 def modes_unchanged() -> Callable[[], bool]:
     """Are the thread's settings, such as autocast and the default dtype, as they are now?"""
     found: Callable[[], bool] = torch._C._dynamo.guards.GlobalStateGuard().check

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from fxmem._torch import is_view_of_another
 from fxmem.basics.sizes import storages_in
 from fxmem.graphs.graph import Input, module_name, source_line
 
@@ -44,27 +45,19 @@ def form_of(module: fx.GraphModule, inputs: Sequence[Any], roles: Sequence[Input
 
 
 def _check_apart(inputs: Sequence[Any]) -> None:
-    if not all(type(value) in (torch.Tensor, nn.Parameter) for value in inputs):
-        raise _NotAlike
+    for value in inputs:
+        if type(value) not in (torch.Tensor, nn.Parameter) or value.layout is not torch.strided:
+            raise _NotAlike
     every = [key for value in inputs for key in storages_in(value)]
     if len(set(every)) < len(inputs):
         raise _NotAlike
 
 
 def _of_input(value: torch.Tensor, role: Input) -> Form:
-    if value.layout is not torch.strided:
-        raise _NotAlike
     where = (value.device, value.shape, value.stride(), value.storage_offset())
-    flags = (value.requires_grad, value.is_leaf, value.is_conj(), value.is_neg(), value._is_view())
-    return (
-        type(value),
-        value.dtype,
-        where,
-        flags,
-        value.is_inference(),
-        role.role,
-        role.keeps_gradient,
-    )
+    form = (type(value), value.dtype, value.is_conj(), value.is_neg(), value.is_inference())
+    autograd = (value.requires_grad, value.is_leaf, is_view_of_another(value))
+    return where, form, autograd, role.role, role.keeps_gradient
 
 
 def _of_nodes(graph: fx.Graph) -> Form:
