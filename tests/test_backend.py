@@ -587,8 +587,8 @@ def test_blocks_that_are_compiled_one_by_one_share_a_budget():
     assert peak_of(model, model, x) + resident <= budget
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5])
-def test_equal_blocks_run_few_programs(share):
+@pytest.mark.parametrize(("share", "used", "most"), [(0.9, 0.95, 3), (0.5, 0.9, 4)])
+def test_equal_blocks_run_few_programs(share, used, most):
     """Of one graph that is called at many places, code is made for a few of them."""
     model, x = seeded(Net, depth=8), batch(256)
     want = stepped(eager := copy.deepcopy(model), eager, x)
@@ -598,13 +598,13 @@ def test_equal_blocks_run_few_programs(share):
         block.compile(backend="fxmem", options=options)
     for _ in range(3):
         assert_same(want, stepped(model, model, x))
-    # What a block can hold comes in steps of 8 % of the smallest of these budgets.
-    assert 0.9 * budget < peak_of(model, model, x) + resident_of(model, x) <= budget
+    # What a block can hold comes in steps of 8 % of the smaller one of these budgets.
+    assert used * budget < peak_of(model, model, x) + resident_of(model, x) <= budget
     mine = [graph for graph in living() if graph.session.given is options]
     programs = [program for graph in mine for program in graph.programs.values()]
     assert len(programs) == 8
     # The first one's input needs no gradient; of the others three plans are possible.
-    assert len({id(program.run) for program in programs}) <= 4
+    assert len({id(program.run) for program in programs}) <= most
     plans = [program.plan for program in programs]
     assert {plan.budget for plan in plans} == {budget}
     assert all(sum(plan.peak.live.values()) == plan.peak.nbytes for plan in plans)

@@ -396,6 +396,8 @@ WORKS = (
     Scanned,
     Regions,
     RegionsWithin,
+    NoiseInBackward,
+    BranchUnderModes,
 )
 WORKS_TOO = (
     SelectiveOfNothing,
