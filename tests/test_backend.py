@@ -25,6 +25,7 @@ from fxmem import _torch, backend
 from fxmem._torch import saved
 from fxmem._torch.saved import saved_before
 from fxmem.backend.graph import Graph
+from fxmem.backend.known_steps import KnownSteps
 from fxmem.backend.schedule import Key, Schedule
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.planning.ledger import Around, Part, around, beyond, in_a_checkpoint, shares, step_peak
@@ -219,10 +220,10 @@ def test_what_the_graphs_were_compiled_with_is_not_held(monkeypatch):
 def predicted(model):
     """Bytes at the peak of the step that a model in several graphs runs."""
     (session,) = {g.session for g in living() if g.reads({id(p) for p in model.parameters()})}
-    (schedule,) = session.schedules.values()
+    (schedule,) = session.steps.schedules.values()
     graphs = {g.number: g for g in session.living()}
     paths = [schedule.keys[: i + 1] for i in range(len(schedule.keys))]
-    before = [session._outside_before[path] for path in paths]
+    before = [session.step.seen_before(path) for path in paths]
     parts = [
         graphs[path[-1][0]].programs[path].part.after(outside.nbytes, outside.gradients)
         for path, outside in zip(paths, before, strict=True)
@@ -562,14 +563,14 @@ def test_graphs_with_constants_are_planned_later():
 
 def test_a_step_that_was_refused_does_not_take_the_room_of_others():
     """Two forwards before a backward find none; one alone does, as before."""
-    session = backend.session.Session({}, backend.read({"budget": 50}))
+    steps = KnownSteps()
     key, one = Key(0, ()), part(held=20, forward=30, backward=30, boundary=30)
     for count in (1, 3):
         parts = (one,) * count
-        session.schedules[(key,) * count] = Schedule((key,) * count, parts, parts, parts, 0, 50)
-    alone = session._around((key,), [])
-    assert (alone.meanwhile, session._budget((key,))) == (None, 50)
-    refused = session._around((key, key), [one])
+        steps.schedules[(key,) * count] = Schedule((key,) * count, parts, parts, parts, 0, 50)
+    alone = steps.around((key,), [])
+    assert (alone.meanwhile, steps.budget((key,))) == (None, 50)
+    refused = steps.around((key, key), [one])
     assert (refused.always, refused.meanwhile) == (20, 30)
 
 
@@ -946,6 +947,26 @@ def test_a_saved_plan_is_replayed(tmp_path):
     torch._dynamo.reset()
     stepped(again, model, batch())
     assert fxmem.plans(again)[0].decisions == plan.decisions
+
+
+def test_the_plan_is_in_torchs_structured_trace(tmp_path):
+    records = []
+    handler, trace = logging.Handler(), logging.getLogger("torch.__trace")
+    handler.emit = records.append
+    trace.addHandler(handler)
+    try:
+        step = compiled(model := seeded(Net))
+        stepped(step, model, batch())
+    finally:
+        trace.removeHandler(handler)
+    payloads = {
+        record.metadata["artifact"]["name"]: record.payload
+        for record in records
+        if "artifact" in record.metadata
+    }
+    (name,) = [name for name in payloads if name.startswith("fxmem_plan_")]
+    (tmp_path / "plan.json").write_text(payloads[name])
+    assert [fxmem.Plan.load(tmp_path / "plan.json")] == fxmem.plans(step)
 
 
 def test_the_plan_is_logged(caplog):

@@ -1,15 +1,13 @@
-"""One graph of Dynamo's behind the backend: planned while AOTAutograd works on it, then run by its plan."""
+"""One graph of Dynamo's behind the backend: what it is given, and the programs that it runs by."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,128 +16,24 @@ from torch import fx, nn
 from fxmem import _torch
 from fxmem._torch.eager import compiling, eager_decompositions
 from fxmem.analysis.shards import reads_gathered
+from fxmem.backend.builder import Builder, PlannedAlike
+from fxmem.backend.program import Program
 from fxmem.backend.schedule import Key, Path
-from fxmem.backend.twins import Form, form_of, names_of, renamed
+from fxmem.backend.twins import Form, form_of, names_of
 from fxmem.basics.errors import CaptureError, FxmemError
-from fxmem.basics.sizes import evaluate, hint, storages_in
-from fxmem.graphs.capture import StepCall, examples_of, joint_graph
-from fxmem.graphs.emit import boxed
-from fxmem.graphs.graph import INSTEAD_OF_LOSS, Input, JointGraph, Role, Symbol
+from fxmem.basics.sizes import hint
+from fxmem.graphs.capture import StepCall
+from fxmem.graphs.graph import Input, Role
 from fxmem.graphs.regions import without_regions
-from fxmem.planning.ledger import Around, Part, part_of
-from fxmem.planning.plan import Plan
-from fxmem.planning.whole_step import in_step
-from fxmem.reports.report import Report
-from fxmem.steps.analyze import Analysis, Unchanged, analyze, unchanged_step
-from fxmem.steps.backward import (
-    Backward,
-    Coded,
-    Phases,
-    refuse_autocast,
-    refuse_double_backward,
-)
-from fxmem.steps.code import decided_for_code, step_code
-from fxmem.steps.decisions import peak_point
+from fxmem.planning.ledger import Around
+from fxmem.steps.analyze import Unchanged, unchanged_step
+from fxmem.steps.backward import refuse_autocast, refuse_double_backward
 from fxmem.steps.options import Options
-from fxmem.steps.pipeline import Planned, decide
-from fxmem.steps.validity import Validity
 
 if TYPE_CHECKING:
     from fxmem.backend.session import Session
 
-log = logging.getLogger("fxmem.backend")
-
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class Program:
-    """A graph as it runs by one plan.
-
-    around: what it leaves room for.  part, whole: its bytes as planned, and with everything kept.
-    symbols: name -> place among the sizes.  fixed: are those of its first call constants in its code?
-    phases: what its code was measured to hold.  lasting: does it keep everything, so that it may stay once
-    somebody has seen what follows?  replan: the bytes of the smallest plan with something else around it.
-    names: of the graph that was planned.  said: of these, what the graph that it runs for has in place of
-    them, where that is a twin.
-    """
-
-    number: int
-    graph: int
-    run: Callable[..., Any]
-    plan: Plan
-    planned: Planned
-    around: Around
-    part: Part
-    whole: Part
-    sizes: tuple[int, ...]
-    validity: Validity | None
-    symbols: dict[str, int]
-    fixed: bool
-    phases: Phases | None
-    lasting: bool
-    replan: Callable[[Around], Part] = field(repr=False)
-    names: tuple[str, ...] = field(repr=False)
-    said: dict[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def provisional(self) -> bool:
-        """Was it made when nobody had seen yet what follows?"""
-        return not self.around.known
-
-    def smallest(self, needed: Around) -> Part:
-        """The graph's bytes by the plan with the smallest peak of it and of what follows."""
-        if (
-            self.holds_least
-            and needed.meanwhile is not None
-            and self.part.peak(needed) > self.part.least
-        ):
-            return self.part  # others make the peak
-        return min(self.part, self.replan(needed), key=lambda part: part.peak(needed))
-
-    @property
-    def holds_least(self) -> bool:
-        """Was it planned to hold as little as can be while other graphs run, whatever it takes itself?"""
-        return self.provisional and self.around.meanwhile is None and not self.lasting
-
-    def peak(self, needed: Around) -> int:
-        """Bytes of the step while this graph runs, with that around it."""
-        return needed.always + self.part.resident + self.part.peak(needed)
-
-    def kept(self, needed: Around, budget: int | None) -> Program:
-        """The same, to stay with something else around it."""
-        loss = self.part.boundary - self.part.held - self.part.tangents
-        between = loss if needed.meanwhile is None else needed.meanwhile - needed.spare
-        plan = _with_between(self.planned, self.phases, between)
-        plan = renamed(in_step(plan, needed, budget), self.said)
-        program = replace(self, around=needed, plan=plan)
-        _tell(program.graph, program.plan)
-        return program
-
-    def of(self, graph: Graph) -> Program:
-        """The same to run for a twin of its graph."""
-        if graph.number == self.graph:
-            return self
-        said = dict(zip(self.names, graph.names, strict=True))
-        here = {self.said.get(name, name): said[name] for name in self.names}
-        return replace(self, graph=graph.number, said=said, plan=renamed(self.plan, here))
-
-    def serves(self, sizes: tuple[int, ...]) -> bool:
-        """Does it compute with these sizes, and keep the budget at them?"""
-        if self.fixed:
-            return sizes == self.sizes
-        if all(size <= here for size, here in zip(sizes, self.sizes, strict=True)):
-            return True
-        named = {name: sizes[place] for name, place in self.symbols.items()}
-        return self.validity is not None and self.validity.fits(named)
-
-    def leaves_room(self, needed: Around) -> bool:
-        mine = self.around
-        return (
-            mine.known
-            and mine.always >= needed.always
-            and (mine.meanwhile or 0) >= (needed.meanwhile or 0)
-        )
 
 
 class Graph:
@@ -261,7 +155,7 @@ class Graph:
         """
         call, unchanged = self._unchanged(args)
         without_data = replace(call, args=())  # what is compiled refers to it as long as it lives
-        builder = _Builder(self, self.sizes(args), around, options, without_data, unchanged, room)
+        builder = Builder(self, self.sizes(args), around, options, without_data, unchanged, room)
         builder.examples, builder.fitting = args, fitting
         context = contextlib.nullcontext() if self.tracing else _torch.traced_anew()
         try:
@@ -269,7 +163,7 @@ class Graph:
                 run = _torch.aot_compile(
                     self.module, args, builder.partition, builder.forward, builder.backward
                 )
-        except _PlannedAlike as found:
+        except PlannedAlike as found:
             return found.program.of(self).kept(around, found.budget)
         finally:
             builder.examples, builder.fitting = (), ()
@@ -306,179 +200,6 @@ class Graph:
                 "reads a number from a tensor, such as dropout's p: so Dynamo gives it under dynamic=True\n"
                 "  try: torch._dynamo.config.specialize_float = True, or dynamic=None"
             ) from error
-
-
-class _PlannedAlike(Exception):
-    """The plan is that of a program that is there already.  budget: bytes, of the plan."""
-
-    def __init__(self, program: Program, budget: int) -> None:
-        super().__init__()
-        self.program, self.budget = program, budget
-
-
-class _Builder:
-    """Plans a graph in the middle of AOTAutograd's work on it."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        sizes: tuple[int, ...],
-        around: Around,
-        options: Options,
-        call: StepCall,
-        unchanged: Unchanged,
-        room: int | None,
-    ) -> None:
-        self.graph, self.sizes, self.around, self.options = graph, sizes, around, options
-        self.call, self.unchanged, self.room = call, unchanged, room
-        self.lasting = False
-        self.examples: Sequence[Any] = ()  # until the graph is cut: its code is measured on them
-        self.fitting: Sequence[Program] = ()
-        self.places: dict[str, int] = {}
-        self.planned: Planned | None = None
-        self.validity: Validity | None = None
-        self.joint: JointGraph | None = None
-        self.coded: Coded | None = None
-
-    def partition(
-        self, module: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        self.joint = joint_graph(module, self.graph.roles, {})
-        self._name_sizes(self.joint)
-        examples, self.examples = examples_of(self.joint, self.examples), ()
-        analysis, options = self._asked(self.joint)
-        analysis = replace(analysis, examples=examples)
-        here = {info.name: info.hint for info in self.joint.symbols.values()}
-        if not self.around.known and not self.lasting:  # it runs once
-            options = replace(options, compiler="eager")
-        try:
-            found = decided_for_code(analysis, options, here)
-            self._check_new(found[0].plan)
-            self.coded, self.validity = step_code(analysis, options, self.joint, found, here)
-        finally:
-            examples.clear()  # forms of an analysis know each other, and so outlive this line
-        self.planned = self.coded.planned
-        return self.coded.split.forward, self.coded.split.backward
-
-    def _check_new(self, plan: Plan) -> None:
-        for program in self.fitting:
-            if _decided(program.planned.plan) == _decided(plan):
-                raise _PlannedAlike(program, plan.budget + self.around.always)
-
-    def _asked(self, graph: JointGraph) -> tuple[Analysis, Options]:
-        """What to plan, and for how many bytes."""
-        if self.room is None:
-            return self._analysis(graph, self.around), self.options
-        if (self.unchanged.peak or 0) <= self.room:
-            alone = self._analysis(graph, Around())
-            self.lasting = alone.planner.keep_all().outcome.peak <= self.room
-            if self.lasting:
-                return alone, self.options.for_bytes(self.room, alone.device)
-        return self._analysis(graph, self.around), self.options.for_the_smallest()
-
-    def _analysis(self, graph: JointGraph, around: Around) -> Analysis:
-        surrounded = _surrounded(graph, around)
-        return analyze(surrounded, self.call, self.unchanged, self.options.cost)
-
-    def replanned(self, around: Around) -> Part:
-        """Bytes of the smallest plan with this around it; no code is made of it."""
-        assert self.joint is not None
-        with _torch.outside_of_tracing():
-            planned = decide(self._analysis(self.joint, around), self.options.for_the_smallest())
-        return part_of(planned.line, planned.graph, self.joint.bindings())
-
-    def forward(self, module: fx.GraphModule) -> _torch.BoxedCallable:
-        return boxed(module) if self.coded is None else self.coded.forward
-
-    def backward(self) -> Backward:
-        assert self.coded is not None
-        return self.coded.backward
-
-    def program(self, run: Callable[..., Any]) -> Program:
-        planned, graph = self.planned, self.joint
-        assert planned is not None
-        assert graph is not None
-        bindings = graph.bindings()
-        phases = None if self.coded is None else self.coded.phases
-        plan, around = planned.plan, self.around
-        if around.known and around.meanwhile is not None:
-            plan = _with_between(planned, phases, around.meanwhile - around.spare)
-        plan = in_step(plan, around)
-        if self.around.known:
-            _tell(self.graph.number, plan)
-        part = part_of(planned.line, planned.graph, bindings)
-        if phases is not None:
-            part = part.as_measured(phases.forward, phases.held, phases.backward)
-        return Program(
-            next(_numbers),
-            self.graph.number,
-            run,
-            plan,
-            planned,
-            self.around,
-            part,
-            part_of(planned.before, planned.graph, bindings),
-            self.sizes,
-            self.validity,
-            self.places,
-            not self.graph.tracing,
-            phases,
-            self.lasting,
-            self.replanned,
-            self.graph.names,
-        )
-
-    def _name_sizes(self, graph: JointGraph) -> None:
-        """Every size that Dynamo passes is a symbol of the graph; those have the names of inputs."""
-        nodes = list(graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT))
-        for place, i in enumerate(self.graph.size_places):
-            value = nodes[i].meta.get("val")
-            if not isinstance(value, torch.SymInt):
-                continue
-            name = self.graph.roles[i].name
-            symbol = Symbol(name, int(value.node.hint), name)
-            self.places[graph.symbols.setdefault(value.node.expr, symbol).name] = place
-
-
-def _decided(plan: Plan) -> list[tuple[Any, ...]]:
-    """What a plan does, by names that twins have in common."""
-    return [(d.value, d.action, d.nbytes_stored, d.times, d.dropped) for d in plan.decisions]
-
-
-def _tell(number: int, plan: Plan) -> None:
-    """Log a plan that is there to stay, and put it into torch's structured trace."""
-    if log.isEnabledFor(logging.INFO):
-        log.info("the plan of graph %d\n%s", number, Report(plan))
-    _torch.trace_artifact(f"fxmem_plan_{number}", lambda: json.dumps(plan.to_dict(), indent=1))
-
-
-def _with_between(planned: Planned, phases: Phases | None, between: int) -> Plan:
-    """The plan with the peak that is there when what follows its graph holds so much at the boundary.
-
-    It was made with more there, to spare for them, or for another place.
-    """
-    bindings = planned.graph.bindings()
-    made_for = evaluate(planned.line.steps[planned.line.boundary].workspace, bindings)
-    line = planned.line.with_less_between(made_for - between)
-    point = peak_point(line, planned.graph, bindings)
-    if phases is None:
-        return replace(planned.plan, predicted_peak=point.nbytes, peak=point)
-    phases = replace(phases, outside=between)
-    return replace(planned.plan, predicted_peak=planned.plan.resident + phases.peak, peak=point)
-
-
-def _surrounded(graph: JointGraph, around: Around) -> JointGraph:
-    """The graph, at whose boundary is what the graphs that follow hold; if unknown, more than all else."""
-    nbytes = around.meanwhile
-    if nbytes is None and around.known:
-        return graph
-    if nbytes is None:
-        every = {k: n for node in graph.nodes for k, n in storages_in(node.meta.get("val")).items()}
-        nbytes = sum(int(evaluate(n, graph.bindings())) for n in every.values())
-    graph = graph.copy()
-    for tangent in graph.placeholders(Role.TANGENT):
-        tangent.meta[INSTEAD_OF_LOSS], nbytes = nbytes, 0
-    return graph
 
 
 def _references(values: Sequence[Any]) -> dict[int, weakref.ref[torch.Tensor]]:

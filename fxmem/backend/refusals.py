@@ -11,7 +11,7 @@ from fxmem.planning.whole_step import REST, in_step
 from fxmem.steps.decisions import infeasible
 
 if TYPE_CHECKING:
-    from fxmem.backend.graph import Program
+    from fxmem.backend.program import Program
 
 
 def of_a_share(error: BudgetInfeasibleError) -> BudgetInfeasibleError:

@@ -12,7 +12,7 @@ from fxmem.backend.outside import Outside, storages
 from fxmem.planning.ledger import Around, Part, around, beyond, in_a_checkpoint, shares, step_peak
 
 if TYPE_CHECKING:
-    from fxmem.backend.graph import Program
+    from fxmem.backend.program import Program
 
 
 class Key(NamedTuple):
