@@ -401,6 +401,23 @@ def test_after_the_step_as_it_is_comes_what_was_decided(interpreted, compiled, m
     assert step.plan.decisions == decided.decisions
 
 
+@pytest.mark.parametrize(("share", "as_it_is"), [("0.8x", False), ("0.9x", True)])
+def test_with_a_loss_outside_the_step_as_it_is_comes_first_where_that_too_has_room(
+    share, as_it_is, interpreted, compiled, monkeypatch
+):
+    layers = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.GELU())]
+    model, x = nn.Sequential(*layers), torch.randn(4096, 64)
+    seen = foresees(monkeypatch, lambda plan: plan.budget)
+    measures(monkeypatch, 0.5)
+    step = fxmem.optimize(model, share, (x,), compiler="inductor")
+    with capture_once(model, (x,)) as captured:
+        held = inductor.held_at_least(captured.analysis.graph)
+    outside = 2 * x.nbytes  # what a loss of such a tensor holds
+    assert held < 0.95 * step.plan.budget
+    assert (held + outside < 0.95 * step.plan.budget) == as_it_is
+    assert [plan.added_seconds == 0 for plan in seen] == [as_it_is]
+
+
 def test_what_a_norm_is_made_of_is_not_counted_as_saved(monkeypatch):
     """Inductor makes a normalized value again from its operand; the cut of whole operators does not."""
     model = nn.Sequential(nn.Linear(64, 64), nn.GroupNorm(8, 64), nn.GELU(), nn.Linear(64, 64))

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fxmem.basics.units import format_bytes
-from fxmem.graphs.graph import JointGraph
+from fxmem.graphs.graph import JointGraph, bytes_of_scalars
 from fxmem.graphs.workspace import Workspaces
 from fxmem.planning.plan import Plan
 from fxmem.steps.analyze import Analysis
@@ -23,7 +23,7 @@ from fxmem.steps.backward import Backward, Coded, op_by_op
 from fxmem.steps.compile_errors import explained
 from fxmem.steps.decisions import infeasible
 from fxmem.steps.inductor import Inductor, held_at_least
-from fxmem.steps.measured_step import measured
+from fxmem.steps.measured_step import loss_outside, measured
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
 from fxmem.steps.validity import Validity, decided
@@ -214,10 +214,12 @@ class _Search:
         """Is what it holds between its halves within the budget, with a little to spare?"""
         if self.plan.added_seconds <= 0:
             return False
-        return (1 + UNSURE) * held_at_least(self.analysis.graph) <= self.plan.budget
+        held = held_at_least(self.analysis.graph) + loss_outside(self.found[0])
+        return (1 + UNSURE) * held <= self.plan.budget
 
     def _as_it_is(self) -> Found | None:
-        return self._new(self.plan.keep_all_peak)
+        scalars = bytes_of_scalars(self.analysis.device)  # of a loss outside, kept free
+        return self._new(self.plan.keep_all_peak + scalars)
 
     def _new(self, target: int | None) -> Found | None:
         """The step planned for other bytes, operator by operator, under the same budget.
