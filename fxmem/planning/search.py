@@ -267,16 +267,21 @@ class Search:
 
     def _change_two(self, better: Callable[[], bool]) -> bool:
         """Make the first two changes after which it is ``better``; False if there are none."""
-        for v, w in itertools.combinations(self.free, 2):
-            if self.exhausted:
-                return False
-            mark = self.schedule.mark()
+        schedule = self.schedule
+        for n, v in enumerate(self.free):
+            before = schedule.mark()
             self.make(self._opposite(v))
-            self.make(self._opposite(w))
-            self.schedule.work += 1
-            if better():
-                return True
-            self.schedule.undo(mark)
+            changed = schedule.mark()
+            for w in self.free[n + 1 :]:
+                if self.exhausted:
+                    schedule.undo(before)
+                    return False
+                self.make(self._opposite(w))
+                schedule.work += 1
+                if better():
+                    return True
+                schedule.undo(changed)
+            schedule.undo(before)
         return False
 
     def _opposite(self, v: int) -> Move:
