@@ -3,6 +3,8 @@
 import copy
 import logging
 import operator
+import subprocess
+import sys
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dynamo import fresh_dynamo
-from test_backend import Cut, Net, batch, peak_of, predicted, seeded, stepped
+from test_backend import Block, Cut, Net, batch, peak_of, predicted, seeded, stepped
 from test_engine import capture_once
 from torch import nn
 from torch._dynamo.utils import counters
@@ -18,6 +20,7 @@ from torch._inductor import lowering
 from torch._inductor.exc import CppCompileError, InductorError
 from torch._inductor.utils import fresh_inductor_cache
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import fxmem
 from fxmem import backend
@@ -135,6 +138,92 @@ def test_the_backend_takes_what_torch_compile_would_save_where_there_is_room():
     loss = step(x)
     loss.backward(retain_graph=True)  # no saved tensor was written over
     loss.backward()
+
+
+class Checkpointed(nn.Module):
+    """A user's checkpoint, of blocks with dropout, within one graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dropout=0.3) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("budget", ["1GiB", "0.8x"])
+def test_what_a_checkpoint_in_a_graph_drew_is_not_drawn_once_more(budget, interpreted):
+    model, x = seeded(Checkpointed), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    step = fxmem.optimize(copy.deepcopy(model), budget, (x,), compiler="inductor")
+    assert_close(want, stepped(step, step, x))
+    options = {"budget": budget, "compiler": "inductor"}
+    compiled = torch.compile(model, backend="fxmem", options=options)
+    assert_close(want, stepped(compiled, model, x))
+
+
+class Returned(nn.Module):
+    """Returns one value more than once, with a gradient and without, which Inductor's operators hide."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.layer, self.outputs = nn.Linear(32, 32), outputs
+        self.register_buffer("last", torch.zeros(64, 32))
+
+    def forward(self, x):
+        return self.outputs(self, self.layer(x).sin())
+
+
+def _remembering(model, h):
+    model.last.mul_(0).add_(h.detach())
+    return h, h.sum()
+
+
+RETURNED = {
+    "view and detached": lambda _, h: (h.square().mean().view(1), h.square().mean().detach()),
+    "transposed and detached": lambda _, h: (h.t(), h.square(), h.detach()),
+    "detached first": lambda _, h: (h.detach(), h.view(-1), h.square()),
+    "all the same": lambda _, h: (h, h.detach(), h.float(), h * 1),
+    "in a buffer": _remembering,
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_a_value_that_is_returned_twice_has_its_gradient(name, interpreted):
+    def gradients(step, model):
+        outputs = step(batch(64))
+        needed = [out.requires_grad for out in outputs]
+        sum(out.cos().sum() * at for at, out in enumerate(outputs, 1) if needed[at - 1]).backward()
+        return needed, outputs, [p.grad for p in model.parameters()], model.last
+
+    model = seeded(Returned, RETURNED[name])
+    want = gradients(eager := copy.deepcopy(model), eager)
+    for door in ("optimize", "backend"):
+        torch._dynamo.reset()
+        mine = copy.deepcopy(model)
+        if door == "optimize":
+            step = fxmem.optimize(mine, "1GiB", (batch(64),), compiler="inductor")
+        else:
+            options = {"budget": "1GiB", "compiler": "inductor"}
+            step = torch.compile(mine, backend="fxmem", options=options)
+        got = gradients(step, mine)
+        assert got[0] == want[0], door
+        torch.testing.assert_close(got[1:], want[1:])
+
+
+def test_the_layouts_of_our_fake_tensors_do_not_get_into_inductors_table():
+    """Which is a copy of torch's, made when it is first imported."""
+    code = """
+import torch, fxmem
+assert "torch._inductor.decomposition" not in __import__("sys").modules
+fxmem.optimize(torch.nn.Linear(4, 4), "1GiB", (torch.ones(2, 4),), compiler="inductor")
+from torch._inductor.decomposition import decompositions
+files = {getattr(getattr(f, "__code__", None), "co_filename", "") for f in decompositions.values()}
+assert files and not [file for file in files if "fxmem" in file], files
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # -- The graphs that it compiles -----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from torch._decomp import decomposition_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxmem._torch.eager import real_layouts
@@ -105,6 +106,35 @@ def test_without_care_more_of_them_differ(candidates):
         "aten._log_softmax_backward_data.default",
         "aten.binary_cross_entropy_backward.default",
     }
+
+
+def normalized(batch_norm):
+    x, ones = torch.randn(2, 4, 6, 3).permute(0, 3, 2, 1), torch.ones(3)
+    return batch_norm(x, ones, ones, ones.clone(), ones.clone(), True, 0.1, 1e-5)[0]
+
+
+LAID_OUT = {
+    aten.mse_loss_backward.default: lambda op: op(
+        torch.tensor(2.0), torch.randn(6, 4).t(), torch.randn(6, 4).t(), 1
+    ),
+    aten.native_dropout_backward.default: lambda op: op(
+        torch.randn(4, 6), torch.rand(6, 4).t() > 0.3, 1.5
+    ),
+    aten.native_batch_norm.default: normalized,
+}
+
+
+@pytest.mark.parametrize("op", LAID_OUT, ids=str)
+def test_what_is_laid_out_otherwise_has_the_same_values(op):
+    """Where somebody copies torch's table meanwhile, its functions compute."""
+    torch.manual_seed(0)
+    want = LAID_OUT[op](op)
+    with real_layouts():
+        ours = decomposition_table[op]
+    torch.manual_seed(0)
+    got = LAID_OUT[op](ours)
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want)
 
 
 SCATTERS = {

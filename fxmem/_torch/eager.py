@@ -110,6 +110,9 @@ def compiling() -> Iterator[None]:
 @contextlib.contextmanager
 def real_layouts() -> Iterator[None]:
     """Inside, fake results have the strides and bytes of real ones.  For one thread at a time."""
+    # Inductor's table is a copy of this one, from when it is first imported, and must not be of ours.
+    from torch._inductor import decomposition  # noqa: F401
+
     table: dict[Any, Callable[..., Any]] = decomposition_table
     normalized = {op: _in_suggested_layout(table[op], at) for op, at in _NORMALIZED.items()}
     strided = {op: _with_strides(table[op], strides) for op, strides in _strides().items()}
@@ -169,9 +172,9 @@ def _with_strides(decomposition: Callable[..., Any], strides: _Strides) -> Calla
     def with_strides(*args: Any, **kwargs: Any) -> Any:
         result = decomposition(*args, **kwargs)
         wanted = tuple(strides(args, result))
-        return (
-            result if result.stride() == wanted else result.new_empty_strided(result.shape, wanted)
-        )
+        if result.stride() == wanted:
+            return result
+        return result.new_empty_strided(result.shape, wanted).copy_(result)
 
     return with_strides
 
@@ -180,7 +183,7 @@ def _in_suggested_layout(decomposition: Callable[..., Any], place: int) -> Calla
     def on_suggested_layout(*args: Any, **kwargs: Any) -> Any:
         layout = suggest_memory_format(args[place])
         operands = [
-            torch.empty_like(a, memory_format=layout) if _is_laid_out_otherwise(a, layout) else a
+            a.contiguous(memory_format=layout) if _is_laid_out_otherwise(a, layout) else a
             for a in args[: place + 1]
         ]
         return _asked_for(decomposition(*operands, *args[place + 1 :], **kwargs), args)

@@ -179,6 +179,8 @@ def min_cut(
     Nodes of the backward stay there.  The module is changed: give a copy.
     """
     for node in module.graph.nodes:
+        # What a user's checkpoint would make again is the plan's to say; the cut would draw once more.
+        node.meta.pop("recompute", None)
         if node.op == "call_function" and is_backward(node):
             node.meta["partitioner_tag"] = "must_be_in_backward"
     # Values that are made twice would be merged into one, which would then live all along.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxmem import _torch
+from fxmem.basics.errors import VerificationError
 from fxmem.graphs.graph import (
     JointGraph,
     OutputKind,
@@ -16,6 +17,7 @@ from fxmem.graphs.graph import (
     is_backward,
     is_symbolic_scalar,
 )
+from fxmem.graphs.operators import is_random
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,15 @@ def split(graph: JointGraph, saved: Sequence[fx.Node] | None = None) -> Split:
     )
     for module, of_backward in ((forward, False), (backward, True)):
         _drop_the_others(module, of_backward)
+    _check_draws(backward)
     return Split(forward, backward, graph.output_kinds, graph.num_forward_outputs)
+
+
+def _check_draws(backward: fx.GraphModule) -> None:
+    """What the forward draws is saved, or made again by a twin that rewinds the generator."""
+    again = [n.name for n in backward.graph.nodes if is_random(n) and not is_backward(n)]
+    if again:
+        raise VerificationError(f"the backward would draw once more what the forward drew: {again}")
 
 
 def _drop_the_others(module: fx.GraphModule, backward: bool) -> None:

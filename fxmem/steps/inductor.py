@@ -9,6 +9,7 @@ there is code of them; which plan to make code of is chosen in inductor_step.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +59,12 @@ class Inductor:
                 **self._of_forward(module),
                 lowered=self.lowered[0] if self.lowered else None,
             )
-        return code
+        return _each_its_own(code, self._repeated())
+
+    def _repeated(self) -> list[int]:
+        """Places of outputs that are the same value as an earlier one, in Inductor's operators."""
+        outputs = output_values(self.split.forward)[: self.split.num_forward_outputs]
+        return [at for at, out in enumerate(outputs) if out in outputs[:at]]
 
     def backward_for(self, undefined: tuple[str, ...]) -> fx.GraphModule:
         if undefined not in self._backwards:
@@ -121,6 +127,25 @@ class Inductor:
         nodes = {node.name: node for node in graph.nodes}
         halves = split(graph, [nodes[name] for name in self.saved if name in nodes])
         return replace(halves, backward=_torch_inductor.just_in_time(halves.backward))
+
+
+def _each_its_own(code: _torch.BoxedCallable, places: Sequence[int]) -> _torch.BoxedCallable:
+    """Code that returns tensors of their own at these places.
+
+    A value and its ``detach`` are one to Inductor.  Autograd would take the gradient of the first away
+    where it is told that the second has none.
+    """
+    if not places:
+        return code
+
+    def run(args: list[Any]) -> Any:
+        outputs = list(code(args))
+        for at in places:
+            if isinstance(outputs[at], torch.Tensor):
+                outputs[at] = outputs[at].detach()
+        return outputs
+
+    return _torch.mark_boxed(run)
 
 
 def _in_inductors_operators(planned: Planned) -> JointGraph:
