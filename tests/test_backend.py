@@ -588,6 +588,18 @@ def test_blocks_that_are_compiled_one_by_one_share_a_budget():
     assert peak_of(model, model, x) + resident <= budget
 
 
+def test_each_of_equal_blocks_has_its_plans():
+    """One graph runs for the later ones."""
+    model, x = seeded(Net, depth=3), batch(256)
+    options = {"budget": "1GiB"}
+    for block in model.blocks:
+        block.compile(backend="fxmem", options=options)
+    for _ in range(2):
+        stepped(model, model, x)
+    first, second, third = map(fxmem.plans, model.blocks)
+    assert first != second == third  # the first one's input gets no gradient
+
+
 @pytest.mark.parametrize(("share", "used", "most"), [(0.9, 0.95, 3), (0.5, 0.9, 4)])
 def test_equal_blocks_run_few_programs(share, used, most):
     """Of one graph that is called at many places, code is made for a few of them."""

@@ -72,6 +72,9 @@ class Graph:
         self.roles = [_role(node, value) for node, value in values]
         self.names = names_of(self.name, self.module, self.roles)
         self.states = _references(inputs)
+        self.state_places = [
+            place for place, role in enumerate(self.roles) if role.role is not Role.INPUT
+        ]
         self.size_places = [
             i for i, (_, v) in enumerate(values) if isinstance(v, (int, torch.SymInt))
         ]
@@ -114,6 +117,7 @@ class Graph:
             finally:
                 # This frame is in the error's traceback: together they would outlive who handles it.
                 del error
+        self._see_states(args)
         use = None
         if self.plain is None:
             with self.session.lock:
@@ -125,6 +129,12 @@ class Graph:
         use.returned(outputs)
         _torch.prepare_backward(outputs, refuse_autocast, refuse_double_backward, use.done)
         return outputs
+
+    def _see_states(self, args: Sequence[Any]) -> None:
+        """A block's graph runs for others of its class, too, with their parameters and buffers."""
+        states = [args[place] for place in self.state_places]
+        if not all((ref := self.states.get(id(t))) and ref() is t for t in states):
+            self.states |= _references(states)
 
     def reads(self, tensors: set[int]) -> bool:
         """Is one of these, by identity, among the tensors that it is given?"""
