@@ -26,6 +26,7 @@ from fxmem._torch import saved
 from fxmem._torch.saved import saved_before
 from fxmem.backend.graph import Graph
 from fxmem.backend.known_steps import KnownSteps
+from fxmem.backend.outside import Outside
 from fxmem.backend.schedule import Key, Schedule
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.planning.ledger import Around, Part, around, beyond, in_a_checkpoint, shares, step_peak
@@ -344,6 +345,16 @@ def test_code_around_what_is_compiled_counts(share, one_by_one, before):
         assert peak == pytest.approx(predicted, rel=0.001 if not before else 0.02)
     for plan in fxmem.plans(model):
         assert sum(plan.peak.live.values()) == plan.peak.nbytes
+
+
+@pytest.mark.parametrize(
+    ("saved", "working"), [([100, 60, 60], 240), ([100, 40], 200), ([100], 200), ([], 0)]
+)
+def test_code_after_the_last_graph_works_in_tensors_like_those_it_saved(saved, working):
+    """Two like the largest, for a loss; or four like the second largest, for the norm below it."""
+    last = Outside(dict(enumerate(saved)), leaves={9: 50}).last
+    assert last.forward == sum(saved) + working
+    assert last.backward == sum(saved) + max(working, 50)
 
 
 def test_a_share_of_a_step_that_is_not_all_compiled():

@@ -13,6 +13,9 @@ from fxmem.basics.sizes import storages_in
 from fxmem.graphs.graph import LOSS_OUTSIDE
 from fxmem.planning.ledger import Part
 
+_OF_A_NORM = 4
+"""Tensors as large as its operand that the backward of a norm makes, where that is in eager's operators."""
+
 
 @dataclass(frozen=True)
 class Outside:
@@ -39,9 +42,11 @@ class Outside:
         """The same as the end of a step, where it ran after all of its graphs.
 
         What its backward needs while it runs is not seen: as with a loss, two more tensors are
-        assumed, here as large as the largest that was saved; or gradients, if these are more.
+        assumed, here as large as the largest that was saved, or four as large as the second largest,
+        for a norm below the loss; or gradients, if these are more.
         """
-        working = LOSS_OUTSIDE * max(self.saved.values(), default=0)
+        largest, second, *_ = *sorted(self.saved.values(), reverse=True), 0, 0
+        working = max(LOSS_OUTSIDE * largest, _OF_A_NORM * second)
         forward, backward = self.nbytes + working, self.nbytes + max(working, self.gradients)
         return Part(
             resident=sum(self.leaves.values()),
