@@ -15,8 +15,11 @@ from dynamo import fresh_dynamo
 from test_backend import Block, Cut, Net, batch, peak_of, predicted, seeded, stepped
 from test_engine import capture_once
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import lowering
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import CppCompileError, InductorError
 from torch._inductor.utils import fresh_inductor_cache
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -138,6 +141,82 @@ def test_the_backend_takes_what_torch_compile_would_save_where_there_is_room():
     loss = step(x)
     loss.backward(retain_graph=True)  # no saved tensor was written over
     loss.backward()
+
+
+def _saved_by_torch_compile(model, x):
+    """Bytes that the forward of plain ``torch.compile`` holds for its backward."""
+    seen = []
+
+    def partition(*args, **kwargs):
+        forward, backward = min_cut_rematerialization_partition(*args, **kwargs)
+        seen.append(_saved_bytes(forward, kwargs["num_fwd_outputs"]))
+        return forward, backward
+
+    to_nothing = aot_autograd(
+        fw_compiler=lambda module, _: module,
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+    )
+    torch.compile(model, backend=to_nothing)(x)
+    return seen[0]
+
+
+def _saved_bytes(forward, num_outputs):
+    saved = forward.graph.output_node().args[0][num_outputs:]
+    made = [n.meta["val"] for n in saved if n.op != "placeholder"]
+    return sum(value.untyped_storage().nbytes() for value in made)
+
+
+class Dropped(nn.Sequential):
+    def __init__(self):
+        wide = (nn.Linear(32, 128), nn.ReLU(), nn.Dropout(0.1))
+        super().__init__(*wide, nn.Linear(128, 32), nn.LayerNorm(32), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return super().forward(x).square().mean()
+
+
+def test_with_room_no_more_is_saved_than_torch_compile_saves(interpreted, compiled):
+    """ReLU's mask is made by the forward; a dropout's product within the kernels that read it."""
+    model, x = seeded(Dropped), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    theirs = _saved_by_torch_compile(copy.deepcopy(model), x)
+    step = fxmem.optimize(model, "1GiB", (x,), compiler="inductor")
+    (tried, _) = compiled[0]
+    halves = tried.code.split
+    assert _saved_bytes(halves.forward, halves.num_forward_outputs) == theirs
+    assert_close(want, stepped(step, model, x))
+
+
+class DrawsBack(torch.autograd.Function):
+    """Its backward draws before it reads the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.rand(256, 32).gt(0.5) * gradient
+
+
+def test_what_a_backward_draws_is_drawn_there(interpreted):
+    class Drawn(nn.Sequential):
+        def forward(self, x):
+            return F.dropout(super().forward(DrawsBack.apply(x)), 0.3).square().mean()
+
+    model, x = seeded(lambda: Drawn(nn.Linear(32, 32), nn.ReLU())), batch(256).requires_grad_()
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    (wanted,) = torch.autograd.grad(_as_seeded(eager, x), x)
+    step = fxmem.optimize(model, "1GiB", (x,), compiler="inductor")
+    assert_close(want, stepped(step, model, x))
+    (got,) = torch.autograd.grad(_as_seeded(step, x), x)
+    torch.testing.assert_close(got, wanted)
+
+
+def _as_seeded(step, x):
+    torch.manual_seed(5)
+    return step(x)
 
 
 class Checkpointed(nn.Module):

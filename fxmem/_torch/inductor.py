@@ -172,16 +172,17 @@ def min_cut(
     module: fx.GraphModule,
     num_forward_outputs: int,
     static_inputs: Sequence[int],
-    is_backward: Callable[[fx.Node], bool],
+    stays_behind: Callable[[fx.Node], bool],
 ) -> list[str]:
     """Names of the values to save, so that what is cheap to make again within a kernel is not.
 
-    Nodes of the backward stay there.  The module is changed: give a copy.
+    stays_behind: does a node belong to the backward, though it may read no tangent?  The module is
+    changed: give a copy.
     """
     for node in module.graph.nodes:
         # What a user's checkpoint would make again is the plan's to say; the cut would draw once more.
         node.meta.pop("recompute", None)
-        if node.op == "call_function" and is_backward(node):
+        if node.op == "call_function" and stays_behind(node):
             node.meta["partitioner_tag"] = "must_be_in_backward"
     # Values that are made twice would be merged into one, which would then live all along.
     as_planned = functorch_config.patch(cse=False, activation_memory_budget=1.0)

@@ -9,7 +9,7 @@ there is code of them; which plan to make code of is chosen in inductor_step.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,16 @@ from fxmem.basics.sizes import Size, evaluate, storages_in
 from fxmem.codes.encodings import ENCODERS, pool_offsets
 from fxmem.codes.planes import fusible
 from fxmem.graphs.capture import tag_backward
+from fxmem.graphs.dropout import mask_and_product
 from fxmem.graphs.graph import (
     JointGraph,
     Role,
+    has_effect,
     is_backward,
     operator_name,
     output_values,
 )
+from fxmem.graphs.operators import draws_within, is_random
 from fxmem.graphs.partition import Split, split
 from fxmem.graphs.workspace import Workspaces
 from fxmem.passes.tangents import UndefinedTangentsPass
@@ -44,8 +47,7 @@ class Inductor:
 
     def __init__(self, planned: Planned) -> None:
         with explained("taking the step apart into Inductor's operators", planned.graph.module):
-            self.graph = _in_inductors_operators(planned)
-            self.saved = _worth_saving(self.graph)
+            self.graph, self.saved = _cut(_in_inductors_operators(planned))
             self.split = self._halves(self.graph)
         self.strides: _torch_inductor.Strides = {}
         self.lowered: list[Any] = []
@@ -150,13 +152,17 @@ def _each_its_own(code: _torch.BoxedCallable, places: Sequence[int]) -> _torch.B
 
 def _in_inductors_operators(planned: Planned) -> JointGraph:
     graph = _codes_marked(planned.functional)
-    module = _torch_inductor.decomposed(graph.module, fusible)
+    module = _torch_inductor.decomposed(graph.module, _instead)
     _torch_inductor.read_offsets_of_pools(module, pool_offsets)
     if not any(map(_is_twin, graph.nodes)):
         # They would take what is made again for what it was made of first.
         _torch_inductor.optimize_joint(module)
         tag_backward(module)
     return replace(graph, module=module).verified()
+
+
+def _instead(node: fx.Node) -> Callable[..., Any] | None:
+    return fusible(node) or mask_and_product(node)
 
 
 _CODE = "fxmem_code"
@@ -181,12 +187,47 @@ def _is_twin(node: fx.Node) -> bool:
     return is_backward(node) and "fxmem_origin" in node.meta
 
 
-def _worth_saving(graph: JointGraph) -> list[str]:
-    """Names of the values to save: codes, which are few bytes, and what the cut says beside them."""
+def _cut(graph: JointGraph) -> tuple[JointGraph, list[str]]:
+    """The graph, and names of the values to save: codes, which are few bytes, and what the minimum cut
+    says beside them.
+    """
     cut = _torch_inductor.min_cut(
-        graph.copy().module, graph.num_forward_outputs, _static(graph.module, graph), is_backward
+        graph.copy().module, graph.num_forward_outputs, _static(graph.module, graph), _stays_behind
     )
-    return _reached(graph, {*_codes(graph), *cut})
+    graph = _made_before(graph, set(cut))
+    return graph, _reached(graph, {*_codes(graph), *cut})
+
+
+def _stays_behind(node: fx.Node) -> bool:
+    """Does a node of the backward belong there, even if it reads no tangent?"""
+    bound = _is_twin(node) or is_random(node) or draws_within(node) or has_effect(node)
+    return is_backward(node) and bound
+
+
+def _made_before(graph: JointGraph, saved: set[str]) -> JointGraph:
+    """What is saved of the backward's own nodes is made in the forward, right after what it is made of.
+
+    A mask is such: ReLU's backward compares what the forward made, and so can the kernel that made it.
+    """
+    graph = graph.copy()
+    moved = {node for node in graph.nodes if node.name in saved and is_backward(node)}
+    for node in reversed(list(graph.nodes)):
+        if node in moved:
+            moved.update(filter(is_backward, node.all_input_nodes))
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    start = next(node for node in graph.nodes if node.op == "call_function")
+    last: dict[fx.Node, fx.Node] = {}  # of those that were moved after a node
+    after: dict[fx.Node, fx.Node] = {}
+    for node in [n for n in graph.nodes if n in moved]:
+        node.meta["partitioner_tag"] = "is_forward"
+        sources = [after.get(source, source) for source in node.all_input_nodes]
+        anchor = max(sources, key=order.__getitem__, default=start)
+        if order[anchor] < order[start]:
+            anchor = start
+        after[node] = anchor
+        last.get(anchor, anchor).append(node)
+        last[anchor] = node
+    return graph.verified()
 
 
 def _reached(graph: JointGraph, saved: set[str]) -> list[str]:
@@ -202,12 +243,12 @@ def _reached(graph: JointGraph, saved: set[str]) -> list[str]:
 def held_at_least(graph: JointGraph) -> int:
     """Bytes that Inductor's code of a step as it is holds between its halves: inputs and what is saved.
 
-    In the operators that were captured, which is quick; but those that only their parts may be made again
-    of are taken apart first.
+    In the operators that were captured, which is quick; but those of whose parts the cut makes more than
+    of them are taken apart first.
     """
     if any(operator_name(n).endswith(_WHOLE) for n in graph.nodes if n.op == "call_function"):
-        graph = replace(graph, module=_torch_inductor.decomposed(graph.module, fusible))
-    saved = _worth_saving(graph)
+        graph = replace(graph, module=_torch_inductor.decomposed(graph.module, _instead))
+    graph, saved = _cut(graph)
     known = {n.name for n in graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)} | {*saved}
     held: dict[int, Size] = {}
     for node in graph.nodes:
@@ -217,8 +258,14 @@ def held_at_least(graph: JointGraph) -> int:
     return sum(int(evaluate(nbytes, bindings)) for nbytes in held.values())
 
 
-_WHOLE = ("batch_norm", "batch_norm_legit_functional", "group_norm")
-"""Operators that the cut never makes again, though it does all that they are made of."""
+_WHOLE = (
+    "batch_norm",
+    "batch_norm_legit_functional",
+    "group_norm",
+    "native_dropout",
+    "threshold_backward",
+)
+"""Operators that the cut saves as they are, though it would make again or save parts of them."""
 
 
 def _static(module: fx.GraphModule, graph: JointGraph) -> list[int]:
