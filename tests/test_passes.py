@@ -23,12 +23,13 @@ from torch.utils.checkpoint import (
 
 import fxmem
 from fxmem.analysis.dynamic import marked
+from fxmem.basics.errors import VerificationError
 from fxmem.graphs import batch_norm as cudnn
 from fxmem.graphs import operators
 from fxmem.graphs.capture import StepCall, capture
 from fxmem.graphs.graph import JointGraph, OutputKind, is_backward
 from fxmem.graphs.operators import recomputable_nodes, refusal, second_call, second_call_outputs
-from fxmem.graphs.partition import split
+from fxmem.graphs.partition import saved_tensors, split
 from fxmem.passes import cudnn_batch_norm, recompute
 from fxmem.passes.cleanup import CleanupPass
 from fxmem.passes.cudnn_batch_norm import CudnnBatchNormPass
@@ -75,6 +76,21 @@ def two_layers():
         return (F.relu(x @ m.a) @ m.b).sum()
 
     return captured(body, tensor(5, 4), a=tensor(4, 3), b=tensor(3, 2))
+
+
+def test_a_cut_may_not_draw_once_more():
+    """Without its mask, the backward would make it again, from numbers that no generator gives twice."""
+
+    def body(m, x):
+        return F.dropout(x @ m.a, 0.5).sin().sum()
+
+    graph = captured(body, tensor(5, 4), a=tensor(4, 3))
+    saved = saved_tensors(graph)
+    split(graph, saved)
+    product = next(n for n in graph.nodes if n.target is aten.mm.default)
+    inputs = [n for n in saved if n.op == "placeholder"]
+    with pytest.raises(VerificationError, match=r"draw once more .*native_dropout"):
+        split(graph, [*inputs, product])
 
 
 def diff(before, after):
