@@ -126,6 +126,33 @@ def test_four_graphs_of_inductors_share_a_budget():
     assert predicted(model) == pytest.approx(peak, rel=0.03)
 
 
+class Attends(nn.Module):
+    """Two layers with masks of two sizes: which draws come first shows in the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(32, 96) for _ in range(2))
+        self.outer = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x):
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            q, k, v = inner(x).view(16, 64, 3, 4, 8).permute(2, 0, 3, 1, 4)
+            w = F.dropout(torch.softmax(q @ k.transpose(-1, -2) / 3, -1), 0.2)
+            x = x + (w @ v).transpose(1, 2).reshape(16, 64, 32)
+            x = x + F.dropout(outer(x), 0.1) * torch.rand_like(x)
+        return x.square().mean()
+
+
+def test_draws_come_in_the_order_of_the_step():
+    """Nothing that Inductor orders kernels by is between them, and one also saves the state."""
+    model, x = seeded(Attends), torch.randn(16, 64, 32)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    with fresh_inductor_cache():
+        step = fxmem.optimize(model, "0.7x", (x,), compiler="inductor")
+        assert step.plan.recomputed
+        assert_close(want, stepped(step, model, x))
+
+
 def test_the_backend_takes_what_torch_compile_would_save_where_there_is_room():
     model, x = seeded(Net), batch(256)
     with torch._inductor.config.patch(fallback_random=True):
@@ -716,6 +743,18 @@ def _by_torch_compile(model, x):
 
 def _refuses(*_):
     raise NotImplementedError("not on this machine")
+
+
+def test_a_draw_that_inductor_would_take_apart_stays_whole():
+    class Drawn(nn.Linear):
+        def forward(self, x):
+            h = super().forward(x)
+            return (h * torch.bernoulli(h.detach().sigmoid().t()).t()).square().mean()
+
+    model, x = seeded(lambda: Drawn(32, 32)), batch(64)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    step = fxmem.optimize(model, "1GiB", (x,), compiler="inductor")
+    assert_close(want, stepped(step, model, x))
 
 
 @pytest.mark.parametrize("door", [_optimized, _by_torch_compile])

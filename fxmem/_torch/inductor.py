@@ -30,6 +30,7 @@ from torch._inductor.codegen.common import Kernel
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.lowering import lowerings, make_fallback
 from torch._inductor.scheduler import NopKernelSchedulerNode, Scheduler
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
@@ -46,6 +47,7 @@ from fxmem._torch import (
     known_to_compile,
     random_as_in_eager,
 )
+from fxmem._torch.draws import DRAWS_IN_ORDER, draws_in_order
 from fxmem._torch.reductions import reductions_early
 
 _P = ParamSpec("_P")
@@ -137,11 +139,10 @@ def decomposed(
 
 def _without_random(table: dict[Any, Any]) -> dict[Any, Any]:
     """A random operator is drawn whole, as in eager; taken apart it would draw other numbers."""
-    return {
-        op: how
-        for op, how in table.items()
-        if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ())
-    }
+    random = {op for op in table if torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())}
+    for op in random - lowerings.keys():
+        make_fallback(op, warn=False, override_decomp=True)
+    return {op: how for op, how in table.items() if op not in random}
 
 
 def read_offsets_of_pools(module: fx.GraphModule, encoder: Any) -> None:
@@ -238,6 +239,7 @@ def inductor(
         TracingContext.report_output_strides() as found,
         _keyed_by(visible),
         reductions_early(),
+        draws_in_order(),
         _lowered_before(lowered) if lowered is not None else contextlib.nullcontext(),
     ):
         code: Any = compile_fx_inner(
@@ -269,7 +271,7 @@ def _keyed_by(visible: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
 
     All else that a plan changes is in the graph's own code, by which that cache is keyed.
     """
-    tag = f"{compiler_config.cache_key_tag} fxmem {list(visible)}"
+    tag = f"{compiler_config.cache_key_tag} fxmem {DRAWS_IN_ORDER} {list(visible)}"
     config: Any = compiler_config
     patch: contextlib.AbstractContextManager[Any] = config.patch(cache_key_tag=tag)
     return patch
