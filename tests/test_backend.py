@@ -768,6 +768,28 @@ def test_smaller_batches_of_a_dynamic_graph_are_not_compiled_again():
     assert larger.predicted_peak <= larger.budget
 
 
+VIEWS = {
+    "columns": lambda rows: torch.randn(rows, 33)[:, 1:],
+    "rows": lambda rows: torch.randn(100, 32)[4 : 4 + rows],
+    "every other row": lambda rows: torch.randn(2 * rows, 32)[::2],
+    "transposed": lambda rows: torch.randn(32, rows).t(),
+    "one of a few": lambda rows: torch.randn(rows, 3, 32)[:, -1],
+    "of a flat one": lambda rows: torch.randn(rows * 32).view(rows, 32),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", VIEWS)
+def test_what_changes_its_size_may_be_a_view(name, dynamic):
+    """Dynamo has sizes for what it is a view of that no graph is given."""
+    model = seeded(Net)
+    step = compiled(model, "1GiB", dynamic=dynamic)
+    control = torch.compile(traced := copy.deepcopy(model), backend="aot_eager", dynamic=dynamic)
+    for rows in (64, 48, 20):
+        x = VIEWS[name](rows)
+        assert_same(stepped(control, traced, x), stepped(step, model, x))
+
+
 class Averaged(nn.Module):
     """Its code computes with the batch's size."""
 

@@ -137,6 +137,14 @@ def test_equal_sizes_by_chance_stay_apart():
     assert found.rows(where=lambda r: r.node == "args[0]")[0].bytes == 256 * B
 
 
+def test_a_view_holds_all_of_what_it_is_a_view_of():
+    """Its rows are as far apart as those of the other, which is no size of the step."""
+    model, _ = wide()
+    found = fxmem.liveness(model, (torch.randn(8, 65)[:, :-1],))
+    (row,) = found.rows(where=lambda r: r.node == "args[0]")
+    assert row.bytes in (260 * B, 260 * B - 4)
+
+
 def test_labels_take_the_name_of_the_batch():
     model, (x, labels) = blocks()
     found = fxmem.liveness(model, (x, labels), dynamic_shapes={"x": {0: "N"}})

@@ -67,6 +67,33 @@ def test_one_plan_serves_its_range_within_the_budget_and_to_the_bit():
     assert len(step._session.programs) == 1
 
 
+VIEWS = {
+    "all but the last": lambda rows: torch.randn(rows, 65, 32)[:, :-1],
+    "all but the first": lambda rows: torch.randn(rows, 65, 32)[:, 1:],
+    "a part": lambda rows: torch.randn(rows, 64, 96).chunk(3, -1)[1],
+    "one of a few": lambda rows: torch.randn(rows, 3, 64, 32)[:, -1],
+    "real": lambda rows: torch.randn(rows, 64, 32, dtype=torch.cfloat).real,
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_an_input_may_be_a_view_of_what_is_larger(name):
+    """Steps and bytes of such a view are sizes of something that the step is not given."""
+    model, _ = build()
+    x = VIEWS[name](8)
+    step = fxmem.optimize(model, "0.7x", (x,), dynamic_shapes={0: {0: "B"}})
+    for rows in (8, 3, 2):
+        x = VIEWS[name](rows)
+        seen(step, model, x)
+        got, peak = seen(step, model, x)
+        want, _ = seen(model, model, x)
+        assert not differences(want, got)
+        assert (
+            peak + resident(model, x.new_empty(0)) + x.untyped_storage().nbytes()
+            <= step.plan.budget
+        )
+
+
 @pytest.mark.slow
 def test_a_range_is_planned_at_once():
     """Batch 1 to 64, length 32 to 512: every size in budget, to the bit, and no further capture."""

@@ -664,6 +664,12 @@ def symbolic_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
+def symbol_hint(shape_env: ShapeEnv, symbol: sympy.Symbol) -> int:
+    """What a symbol of a trace is in the example."""
+    size: Any = shape_env.create_symintnode(symbol, hint=None)
+    return int(size.node.hint)
+
+
 @dataclass(frozen=True)
 class ShapeGuard:
     """A relation between sizes that tracing took for granted, and the line that made it do so."""

@@ -13,7 +13,12 @@ from torch import fx
 from fxmem import _torch
 from fxmem.backend.program import Program, tell, with_between
 from fxmem.basics.sizes import evaluate, storages_in
-from fxmem.graphs.capture import StepCall, examples_of, joint_graph
+from fxmem.graphs.capture import (
+    StepCall,
+    examples_of,
+    joint_graph,
+    without_sizes_of_bases,
+)
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.graph import INSTEAD_OF_LOSS, JointGraph, Role, Symbol
 from fxmem.planning.ledger import Around, Part, part_of
@@ -69,6 +74,7 @@ class Builder:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.joint = joint_graph(module, self.graph.roles, {})
         self._name_sizes(self.joint)
+        without_sizes_of_bases(self.joint)
         examples, self.examples = examples_of(self.joint, self.examples), ()
         analysis, options = self._asked(self.joint)
         analysis = replace(analysis, examples=examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -70,7 +71,26 @@ def storage_nbytes(tensor: torch.Tensor) -> Size:
 
     They are what the allocator hands out: on CUDA whole blocks.
     """
-    return in_blocks(as_expr(tensor.untyped_storage().nbytes()), tensor.device)
+    return in_blocks(in_known_sizes(tensor.untyped_storage().nbytes()), tensor.device)
+
+
+_INSTEAD: weakref.WeakKeyDictionary[Any, dict[sympy.Symbol, sympy.Expr]] = (
+    weakref.WeakKeyDictionary()
+)
+"""What symbols of a trace stand for in bytes, where they are no size of a tensor that a step is given."""
+
+
+def in_known_sizes(value: int | torch.SymInt) -> Size:
+    """As ``as_expr``, but in the sizes that a step is given."""
+    instead = _INSTEAD.get(value.node.shape_env) if isinstance(value, torch.SymInt) else None
+    if not instead:
+        return as_expr(value)
+    return _expanded(value.node.expr.xreplace(instead))  # type: ignore[union-attr]
+
+
+def stand_for(shape_env: Any, instead: Mapping[sympy.Symbol, sympy.Expr]) -> None:
+    """From now on, ``in_known_sizes`` has something else in the place of these symbols of a trace."""
+    _INSTEAD.setdefault(shape_env, {}).update(instead)
 
 
 def in_blocks(nbytes: Size, device: torch.device) -> Size:

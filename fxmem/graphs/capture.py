@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -22,7 +23,7 @@ from fxmem import _torch
 from fxmem._torch import transformers as _transformers
 from fxmem._torch.eager import compiling, eager_decompositions
 from fxmem.basics.errors import CaptureError, FxmemError
-from fxmem.basics.sizes import storages_in, tensors_in
+from fxmem.basics.sizes import stand_for, storages_in, tensors_in
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.fakes import fake_like, refresh, views_below
 from fxmem.graphs.graph import (
@@ -141,6 +142,7 @@ def capture(
                 with eager_decompositions(), _torch.quick_tracing():
                     exported = stack.enter_context(_torch.joint_export(output))
                 graph = joint_graph(exported.graph_module, roles, names or {})
+                without_sizes_of_bases(graph)
                 matches = (
                     _torch.dynamo_guards(output, training_step, as_called, _transformers.ASKED)
                     if guarded
@@ -368,6 +370,24 @@ def _symbols(graph: JointGraph, names: dict[str, dict[int, str]]) -> dict[Any, S
                     ),
                 )
     return symbols
+
+
+def without_sizes_of_bases(graph: JointGraph) -> None:
+    """An input may be a view whose base or steps have symbols of their own, as ``ids[:, :-1]``.
+
+    No size with a name tells those.  In bytes and steps, such a symbol stands for the size that is as large
+    in the example, the batch of both, say; or else for a number.
+    """
+    placeholders = graph.placeholders(Role.INPUT, Role.BUFFER, Role.PARAMETER)
+    known = graph.bindings()
+    alike = {size: symbol for symbol, size in reversed(known.items())}
+    for tensor in tensors_in([node.meta.get("val") for node in placeholders]):
+        for value in (tensor.untyped_storage().nbytes(), *tensor.stride()):
+            if isinstance(value, torch.SymInt):
+                env = value.node.shape_env
+                others = value.node.expr.free_symbols - known.keys()
+                sizes = {symbol: _torch.symbol_hint(env, symbol) for symbol in others}
+                stand_for(env, {s: alike.get(n, sympy.Integer(n)) for s, n in sizes.items()})
 
 
 # -- Errors in the user's words ---------------------------------------------------------------------

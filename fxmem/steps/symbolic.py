@@ -20,7 +20,7 @@ from fxmem.analysis.forms import Bytes, Forms, Work
 from fxmem.analysis.liveness import MemoryTimeline, Storage, timeline
 from fxmem.analysis.scaling import Scaling
 from fxmem.basics.polynomials import Ranges
-from fxmem.basics.sizes import storage_keys, symbol, symbols
+from fxmem.basics.sizes import in_known_sizes, storage_keys, symbol, symbols
 from fxmem.graphs.graph import JointGraph
 from fxmem.graphs.partition import Split
 from fxmem.graphs.workspace import Workspaces
@@ -136,7 +136,7 @@ class Rename:
         self._known: dict[Any, Any] = {}
 
     def __call__(self, size: Any) -> Any:
-        expression = size.node.expr if isinstance(size, torch.SymInt) else size
+        expression = in_known_sizes(size) if isinstance(size, torch.SymInt) else size
         if isinstance(expression, int):
             return expression
         if expression not in self._known:
