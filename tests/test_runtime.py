@@ -523,6 +523,21 @@ def test_a_second_backward_without_the_graph_raises():
         loss.backward()
 
 
+@pytest.mark.parametrize("door", ["optimize", "backend"])
+def test_a_batch_of_gradients_is_refused(door):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(2, 8, requires_grad=True)
+    if door == "optimize":
+        step = fxmem.optimize(model, "1GiB", (x,))
+    else:
+        step = torch.compile(model, backend="fxmem", options={"budget": "1GiB"})
+    ones = torch.eye(16).view(16, 2, 8)
+    with pytest.raises(fxmem.FxmemError, match=r"is_grads_batched=True.*\n  try: one call"):
+        torch.autograd.grad(step(x), x, ones, is_grads_batched=True)
+    (want,) = torch.autograd.grad(model(x), x, ones, is_grads_batched=True)
+    got = [torch.autograd.grad(step(x), x, one)[0] for one in ones]
+    assert torch.equal(torch.stack(got), want)
+
+
 def test_double_backward_is_refused():
     _, opt = shared()
     grads = torch.autograd.grad(opt(batch()), list(opt.parameters()), create_graph=True)

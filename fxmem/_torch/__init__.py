@@ -525,15 +525,15 @@ BACKWARD_NODE = "CompiledFunctionBackward"
 
 def prepare_backward(
     outputs: Any,
-    check: Callable[[], None],
+    check: Callable[[Sequence[Any]], None],
     twice: Callable[[], None],
     done: Callable[[], None] | None = None,
 ) -> None:
     """Ask autograd to pass None, not zeros, for gradients that nobody sends into ``outputs``.
 
-    check: called before their backward runs, with the modes in force that its caller set.  twice: called
-    before a backward of that backward.  done: called when it has run; whatever it refers to lives as long
-    as what autograd saved.
+    check: called before their backward runs, with the gradients that come and the modes in force that its
+    caller set.  twice: called before a backward of that backward.  done: called when it has run; whatever
+    it refers to lives as long as what autograd saved.
     """
 
     def ran(gradients: Sequence[Any], _: Any) -> None:
@@ -552,8 +552,16 @@ def prepare_backward(
         if is_graph(node) and not hasattr(node, PREPARED):
             setattr(node, PREPARED, True)
             node.set_materialize_grads(False)
-            node.register_prehook(lambda _: check())
+            node.register_prehook(check)
             node.register_hook(ran)
+
+
+def is_a_batch(gradient: Any) -> bool:
+    """Does it stand for many gradients at once, as under ``is_grads_batched=True``?"""
+    functorch = torch._C._functorch
+    return isinstance(gradient, torch.Tensor) and (
+        functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+    )
 
 
 def is_any_autocast_on() -> bool:

@@ -27,7 +27,7 @@ from fxmem.graphs.graph import Input, Role
 from fxmem.graphs.regions import without_regions
 from fxmem.planning.ledger import Around
 from fxmem.steps.analyze import Unchanged, unchanged_step
-from fxmem.steps.backward import refuse_autocast, refuse_double_backward
+from fxmem.steps.backward import refuse, refuse_double_backward
 from fxmem.steps.options import Options
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Graph:
             return self.plain(*args)
         outputs = use.seen.program.run(*args)
         use.returned(outputs)
-        _torch.prepare_backward(outputs, refuse_autocast, refuse_double_backward, use.done)
+        _torch.prepare_backward(outputs, refuse, refuse_double_backward, use.done)
         return outputs
 
     def _see_states(self, args: Sequence[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,13 +133,29 @@ def op_by_op(planned: Planned, graph: JointGraph) -> Coded:
     return Coded(planned, code.split, code.forward(), Backward(planned, graph, code))
 
 
-def refuse_autocast() -> None:
+def refuse(gradients: Sequence[Any]) -> None:
+    """Raises ``FxmemError`` for a backward that the captured one is not."""
+    _refuse_autocast()
+    _refuse_batches(gradients)
+
+
+def _refuse_autocast() -> None:
     """Eager's backward would be cast inside autocast; the captured one is as it is outside."""
     if _torch.is_any_autocast_on():
         raise FxmemError(
             "backward() ran inside autocast; the step was captured for a backward outside it.\n"
             "  try: leave the autocast context after the loss is computed, and call backward() "
             "then, as PyTorch's manual advises"
+        )
+
+
+def _refuse_batches(gradients: Sequence[Any]) -> None:
+    """Operators of a plan write into memory of one gradient's size."""
+    if any(map(_torch.is_a_batch, gradients)):
+        raise FxmemError(
+            "many gradients were sent at once (is_grads_batched=True, or vectorize=True of a Jacobian); "
+            "the captured backward is of one.\n"
+            "  try: one call for each gradient, or the model itself, without fxmem, for this part"
         )
 
 

@@ -28,7 +28,7 @@ from fxmem.graphs.standins import at_sizes
 from fxmem.planning.plan import Plan
 from fxmem.reports.report import Report
 from fxmem.steps.analyze import analyze, unchanged_step
-from fxmem.steps.backward import refuse_autocast, refuse_double_backward
+from fxmem.steps.backward import refuse, refuse_double_backward
 from fxmem.steps.code import decided_for_code, step_code
 from fxmem.steps.options import Options
 from fxmem.steps.validity import Validity
@@ -197,7 +197,7 @@ class OptimizedModule(fx.GraphModule):
         outputs = program.run(*call.values())
         if program.seeded:
             next_step()
-        _torch.prepare_backward(outputs, refuse_autocast, refuse_double_backward)
+        _torch.prepare_backward(outputs, refuse, refuse_double_backward)
         return outputs
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall:
