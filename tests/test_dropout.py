@@ -61,6 +61,7 @@ def test_a_second_run_draws_the_same():
         (torch.ones(4, 8).t(), 0.1, True),  # draws in the order of its memory
         (torch.ones(4, dtype=torch.bfloat16), 0.1, True),  # rounds otherwise
         (torch.ones(4), 0.0, True),
+        (torch.ones(4), torch.tensor(0.1), True),  # a number that is known when it runs
         (torch.ones(4), 1.0, True),
         (torch.ones(4), 0.1, False),
         (torch.ones(4, device="meta"), 0.1, True),  # as on CUDA, where a kernel does both

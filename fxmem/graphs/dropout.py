@@ -28,11 +28,11 @@ def mask_and_product(node: fx.Node) -> Callable[..., Any] | None:
     before = _BEFORE.get(target)
     if before is None or (target, *node.args)[before] is not aten.native_dropout.default:
         return None
-    x, p, train = cast(tuple[fx.Node, float, bool], node.args[before:])
+    x, p, train = cast(tuple[fx.Node, Any, Any], node.args[before:])
     value = x.meta["val"]
     if value.device.type != "cpu" or value.dtype not in _ROUNDED_ALIKE or not value.is_contiguous():
         return None
-    return _INSTEAD[target] if train and 0 < p < 1 else None
+    return _INSTEAD[target] if train and isinstance(p, float) and 0 < p < 1 else None
 
 
 _ROUNDED_ALIKE = (torch.float32, torch.float64)

@@ -224,9 +224,9 @@ def _made_before(graph: JointGraph, saved: set[str]) -> JointGraph:
         anchor = max(sources, key=order.__getitem__, default=start)
         if order[anchor] < order[start]:
             anchor = start
-        after[node] = anchor
-        last.get(anchor, anchor).append(node)
-        last[anchor] = node
+        if node is not anchor:
+            last.get(anchor, anchor).append(node)
+        after[node], last[anchor] = anchor, node
     return graph.verified()
 
 
