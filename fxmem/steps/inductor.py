@@ -9,7 +9,7 @@ there is code of them; which plan to make code of is chosen in inductor_step.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch import fx
 
 from fxmem import _torch
 from fxmem._torch import inductor as _torch_inductor
-from fxmem.basics.sizes import Size, evaluate, storages_in
+from fxmem.basics.sizes import Size, evaluate, storages_in, tensors_in
 from fxmem.codes.encodings import ENCODERS, pool_offsets
 from fxmem.codes.planes import fusible
 from fxmem.graphs.capture import tag_backward
-from fxmem.graphs.dropout import mask_and_product
 from fxmem.graphs.graph import (
     JointGraph,
     Role,
@@ -152,17 +151,13 @@ def _each_its_own(code: _torch.BoxedCallable, places: Sequence[int]) -> _torch.B
 
 def _in_inductors_operators(planned: Planned) -> JointGraph:
     graph = _codes_marked(planned.functional)
-    module = _torch_inductor.decomposed(graph.module, _instead)
+    module = _torch_inductor.decomposed(graph.module, fusible)
     _torch_inductor.read_offsets_of_pools(module, pool_offsets)
     if not any(map(_is_twin, graph.nodes)):
         # They would take what is made again for what it was made of first.
         _torch_inductor.optimize_joint(module)
         tag_backward(module)
     return replace(graph, module=module).verified()
-
-
-def _instead(node: fx.Node) -> Callable[..., Any] | None:
-    return fusible(node) or mask_and_product(node)
 
 
 _CODE = "fxmem_code"
@@ -199,9 +194,20 @@ def _cut(graph: JointGraph) -> tuple[JointGraph, list[str]]:
 
 
 def _stays_behind(node: fx.Node) -> bool:
-    """Does a node of the backward belong there, even if it reads no tangent?"""
-    bound = _is_twin(node) or is_random(node) or draws_within(node) or has_effect(node)
-    return is_backward(node) and bound
+    """Does a node of the backward belong there, even if it reads no tangent?
+
+    On a CPU all do: what could be made before are masks, and there Inductor's loops over these are slow.
+    """
+    if not is_backward(node) or _device(node) in _SLOW_WITH_MASKS:
+        return is_backward(node)
+    return _is_twin(node) or is_random(node) or draws_within(node) or has_effect(node)
+
+
+_SLOW_WITH_MASKS = ("cpu",)
+
+
+def _device(node: fx.Node) -> str | None:
+    return next((t.device.type for t in tensors_in(node.meta.get("val"))), None)
 
 
 def _made_before(graph: JointGraph, saved: set[str]) -> JointGraph:
@@ -247,7 +253,7 @@ def held_at_least(graph: JointGraph) -> int:
     of them are taken apart first.
     """
     if any(operator_name(n).endswith(_WHOLE) for n in graph.nodes if n.op == "call_function"):
-        graph = replace(graph, module=_torch_inductor.decomposed(graph.module, _instead))
+        graph = replace(graph, module=_torch_inductor.decomposed(graph.module, fusible))
     graph, saved = _cut(graph)
     known = {n.name for n in graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)} | {*saved}
     held: dict[int, Size] = {}
@@ -262,7 +268,6 @@ _WHOLE = (
     "batch_norm",
     "batch_norm_legit_functional",
     "group_norm",
-    "native_dropout",
     "threshold_backward",
 )
 """Operators that the cut saves as they are, though it would make again or save parts of them."""
