@@ -153,6 +153,22 @@ def test_draws_come_in_the_order_of_the_step():
         assert_close(want, stepped(step, model, x))
 
 
+def test_a_mask_is_drawn_before_it_is_read():
+    """Inductor fuses what a mask of its own is made of with its reader, across the draw."""
+
+    class Masked(nn.Linear):
+        def forward(self, x):
+            h = torch.ops.aten._safe_softmax(super().forward(x) @ x.transpose(-1, -2), -1)
+            mask = torch.bernoulli(torch.zeros((), dtype=torch.bool).expand(h.shape), 0.8)
+            return ((h * mask) @ x).square().sum()
+
+    model, x = seeded(lambda: Masked(16, 16)), torch.randn(8, 4, 16, 16)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    with fresh_inductor_cache():
+        step = fxmem.optimize(model, "1GiB", (x,), compiler="inductor")
+        assert_close(want, stepped(step, model, x))
+
+
 def test_the_backend_takes_what_torch_compile_would_save_where_there_is_room():
     model, x = seeded(Net), batch(256)
     with torch._inductor.config.patch(fallback_random=True):
@@ -271,6 +287,36 @@ def test_what_a_checkpoint_in_a_graph_drew_is_not_drawn_once_more(budget, interp
     options = {"budget": budget, "compiler": "inductor"}
     compiled = torch.compile(model, backend="fxmem", options=options)
     assert_close(want, stepped(compiled, model, x))
+
+
+class Changing(nn.Module):
+    """The backward needs what the forward made of a buffer before it changed that."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.layer, self.body = nn.Linear(32, 64), forward
+        self.register_buffer("state", torch.rand(64))
+
+    def forward(self, x):
+        h = self.body(self, self.layer(x))
+        self.state.mul_(0.9)
+        return h.square().mean()
+
+
+CHANGING = {
+    "a copy": lambda m, h: h * m.state.clone(),
+    "a mask": lambda m, h: torch.where(m.state > 0.4, h, h * 0.1),
+    "of a view": lambda m, h: (h.view(-1, 8, 8) * m.state.view(8, 8).t().exp()).sin(),
+    "twice": lambda m, h: h * m.state.add_(0.1).clone() * m.state.mul_(2).cos(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_the_forward_changes_is_read_before(name, interpreted):
+    model, x = seeded(lambda: Changing(CHANGING[name])), batch(64)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    step = fxmem.optimize(model, "1GiB", (x,), compiler="inductor")
+    assert_close(want, stepped(step, model, x))
 
 
 class Returned(nn.Module):

@@ -523,6 +523,32 @@ def test_a_second_backward_without_the_graph_raises():
         loss.backward()
 
 
+@pytest.mark.parametrize("share", ["0.7x", "0.5x"])
+def test_a_draw_that_an_unexpected_gradient_makes_again(share):
+    """A gradient is expected of the loss alone; dropout's product is a value out of a tuple there."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(64, 256), nn.Linear(256, 64)
+            self.last = nn.Linear(64, 64)
+
+        def forward(self, x):
+            h = self.narrow(F.gelu(self.wide(x))) + x
+            h = self.narrow(F.gelu(self.wide(h))) + h
+            return F.dropout(F.relu(self.last(h)), 0.3), h.sum()
+
+    def gradients(step, x):
+        torch.manual_seed(1)
+        drawn, loss = step(x)
+        return torch.autograd.grad(drawn.sum() + loss, [x, *model.parameters()])
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(64, 64, requires_grad=True)
+    step = fxmem.optimize(model, share, (x,), on_infeasible="best")
+    assert all(map(torch.equal, gradients(step, x), gradients(model, x)))
+
+
 @pytest.mark.parametrize("door", ["optimize", "backend"])
 def test_a_batch_of_gradients_is_refused(door):
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(2, 8, requires_grad=True)

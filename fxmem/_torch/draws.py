@@ -1,8 +1,11 @@
-"""Private functions of torch with which Inductor's code draws in the order of the graph.
+"""Private functions of torch with which Inductor's code draws as the graph does, in its order.
 
 Inductor orders its kernels by who reads them, and what draws without reading data may come anywhere: two
 such operators would get each other's numbers.  torch chains those that it knows to draw, from 2.13 on;
 those that also save the generator's state it does not know.
+
+``bernoulli`` with a number is lowered to a copy that is then written over.  Once the copy is fused with
+what reads the result, that reads what was there before the draw.
 
 Compiled and run on torch 2.13.0; on 2.11.0 and 2.15.0 the functions are there.
 """
@@ -10,21 +13,24 @@ Compiled and run on torch 2.13.0; on 2.11.0 and 2.15.0 the functions are there.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 from unittest import mock
 
 import torch
 from torch._inductor import ir
+from torch._inductor.lowering import fallback_handler, lowerings
 from torch._inductor.scheduler import Scheduler
 from torch._inductor.virtualized import V
 
-DRAWS_IN_ORDER = "draws in order"
+DRAWS_IN_ORDER = "draws in order, whole"
 """What code that was made so is known by in torch's cache."""
 
 
-def draws_in_order() -> contextlib.AbstractContextManager[Any]:
-    """Inside, each operator that draws waits for the one before."""
+@contextlib.contextmanager
+def draws_in_order() -> Iterator[None]:
+    """Inside, each operator that draws waits for the one before, and returns what it draws."""
     compute_dependencies = Scheduler.compute_dependencies
 
     def chained(scheduler: Any) -> None:
@@ -34,7 +40,15 @@ def draws_in_order() -> contextlib.AbstractContextManager[Any]:
             graph.additional_buffer_deps[second.operation_name].add(first.get_name())
         compute_dependencies(scheduler)
 
-    return mock.patch.object(Scheduler, "compute_dependencies", chained)
+    whole = {op: fallback_handler(op, add_to_fallback_set=False) for op in _DRAWN_IN_PLACE}
+    with (
+        mock.patch.object(Scheduler, "compute_dependencies", chained),
+        mock.patch.dict(lowerings, whole),
+    ):
+        yield
+
+
+_DRAWN_IN_PLACE = (torch.ops.aten.bernoulli.p,)
 
 
 def _draws(operation: Any) -> bool:

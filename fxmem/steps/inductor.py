@@ -27,6 +27,7 @@ from fxmem.graphs.graph import (
     Role,
     has_effect,
     is_backward,
+    is_view,
     operator_name,
     output_values,
 )
@@ -153,11 +154,34 @@ def _in_inductors_operators(planned: Planned) -> JointGraph:
     graph = _codes_marked(planned.functional)
     module = _torch_inductor.decomposed(graph.module, fusible)
     _torch_inductor.read_offsets_of_pools(module, pool_offsets)
-    if not any(map(_is_twin, graph.nodes)):
-        # They would take what is made again for what it was made of first.
+    graph = replace(graph, module=module)
+    if not any(map(_is_twin, graph.nodes)) and not _of_what_changes(graph):
+        # They would take what is made again for what it was made of first, and a copy for the original.
         _torch_inductor.optimize_joint(module)
         tag_backward(module)
-    return replace(graph, module=module).verified()
+    return graph.verified()
+
+
+def _of_what_changes(graph: JointGraph) -> set[fx.Node]:
+    """What the forward makes of inputs before it changes them, and the backward needs: it is saved.
+
+    Made again it would be another value, though an input lies there at no cost.
+    """
+    gradients = output_values(graph.module)[graph.num_forward_outputs :]
+    needed = {node for node in gradients if isinstance(node, fx.Node)}
+    for node in reversed(list(graph.nodes)):
+        if is_backward(node) or node in needed:
+            needed.update(node.all_input_nodes)
+    found, stack = set[fx.Node](), [n for changed in graph.mutated_inputs() for n in changed.users]
+    while stack:
+        node = stack.pop()
+        if is_backward(node) or node not in needed:
+            continue
+        if is_view(node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            stack += node.users
+        else:
+            found.add(node)
+    return found
 
 
 _CODE = "fxmem_code"
@@ -189,8 +213,9 @@ def _cut(graph: JointGraph) -> tuple[JointGraph, list[str]]:
     cut = _torch_inductor.min_cut(
         graph.copy().module, graph.num_forward_outputs, _static(graph.module, graph), _stays_behind
     )
+    early = {node.name for node in _of_what_changes(graph)}
     graph = _made_before(graph, set(cut))
-    return graph, _reached(graph, {*_codes(graph), *cut})
+    return graph, _reached(graph, {*_codes(graph), *cut, *early})
 
 
 def _stays_behind(node: fx.Node) -> bool:
