@@ -768,6 +768,16 @@ def test_smaller_batches_of_a_dynamic_graph_are_not_compiled_again():
     assert larger.predicted_peak <= larger.budget
 
 
+def test_the_plans_of_one_of_two_ways_to_compile_a_module():
+    model, x = seeded(Net), batch()
+    tight, wide = compiled(model, "0.8x"), compiled(model, "1GiB")
+    for step in (tight, wide):
+        stepped(step, model, x)
+    (plan,), (other,) = fxmem.plans(tight), fxmem.plans(wide)
+    assert plan.predicted_peak < other.predicted_peak
+    assert fxmem.plans(model) == [plan, other]
+
+
 VIEWS = {
     "columns": lambda rows: torch.randn(rows, 33)[:, 1:],
     "rows": lambda rows: torch.randn(100, 32)[4 : 4 + rows],

@@ -40,15 +40,16 @@ def draws_in_order() -> Iterator[None]:
             graph.additional_buffer_deps[second.operation_name].add(first.get_name())
         compute_dependencies(scheduler)
 
-    whole = {op: fallback_handler(op, add_to_fallback_set=False) for op in _DRAWN_IN_PLACE}
-    with (
-        mock.patch.object(Scheduler, "compute_dependencies", chained),
-        mock.patch.dict(lowerings, whole),
-    ):
-        yield
+    in_place = lowerings[_BERNOULLI]
+    lowerings[_BERNOULLI] = fallback_handler(_BERNOULLI, add_to_fallback_set=False)
+    try:
+        with mock.patch.object(Scheduler, "compute_dependencies", chained):
+            yield
+    finally:
+        lowerings[_BERNOULLI] = in_place
 
 
-_DRAWN_IN_PLACE = (torch.ops.aten.bernoulli.p,)
+_BERNOULLI = torch.ops.aten.bernoulli.p
 
 
 def _draws(operation: Any) -> bool:

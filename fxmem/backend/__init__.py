@@ -70,7 +70,11 @@ def plans(compiled: nn.Module | Callable[..., Any]) -> list[Plan]:
     if isinstance(compiled, nn.Module):
         states = (*compiled.parameters(), *compiled.buffers())
         mine = {id(tensor) for tensor in (*states, *gathered(states))}
-        living = [graph for session in list(_sessions.values()) for graph in session.living()]
+        # The module may be compiled in other ways, too.
+        options = _torch.options_of_compiled(compiled.forward)
+        one = None if options is None else _sessions.get(id(options))
+        sessions = list(_sessions.values()) if one is None else [one]
+        living = [graph for session in sessions for graph in session.living()]
         graphs = [graph for graph in living if graph.reads(mine)]
     else:
         options = _torch.options_of_compiled(compiled)
