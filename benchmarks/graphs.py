@@ -9,7 +9,8 @@ its backward, for the caller may hold it; here nobody does.
     python benchmarks/graphs.py --compile
 
 ``--compile`` compares seconds of processor time from nothing to the end of the third step, by when all is
-planned, with those of ``torch.compile``: Inductor's code, caches empty, each in a process of its own.
+planned, with those of ``torch.compile``: Inductor's code, caches empty, each in a process of its own.  It
+also compares the seconds and the peaks of the steps that follow.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import gc
 import json
 import operator
 import statistics
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from inductor import cpu_seconds
@@ -134,25 +136,42 @@ COMPILED: dict[str, Any] = {"torch.compile": None, "fxmem at 1TiB": 2**40, "fxme
 
 
 def compilation(rounds: int) -> dict[str, Any]:
-    """Processor seconds to the end of the third step; beside: medians of ratios, taken round by round."""
-    seen: dict[str, list[float]] = {name: [] for name in COMPILED}
+    """Processor seconds to the end of the third step, and of one more; beside: medians of ratios, taken
+    round by round.  peak: bytes.
+    """
+    seen: dict[str, list[Compiled]] = {name: [] for name in COMPILED}
     for _ in range(rounds):
-        for name, times in seen.items():
+        for name, runs in seen.items():
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                times.append(process.submit(seconds_to_compile, COMPILED[name]).result())
-            print(name, times[-1], flush=True)
+                runs.append(process.submit(compile_and_run, COMPILED[name]).result())
+            print(name, runs[-1], flush=True)
     base = seen["torch.compile"]
+
+    def medians(runs: list[Compiled], what: str) -> tuple[float, float]:
+        found, others = ([getattr(run, what) for run in some] for some in (runs, base))
+        beside = statistics.median(map(operator.truediv, found, others))
+        return statistics.median(found), round(beside, 3)
+
     return {
         name: {
-            "seconds": round(statistics.median(times), 1),
-            "beside": round(statistics.median(map(operator.truediv, times, base)), 3),
+            "seconds": round(medians(runs, "seconds")[0], 1),
+            "beside": medians(runs, "seconds")[1],
+            "step_seconds": round(medians(runs, "step")[0], 4),
+            "step_beside": medians(runs, "step")[1],
+            "peak": max(run.peak for run in runs),
         }
-        for name, times in seen.items()
+        for name, runs in seen.items()
     }
 
 
-def seconds_to_compile(budget: int | str | None) -> float:
-    """Of ``torch.compile`` where no budget is given."""
+class Compiled(NamedTuple):
+    seconds: float
+    step: float
+    peak: int
+
+
+def compile_and_run(budget: int | str | None) -> Compiled:
+    """By ``torch.compile`` where no budget is given."""
     torch.set_num_threads(1)
     warm = nn.Linear(2, 2)
     torch.compile(warm)(torch.ones(1, 2)).sum().backward()  # what every process does once
@@ -160,11 +179,21 @@ def seconds_to_compile(budget: int | str | None) -> float:
         budget = int(0.7 * Run().peak())
     with fresh_inductor_cache(), inductor_config.patch(compile_threads=1):
         run = Run(budget, "inductor")
-        step = torch.compile(run.model) if budget is None else run.step
+        if budget is None:
+            run.step = torch.compile(run.model)
         start = cpu_seconds()
         for _ in range(3):
-            step(run.x).backward()
-        return cpu_seconds() - start
+            run.step(run.x).backward()
+        seconds = cpu_seconds() - start
+        return Compiled(
+            seconds, statistics.median(step_seconds(run) for _ in range(40)), run.peak()
+        )
+
+
+def step_seconds(run: Run) -> float:
+    start = time.process_time()
+    run.step(run.x).backward()
+    return time.process_time() - start
 
 
 def main() -> None:
