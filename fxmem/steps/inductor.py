@@ -221,9 +221,10 @@ def _cut(graph: JointGraph) -> tuple[JointGraph, list[str]]:
 def _stays_behind(node: fx.Node) -> bool:
     """Does a node of the backward belong there, even if it reads no tangent?
 
-    On a CPU all do: what could be made before are masks, and there Inductor's loops over these are slow.
+    Sizes do, and on a CPU all: what could be made before are masks, and Inductor's loops over these are
+    slow there.
     """
-    if not is_backward(node) or _device(node) in _SLOW_WITH_MASKS:
+    if not is_backward(node) or _device(node) in (None, *_SLOW_WITH_MASKS):
         return is_backward(node)
     return _is_twin(node) or is_random(node) or draws_within(node) or has_effect(node)
 
