@@ -166,9 +166,8 @@ class _Rewriter:
             return node
         if node in self.again:
             return self.again[node]
-        if (
-            is_view(node) and node not in self.states
-        ):  # the result of a draw is taken out of a tuple, too
+        # What a draw returns is taken out of a tuple, too, beside the generator's state.
+        if is_view(node) and node not in self.states:
             twin = self._twin_view(node, before)
             if all(i in self.again or not self._dropped(i) for i in node.all_input_nodes):
                 self.again[node] = twin

@@ -158,9 +158,12 @@ def test_a_mask_is_drawn_before_it_is_read():
 
     class Masked(nn.Linear):
         def forward(self, x):
-            h = torch.ops.aten._safe_softmax(super().forward(x) @ x.transpose(-1, -2), -1)
+            visible = torch.ones(16, 16, dtype=torch.bool).tril()
+            h = super().forward(x) / 2 @ (x.transpose(-1, -2) / 2)
+            h = h + torch.where(visible, 0.0, float("-inf"))
+            h = torch.ops.aten._safe_softmax(h, -1)
             mask = torch.bernoulli(torch.zeros((), dtype=torch.bool).expand(h.shape), 0.8)
-            return ((h * mask) @ x).square().sum()
+            return ((h * mask * 1.25) @ x).square().sum()
 
     model, x = seeded(lambda: Masked(16, 16)), torch.randn(8, 4, 16, 16)
     want = stepped(eager := copy.deepcopy(model), eager, x)

