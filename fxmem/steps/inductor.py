@@ -9,7 +9,7 @@ there is code of them; which plan to make code of is chosen in inductor_step.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from fxmem.graphs.graph import (
     operator_name,
     output_values,
 )
-from fxmem.graphs.operators import draws_within, is_random
+from fxmem.graphs.operators import is_random
 from fxmem.graphs.partition import Split, split
 from fxmem.graphs.workspace import Workspaces
 from fxmem.passes.tangents import UndefinedTangentsPass
@@ -167,12 +167,8 @@ def _of_what_changes(graph: JointGraph) -> set[fx.Node]:
 
     Made again it would be another value, though an input lies there at no cost.
     """
-    gradients = output_values(graph.module)[graph.num_forward_outputs :]
-    needed = {node for node in gradients if isinstance(node, fx.Node)}
-    for node in reversed(list(graph.nodes)):
-        if is_backward(node) or node in needed:
-            needed.update(node.all_input_nodes)
     found, stack = set[fx.Node](), [n for changed in graph.mutated_inputs() for n in changed.users]
+    needed = _needed(graph) if stack else found
     while stack:
         node = stack.pop()
         if is_backward(node) or node not in needed:
@@ -207,8 +203,8 @@ def _is_twin(node: fx.Node) -> bool:
 
 
 def _cut(graph: JointGraph) -> tuple[JointGraph, list[str]]:
-    """The graph, and names of the values to save: codes, which are few bytes, and what the minimum cut
-    says beside them.
+    """The graph, and names of the values to save: codes, which are few bytes, what could not be made
+    again, and what the minimum cut says beside them.
     """
     cut = _torch_inductor.min_cut(
         graph.copy().module, graph.num_forward_outputs, _static(graph.module, graph), _stays_behind
@@ -226,7 +222,7 @@ def _stays_behind(node: fx.Node) -> bool:
     """
     if not is_backward(node) or _device(node) in (None, *_SLOW_WITH_MASKS):
         return is_backward(node)
-    return _is_twin(node) or is_random(node) or draws_within(node) or has_effect(node)
+    return _is_twin(node) or is_random(node) or has_effect(node)
 
 
 _SLOW_WITH_MASKS = ("cpu",)
@@ -241,6 +237,8 @@ def _made_before(graph: JointGraph, saved: set[str]) -> JointGraph:
 
     A mask is such: ReLU's backward compares what the forward made, and so can the kernel that made it.
     """
+    if not any(node.name in saved and is_backward(node) for node in graph.nodes):
+        return graph
     graph = graph.copy()
     moved = {node for node in graph.nodes if node.name in saved and is_backward(node)}
     for node in reversed(list(graph.nodes)):
@@ -264,19 +262,25 @@ def _made_before(graph: JointGraph, saved: set[str]) -> JointGraph:
 
 def _reached(graph: JointGraph, saved: set[str]) -> list[str]:
     """Those that the backward reads where all of them are saved, in program order."""
+    found = _needed(graph, saved)
+    return [n.name for n in graph.nodes if n in found and n.name in saved and not is_backward(n)]
+
+
+def _needed(graph: JointGraph, saved: Collection[str] = ()) -> set[fx.Node]:
+    """What the backward reads, and what makes that again of what is saved."""
     gradients = output_values(graph.module)[graph.num_forward_outputs :]
     found = {node for node in gradients if isinstance(node, fx.Node)}
     for node in reversed(list(graph.nodes)):
         if is_backward(node) or (node in found and node.name not in saved):
             found.update(node.all_input_nodes)
-    return [n.name for n in graph.nodes if n in found and n.name in saved and not is_backward(n)]
+    return found
 
 
 def held_at_least(graph: JointGraph) -> int:
     """Bytes that Inductor's code of a step as it is holds between its halves: inputs and what is saved.
 
-    In the operators that were captured, which is quick; but those of whose parts the cut makes more than
-    of them are taken apart first.
+    In the operators that were captured, which is quick; but those that only their parts may be made again
+    of are taken apart first.
     """
     if any(operator_name(n).endswith(_WHOLE) for n in graph.nodes if n.op == "call_function"):
         graph = replace(graph, module=_torch_inductor.decomposed(graph.module, fusible))
@@ -290,13 +294,8 @@ def held_at_least(graph: JointGraph) -> int:
     return sum(int(evaluate(nbytes, bindings)) for nbytes in held.values())
 
 
-_WHOLE = (
-    "batch_norm",
-    "batch_norm_legit_functional",
-    "group_norm",
-    "threshold_backward",
-)
-"""Operators that the cut saves as they are, though it would make again or save parts of them."""
+_WHOLE = ("batch_norm", "batch_norm_legit_functional", "group_norm")
+"""Operators that the cut never makes again, though it does all that they are made of."""
 
 
 def _static(module: fx.GraphModule, graph: JointGraph) -> list[int]:
