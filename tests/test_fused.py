@@ -23,14 +23,14 @@ from fxmem.steps.fused import peak_of, run
 CPU = torch.device("cpu")
 
 
-def scheduled(function, *tensors, backward=False):
+def scheduled(function, *tensors, backward=False, **how):
     mode = symbolic_fake_mode()
     given = [mode.from_tensor(t, static_shapes=True) for t in tensors]
     module = make_fx(function)(*given)
     kernels = metrics.generated_kernel_count
     with config.patch(fx_graph_cache=False):
         found = _torch_inductor.schedule(
-            module, backward=backward, static_inputs=[], visible=range(1), strides={}
+            module, backward=backward, static_inputs=[], visible=range(1), strides={}, **how
         )
     assert metrics.generated_kernel_count == kernels  # no code was made
     return found
@@ -72,6 +72,56 @@ def test_operators_make_their_results_and_a_kernel_writes_over_what_it_read_last
         "Freed x_1",
     ]
     assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 512
+
+
+def test_what_an_operator_of_several_results_works_in_counts():
+    """Dropout multiplies by its mask as numbers of the operand's type, which is 4096 bytes more."""
+
+    def function(x):
+        dropped, mask = torch.ops.aten.native_dropout.default(x, 0.5, True)
+        return dropped.sin(), mask
+
+    found = scheduled(function, torch.randn(32, 32))
+    assert told(found)[:3] == [
+        "Made buf1 4096",
+        "Made buf2 1024",
+        "Called aten.native_dropout.default {}",
+    ]
+    assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 4096 + 1024 + 4096
+
+
+def test_the_generators_state_is_held_while_draws_are_made_again():
+    def function(state, x):
+        replay = torch.ops.higher_order.run_with_rng_state
+        return (replay(state, torch.ops.aten.rand_like.default, x),)
+
+    state = torch.get_rng_state()
+    with _torch_inductor._fake_generator_states(mode := symbolic_fake_mode()):
+        given = [mode.from_tensor(t, static_shapes=True) for t in (state, torch.randn(8, 8))]
+        module = make_fx(function)(*given)
+    found = _torch_inductor.schedule(
+        module, backward=True, static_inputs=[], visible=[], strides={}
+    )
+    assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 256 + state.nbytes
+
+
+def far_apart(x, w, v, u):
+    """Two results of one size: when the second is made, nothing has read the first for a while."""
+    wide = torch.mm(torch.mm(x, w), v)  # the peak
+    first = torch.mm(torch.mm(x, x), u)
+    meanwhile = torch.mm(x, first * wide)
+    return (torch.mm(torch.mm(x, x * meanwhile), u),)
+
+
+def test_a_buffer_waits_for_another_of_its_size_or_is_let_go_at_once():
+    given = torch.randn(64, 64), torch.randn(64, 512), torch.randn(512, 1), torch.randn(64, 1)
+    waits, at_once = (told(scheduled(far_apart, *given, freed_at_once=x)) for x in (False, True))
+    assert "Freed buf2" not in waits
+    assert "Moved buf6 buf2" in waits
+    product = at_once.index("Made buf3 256")  # the last that reads it
+    assert at_once[product + 1 : product + 3] == ["Called aten.mm.default {}", "Freed buf2"]
+    assert "Made buf6 16384" in at_once
+    assert "Moved buf5 buf1" in at_once  # that one was just read
 
 
 def a_norms_backward(gradient, x, scale, weight):

@@ -581,10 +581,58 @@ def test_code_that_does_not_keep_what_was_foreseen_is_planned_again(
     seen = foresees(monkeypatch, lambda plan: plan.predicted_peak)
     measures(monkeypatch, 1.2)
     step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
-    assert len(seen) == 1
+    assert [tried.plan for tried, _ in compiled] == seen
     assert len(compiled) == 2
     assert compiled[0][1].predicted_peak > step.plan.budget >= step.plan.predicted_peak
     assert step.plan is compiled[1][1]
+
+
+def test_one_that_was_seen_before_may_fit_where_code_does_not(interpreted, compiled, monkeypatch):
+    """With as many bytes more as the code had that was measured."""
+    seen = foresees(monkeypatch, lambda plan: int(0.7 * plan.predicted_peak))
+    measures(monkeypatch, 0.85)
+    step = fxmem.optimize(seeded(Net), "0.5x", (batch(256),), compiler="inductor")
+    first, second = (tried.plan for tried, _ in compiled)
+    assert first is seen[-1]
+    assert 0.85 * first.predicted_peak > step.plan.budget >= 0.85 * second.predicted_peak
+    assert second in seen[:-1]
+
+
+@pytest.mark.parametrize(("share", "looks"), [(1.05, 2), (2, 1)])
+def test_where_smaller_plans_will_not_do_none_is_lowered(share, looks, interpreted, monkeypatch):
+    """As seen, where code gets no smaller with its plan; or where it would not even with the smallest."""
+    seen = foresees(monkeypatch, lambda plan: int(share * plan.budget))
+    step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
+    assert len(seen) == looks
+    assert step.plan.decisions == seen[0].decisions
+    assert step.plan.predicted_peak == seen[0].predicted_peak  # operator by operator
+
+
+def test_what_code_gives_for_each_byte_of_its_plan_is_learned(monkeypatch):
+    """Where half of it is seen to arrive, the next plan is for twice as much less."""
+    plan = SimpleNamespace(budget=1000, predicted_peak=900, added_seconds=1.0)
+    assert inductor_step._target(plan, 1050, gives=0.5) == 780
+
+
+def test_buffers_are_let_go_at_once_where_that_keeps_the_budget(compiled, monkeypatch):
+    model, x = seeded(Net), batch(256)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    before, codes = inductor.Inductor._foreseen, []
+
+    def foreseen(self, planned, *given):
+        found = before(self, planned, *given)
+        codes.append(self)
+        return found if self.freed_at_once else planned.plan.budget + 1
+
+    monkeypatch.setattr(inductor.Inductor, "_foreseen", foreseen)
+    with fresh_inductor_cache():
+        step = fxmem.optimize(model, "0.6x", (x,), compiler="inductor")
+    ((tried, _),) = compiled
+    assert codes == [tried.code] * 2  # lowered once, and looked at twice
+    assert tried.foreseen == pytest.approx(step.plan.predicted_peak, rel=0.005)
+    assert_close(want, stepped(step, model, x))
+    peak = measured(step, model, x) + step.plan.resident
+    assert peak == pytest.approx(step.plan.predicted_peak, rel=0.001)
 
 
 class Pointwise(nn.Module):

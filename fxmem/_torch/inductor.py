@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -212,12 +213,14 @@ def inductor(
     visible: Sequence[int],
     strides: Strides,
     lowered: Any = None,
+    freed_at_once: bool = False,
 ) -> tuple[BoxedCallable, Strides]:
     """Code for one half, and the strides of what it returns.
 
     static_inputs: places of the inputs that lie where they are from step to step.  visible: of
     outputs whose strides must stay.  strides: of inputs, where those are not as they were traced.
-    lowered: what ``schedule`` found of the same half, which can be made code of once.
+    lowered: what ``schedule`` found of the same half, which can be made code of once.  freed_at_once: is
+    a buffer let go when it was read last, or does it wait for another of its size, which takes less time?
     """
     mode = _fake_mode(module)
     given = module.graph.find_nodes(op="placeholder")
@@ -237,9 +240,10 @@ def inductor(
         _fake_generator_states(mode),
         _for_the_cache(mode),
         TracingContext.report_output_strides() as found,
-        _keyed_by(visible),
+        _keyed_by(visible, freed_at_once),
         reductions_early(),
         draws_in_order(),
+        _freed_at_once() if freed_at_once else contextlib.nullcontext(),
         _lowered_before(lowered) if lowered is not None else contextlib.nullcontext(),
     ):
         code: Any = compile_fx_inner(
@@ -266,12 +270,31 @@ def _for_the_cache(mode: Any) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(mode, "shape_env", ShapeEnv())
 
 
-def _keyed_by(visible: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
-    """Inside, torch's cache of compiled graphs knows which outputs have to keep their strides.
+@contextlib.contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Inside, a buffer takes the memory of one that was just read last, and of no other.
+
+    torch lets one wait that was read earlier, where the peak of the half stays below what it takes that
+    to be: without what kernels write over, and without the other half.
+    """
+
+    def just_read(line: Any, freed: Any, _: int) -> bool:
+        return line.comm_buffer or freed.scheduler_node_index + 1 == line.scheduler_node_index
+
+    with mock.patch.object(wrapper.AllocateLine, "should_reuse_buffer", just_read):
+        yield
+
+
+def _keyed_by(
+    visible: Sequence[int], freed_at_once: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """Inside, torch's cache of compiled graphs knows which outputs have to keep their strides, and when
+    buffers are let go.
 
     All else that a plan changes is in the graph's own code, by which that cache is keyed.
     """
-    tag = f"{compiler_config.cache_key_tag} fxmem {DRAWS_IN_ORDER} {list(visible)}"
+    ours = ("fxmem", DRAWS_IN_ORDER, list(visible), freed_at_once)
+    tag = " ".join(map(str, (compiler_config.cache_key_tag, *ours)))
     config: Any = compiler_config
     patch: contextlib.AbstractContextManager[Any] = config.patch(cache_key_tag=tag)
     return patch
@@ -445,10 +468,19 @@ def _events(line: Any) -> Iterator[Made | Moved | Freed | Called]:
             yield Freed(line.node.get_name())
     elif isinstance(line, _Call):
         yield from map(_made, _made_by(line.node))
-        operator = line.node.node.get_origin_node()
-        if operator is not None:
+        node = _operator(line.node.node)
+        if node is not None:
             given = filter(_is_tensor, getattr(line.node.node, "inputs", ()))
-            yield Called(operator, {_hints(x.get_size()): _hints(x.get_stride()) for x in given})
+            yield Called(node, {_hints(x.get_size()): _hints(x.get_stride()) for x in given})
+
+
+def _operator(kernel: Any) -> fx.Node | None:
+    """The node that a kernel was made for; torch notes it for operators with one result alone."""
+    noted: fx.Node | None = kernel.get_origin_node()
+    if noted is not None:
+        return noted if noted.target is not operator.getitem else None
+    target = getattr(kernel, "op_overload", None)
+    return next((node for node in kernel.origins if node.target is target), None)
 
 
 def _hints(sizes: Any) -> tuple[int, ...]:

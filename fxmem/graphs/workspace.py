@@ -244,7 +244,7 @@ class Workspaces:
             workspace = entry.nbytes
         else:
             workspace = 0 if key in self._refused else self._guess(key, call, node)
-        return workspace + _saved_generator_state(node)
+        return workspace + generator_state(node)
 
     def _guess(self, key: str, call: Call, node: fx.Node) -> int:
         if key not in self._guesses:
@@ -305,8 +305,8 @@ def has_workspace(node: fx.Node) -> bool:
     return any(True for _ in tensors_in(node.meta.get("val")))
 
 
-def _saved_generator_state(node: fx.Node) -> int:
-    """A replay puts the generator back afterwards, and holds its state meanwhile."""
+def generator_state(node: fx.Node) -> int:
+    """Bytes of the state that a replay holds meanwhile, to put the generator back afterwards."""
     if node.target is not run_with_rng_state:
         return 0
     state: Any = node.args[0]

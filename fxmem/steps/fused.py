@@ -19,7 +19,7 @@ from fxmem._torch.inductor import Called, Freed, Made, Moved, Schedule
 from fxmem.basics.sizes import hint, in_blocks
 from fxmem.graphs.graph import OutputKind, output_values
 from fxmem.graphs.partition import Split
-from fxmem.graphs.workspace import Call, TensorSpec, Workspaces, node_specs
+from fxmem.graphs.workspace import Call, TensorSpec, Workspaces, generator_state, node_specs
 
 
 def peak_of(
@@ -91,7 +91,9 @@ def _works_in(called: Called, table: Workspaces, device: torch.device) -> int:
         return pytree.tree_map(spec, node_specs(node))
 
     entry = table.look_up(Call.of_node(called.node, as_lowered), device)
-    return table.nbytes(called.node) if entry is None else entry.nbytes
+    if entry is None:
+        return table.nbytes(called.node)
+    return entry.nbytes + generator_state(called.node)
 
 
 def _given(

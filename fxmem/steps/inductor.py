@@ -51,6 +51,7 @@ class Inductor:
             self.split = self._halves(self.graph)
         self.strides: _torch_inductor.Strides = {}
         self.lowered: list[Any] = []
+        self.freed_at_once = False
         self._backwards: dict[tuple[str, ...], fx.GraphModule] = {}
 
     def forward(self) -> _torch.BoxedCallable:
@@ -90,16 +91,26 @@ class Inductor:
     def foreseen(self, planned: Planned, table: Workspaces, device: torch.device) -> int | None:
         """Bytes that the step will peak at; None where torch has code of it already.
 
+        That buffers are let go at once takes time, and is asked for where the budget is not kept without.
         table: gets what it lacks about operators.
         """
+        peak = self._foreseen(planned, table, device)
+        if peak is not None and peak > planned.plan.budget:
+            self.freed_at_once = True
+            peak = self._foreseen(planned, table, device)
+        return peak
+
+    def _foreseen(self, planned: Planned, table: Workspaces, device: torch.device) -> int | None:
+        lowered = self.lowered or [None, None]
         module = _copy(self.split.forward)
-        first = _torch_inductor.schedule(module, **self._of_forward(module))
+        how = self._of_forward(module)
+        first = _torch_inductor.schedule(module, **how, lowered=lowered[0])
         if first is None:
             return None
         backward = self.backward_for(planned.undefined)
         module = _copy(backward)
         how = self._of_backward(module, first.strides)
-        second = _torch_inductor.schedule(module, **how)
+        second = _torch_inductor.schedule(module, **how, lowered=lowered[1])
         if second is None:
             return None
         self.lowered = [first.lowered, second.lowered]
@@ -113,6 +124,7 @@ class Inductor:
             "static_inputs": _static(module, self.graph),
             "visible": range(self.split.num_forward_outputs),
             "strides": {},
+            "freed_at_once": self.freed_at_once,
         }
 
     def _of_backward(
@@ -123,6 +135,7 @@ class Inductor:
             "static_inputs": _static(module, self.graph),
             "visible": range(len(output_values(module))),
             "strides": strides,
+            "freed_at_once": self.freed_at_once,
         }
 
     def _halves(self, graph: JointGraph) -> Split:

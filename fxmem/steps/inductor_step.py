@@ -36,8 +36,11 @@ MARGIN = 0.01
 ROOM = 0.1
 """Of the budget: with more left, a plan that costs time is worth a further one."""
 
-UNSURE = 0.05
+UNSURE = 0.02
 """Of the budget: so far above it, what is foreseen is not tried."""
+
+SPARE = 0.05
+"""Of what the step as it is holds: with so much more, it is looked at first."""
 
 PLANS = 3
 """So many are lowered at most, before code is made of one."""
@@ -93,8 +96,7 @@ def inductor_step(
     if first.foreseen is None or not _fits(as_measured):
         second = search.instead(first, as_measured.predicted_peak)
         if second is not None:
-            last = Tried(*second, Inductor(second[0]), None)
-            coded.append((_compiled(last, analysis, graph), last))
+            coded.append((_compiled(second, analysis, graph), second))
     fitting = [one for one in coded if _fits(one[0].planned.plan)]
     if not fitting:
         least = min((one.planned.plan for one, _ in coded), key=lambda plan: plan.predicted_peak)
@@ -177,16 +179,34 @@ class _Search:
             return min(self.seen, key=lambda one: one.foreseen or 0)
         return min(fitting, key=lambda one: one.plan.added_seconds)
 
-    def instead(self, tried: Tried, peak: int) -> Found | None:
-        """What to make code of after code that was measured to peak so; None if that may stay.
+    def instead(self, tried: Tried, peak: int) -> Tried | None:
+        """What to make code of after code that was measured to peak so; None if that may stay, or if
+        nothing seems to fit.
 
         After the step as it is comes what was decided.
         """
-        is_as_it_is = tried.planned is not self.found[0] and tried is self.seen[0]
-        if is_as_it_is and peak > self.plan.budget:
-            return self.found
-        again = self._new(_target(tried.plan, peak))
-        return None if again and again[0].plan.decisions == tried.plan.decisions else again
+        budget = self.plan.budget
+        error = 0 if tried.foreseen is None else max(peak - tried.foreseen, 0)
+        others = [one for one in self.seen if one is not tried and one.foreseen is not None]
+        fitting = [one for one in others if (one.foreseen or 0) + error <= budget < peak]
+        if fitting:
+            return min(fitting, key=lambda one: one.plan.added_seconds)
+        if peak > budget and self._is_as_it_is(tried):
+            again: Found | None = self.found if self._is_new(self.found[0].plan) else None
+        else:
+            again = self._new(_target(tried.plan, peak))
+        if again is None or again[0].plan.decisions == tried.plan.decisions:
+            return None
+        found = self._lowered(*again)
+        hopeless = found.foreseen is not None and found.foreseen + error > (1 + UNSURE) * budget
+        return None if hopeless else found
+
+    def _is_as_it_is(self, tried: Tried) -> bool:
+        """Is it the step as it is, which was not decided?"""
+        return tried.planned is not self.found[0] and tried is self.seen[0]
+
+    def _is_new(self, plan: Plan) -> bool:
+        return all(plan.decisions != one.plan.decisions for one in self.seen)
 
     def _lowered(self, planned: Planned, validity: Validity | None) -> Tried:
         code = Inductor(planned)
@@ -202,20 +222,48 @@ class _Search:
         last = self.seen[-1]
         if last.foreseen is None:
             return None
-        if len(self.seen) == 1 and last.planned is not self.found[0]:  # the step as it is
+        if len(self.seen) == 1 and self._is_as_it_is(last):
             return None if last.fits else self.found
-        again = self._new(_target(last.plan, last.foreseen))
-        if again is None or not last.fits:
-            return again
-        spared = last.plan.predicted_overhead - again[0].plan.predicted_overhead
-        return again if spared >= GAIN else None
+        if last.fits:
+            again = self._new(_target(last.plan, last.foreseen))
+            if again is None:
+                return None
+            spared = last.plan.predicted_overhead - again[0].plan.predicted_overhead
+            return again if spared >= GAIN else None
+        gives = self._gives()
+        if gives <= 0 or not self._may_fit(last, gives, self._least()):
+            return None
+        again = self._new(_target(last.plan, last.foreseen, gives))
+        if again is None or not self._may_fit(last, gives, again[0].plan.predicted_peak):
+            return None
+        return again
+
+    def _gives(self) -> float:
+        """Bytes that code peaks lower by for each that its plan does, by the last two that were seen."""
+        decided = [one for one in self.seen if not self._is_as_it_is(one)]
+        if len(decided) < 2:
+            return 1.0
+        (planned, code), (then, again) = (
+            (one.plan.predicted_peak, one.foreseen or 0) for one in decided[-2:]
+        )
+        return min((code - again) / (planned - then), 1.0) if planned != then else 0.0
+
+    def _may_fit(self, last: Tried, gives: float, planned: int) -> bool:
+        """May the code of a plan of so many bytes keep the budget, after the last one's, which does not?"""
+        expected = (last.foreseen or 0) - gives * (last.plan.predicted_peak - planned)
+        return expected <= (1 + UNSURE) * self.plan.budget
+
+    def _least(self) -> int:
+        """Bytes that no plan goes below."""
+        forms = self.analysis.small_forms(self.options)
+        return min(form.planner.simulator.least.nbytes for form in forms)
 
     def _seems_to_fit_as_it_is(self) -> bool:
         """Is what it holds between its halves within the budget, with a little to spare?"""
         if self.plan.added_seconds <= 0:
             return False
         held = held_at_least(self.analysis.graph) + loss_outside(self.found[0])
-        return (1 + UNSURE) * held <= self.plan.budget
+        return (1 + SPARE) * held <= self.plan.budget
 
     def _as_it_is(self) -> Found | None:
         scalars = bytes_of_scalars(self.analysis.device)  # of a loss outside, kept free
@@ -232,7 +280,7 @@ class _Search:
         options = replace(options.for_bytes(target, self.analysis.device), on_infeasible="best")
         memory = self.found[0].memory is not None
         again, validity = decided(self.analysis, options, self.here, memory=memory)
-        if any(again.plan.decisions == one.plan.decisions for one in self.seen):
+        if not self._is_new(again.plan):
             return None
         return replace(again, plan=replace(again.plan, budget=plan.budget)), validity
 
@@ -242,11 +290,14 @@ def _may_stay(plan: Plan) -> bool:
     return plan.added_seconds <= 0 and plan.predicted_peak <= (1 - ROOM) * plan.budget
 
 
-def _target(plan: Plan, peak: int) -> int | None:
-    """Bytes to plan for, operator by operator, after a plan whose code peaks so; None if it may stay."""
+def _target(plan: Plan, peak: int, gives: float = 1.0) -> int | None:
+    """Bytes to plan for, operator by operator, after a plan whose code peaks so; None if it may stay.
+
+    gives: bytes that code peaks lower by for each that its plan does.
+    """
     room = plan.budget - peak
     if room < 0:
-        return max(int(plan.predicted_peak + room - MARGIN * plan.budget), 1)
+        return max(int(plan.predicted_peak + (room - MARGIN * plan.budget) / gives), 1)
     if room > ROOM * plan.budget and plan.added_seconds > 0:
         return int(plan.predicted_peak + room - ROOM / 2 * plan.budget)
     return None
