@@ -32,7 +32,7 @@ from fxmem._torch import symbolic_fake_mode
 from fxmem.backend.session import Session
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.measure import cpu_allocations
-from fxmem.steps import inductor, inductor_step, measured_step
+from fxmem.steps import code_search, inductor, inductor_step, measured_step
 from fxmem.steps.backward import Phases
 
 
@@ -529,7 +529,7 @@ def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog
 )
 def test_when_to_plan_again(predicted, measured, added, target):
     plan = SimpleNamespace(budget=1000, predicted_peak=predicted, added_seconds=added)
-    assert inductor_step._target(plan, measured) == target
+    assert code_search._target(plan, measured) == target
 
 
 def foresees(monkeypatch, of):
@@ -568,7 +568,7 @@ def test_a_plan_whose_code_would_leave_room_is_planned_for_more(interpreted, com
     seen = foresees(monkeypatch, lambda plan: int(0.7 * plan.predicted_peak))
     measures(monkeypatch, 0.5)
     step = fxmem.optimize(seeded(Net), "0.5x", (batch(256),), compiler="inductor")
-    assert 1 < len(seen) <= inductor_step.PLANS
+    assert 1 < len(seen) <= code_search.PLANS
     assert seen[0].added_seconds > seen[-1].added_seconds
     ((tried, _),) = compiled  # half of the budget is free as measured, which is not tried again
     assert tried.plan is seen[-1]
@@ -611,7 +611,7 @@ def test_where_smaller_plans_will_not_do_none_is_lowered(share, looks, interpret
 def test_what_code_gives_for_each_byte_of_its_plan_is_learned(monkeypatch):
     """Where half of it is seen to arrive, the next plan is for twice as much less."""
     plan = SimpleNamespace(budget=1000, predicted_peak=900, added_seconds=1.0)
-    assert inductor_step._target(plan, 1050, gives=0.5) == 780
+    assert code_search._target(plan, 1050, gives=0.5) == 780
 
 
 def test_buffers_are_let_go_at_once_where_that_keeps_the_budget(compiled, monkeypatch):

@@ -32,7 +32,7 @@ def step_code(
     """The step that was decided on, ready to run, and the sizes that it holds for.
 
     graph: as it was captured.  found, here: what was decided, and the sizes that may change as they
-    are now.  With Inductor the plan may be another one in the end, see ``inductor_step.py``.
+    are now.  With Inductor the plan may be another one in the end, see ``code_search.py``.
     Raises ``BudgetInfeasibleError`` where neither its code nor the operators keep the budget.
     """
     planned, validity = found

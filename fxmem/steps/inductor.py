@@ -4,7 +4,7 @@ Inductor fuses, so two things differ from the plan.  What a kernel can make agai
 saved: a minimum cut of the rewritten graph says what that is, with every twin where the plan put it.
 And what is never written to memory does not count, so the peak that was predicted operator by operator
 is only about right.  Inductor's schedule of the kernels says what that will peak at (fused.py), before
-there is code of them; which plan to make code of is chosen in inductor_step.py.
+there is code of them; which plan to make code of is chosen in code_search.py.
 """
 
 from __future__ import annotations

@@ -1,78 +1,29 @@
 """The planned step as Inductor's code that keeps its budget.
 
-Plans are made operator by operator, and Inductor's kernels hold fewer bytes or more.  So a plan is lowered
-to see what its code will peak at (fused.py), which takes little of the time that the code takes, and the
-step is planned again, for more bytes or fewer, until it will fit without much room left.  What Inductor's
-cut makes again costs next to nothing, so the step as it is may fit where operators of it do not: where
-that seems so, it is looked at first.  Then code is made of the best plan, and one step of it is run and
-measured.  If it does not keep the budget after all, code is made of one more plan.
+Code is made of the plan that is foreseen to do best (code_search.py), and one step of it is run and
+measured.  If it does not keep the budget after all, code is made of one more plan; then the step runs
+operator by operator.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from fxmem.basics.units import format_bytes
-from fxmem.graphs.graph import JointGraph, bytes_of_scalars
-from fxmem.graphs.workspace import Workspaces
+from fxmem.graphs.graph import JointGraph
 from fxmem.planning.plan import Plan
 from fxmem.steps.analyze import Analysis
 from fxmem.steps.backward import Backward, Coded, op_by_op
+from fxmem.steps.code_search import CodeSearch, Found, Tried, fits
 from fxmem.steps.compile_errors import explained
 from fxmem.steps.decisions import infeasible
-from fxmem.steps.inductor import Inductor, held_at_least
-from fxmem.steps.measured_step import loss_outside, measured
+from fxmem.steps.measured_step import measured
 from fxmem.steps.options import Options
-from fxmem.steps.pipeline import Planned
-from fxmem.steps.validity import Validity, decided
+from fxmem.steps.validity import Validity
 
 log = logging.getLogger(__name__)
-
-MARGIN = 0.01
-"""Of the budget, left free by a further plan: what it will peak at is known from the last one's error."""
-
-ROOM = 0.1
-"""Of the budget: with more left, a plan that costs time is worth a further one."""
-
-UNSURE = 0.02
-"""Of the budget: so far above it, what is foreseen is not tried."""
-
-SPARE = 0.05
-"""Of what the step as it is holds: with so much more, it is looked at first."""
-
-PLANS = 3
-"""So many are lowered at most, before code is made of one."""
-
-GAIN = 0.01
-"""Of the step's time: to spare less is not worth the seconds that it takes to lower a further plan."""
-
-Found = tuple[Planned, Validity | None]
-"""A planned step, and where sizes may change, those that it holds for."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A plan in Inductor's operators.  foreseen: bytes that its code will peak at, if that is known."""
-
-    planned: Planned
-    validity: Validity | None
-    code: Inductor
-    foreseen: int | None
-
-    @property
-    def plan(self) -> Plan:
-        return self.planned.plan
-
-    @property
-    def fits(self) -> bool:
-        return self.foreseen is None or self.foreseen <= self.plan.budget
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Is its code so much too large that none need be made?"""
-        return self.foreseen is not None and self.foreseen > (1 + UNSURE) * self.plan.budget
 
 
 def inductor_step(
@@ -87,17 +38,17 @@ def inductor_step(
     found, here: what was decided, and the sizes that may change as they are now.
     Raises ``BudgetInfeasibleError`` where operators do not, either.
     """
-    search = _Search(analysis, options, found, here)
+    search = CodeSearch(analysis, options, found, here)
     first = search.best()
     if first.is_hopeless:
         return _without_code(options, graph, found, first.foreseen or 0)
     coded = [(_compiled(first, analysis, graph), first)]
     as_measured = coded[0][0].planned.plan
-    if first.foreseen is None or not _fits(as_measured):
+    if first.foreseen is None or not fits(as_measured):
         second = search.instead(first, as_measured.predicted_peak)
         if second is not None:
             coded.append((_compiled(second, analysis, graph), second))
-    fitting = [one for one in coded if _fits(one[0].planned.plan)]
+    fitting = [one for one in coded if fits(one[0].planned.plan)]
     if not fitting:
         least = min((one.planned.plan for one, _ in coded), key=lambda plan: plan.predicted_peak)
         return _without_code(options, graph, found, least.predicted_peak, least)
@@ -106,7 +57,7 @@ def inductor_step(
     if valid is not None:
         # Larger sizes come with a larger error, those that are served with this one at most.
         more = best.planned.plan.predicted_peak - tried.plan.predicted_peak
-        limit = valid.limit if _fits(tried.plan) else tried.plan.predicted_peak
+        limit = valid.limit if fits(tried.plan) else tried.plan.predicted_peak
         valid = replace(valid, limit=limit - max(more, 0))
     return best, valid
 
@@ -134,7 +85,7 @@ def _without_code(
     the smallest where operators do not keep the budget, either.
     """
     planned, validity = found
-    if options.on_infeasible == "raise" and not _fits(planned.plan):
+    if options.on_infeasible == "raise" and not fits(planned.plan):
         raise infeasible(min([planned.plan, *measured], key=lambda plan: plan.predicted_peak))
     log.warning(
         "Inductor's code for the step peaks at %s, more than the budget of %s, so the step runs "
@@ -143,168 +94,6 @@ def _without_code(
         format_bytes(planned.plan.budget),
     )
     return op_by_op(planned, graph), validity
-
-
-# -- The plan to make code of --------------------------------------------------------------------------
-
-
-@dataclass
-class _Search:
-    """Plans of one step under one budget, each lowered to see what its code will peak at.
-
-    found: what was decided operator by operator.  here: the sizes that may change as they are now.
-    """
-
-    analysis: Analysis
-    options: Options
-    found: Found
-    here: Mapping[str, int]
-    seen: list[Tried] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.plan = self.found[0].plan
-        self.table = Workspaces(self.analysis.workspaces.table)
-
-    def best(self) -> Tried:
-        """Of those whose code will fit, the one that adds the least time; else the smallest one."""
-        if _may_stay(self.plan):
-            return Tried(*self.found, Inductor(self.found[0]), None)
-        following = self._as_it_is() if self._seems_to_fit_as_it_is() else None
-        following = following or self.found
-        while following is not None and len(self.seen) < PLANS:
-            self.seen.append(self._lowered(*following))
-            following = self._following()
-        fitting = [one for one in self.seen if one.fits]
-        if not fitting:
-            return min(self.seen, key=lambda one: one.foreseen or 0)
-        return min(fitting, key=lambda one: one.plan.added_seconds)
-
-    def instead(self, tried: Tried, peak: int) -> Tried | None:
-        """What to make code of after code that was measured to peak so; None if that may stay, or if
-        nothing seems to fit.
-
-        After the step as it is comes what was decided.
-        """
-        budget = self.plan.budget
-        error = 0 if tried.foreseen is None else max(peak - tried.foreseen, 0)
-        others = [one for one in self.seen if one is not tried and one.foreseen is not None]
-        fitting = [one for one in others if (one.foreseen or 0) + error <= budget < peak]
-        if fitting:
-            return min(fitting, key=lambda one: one.plan.added_seconds)
-        if peak > budget and self._is_as_it_is(tried):
-            again: Found | None = self.found if self._is_new(self.found[0].plan) else None
-        else:
-            again = self._new(_target(tried.plan, peak))
-        if again is None or again[0].plan.decisions == tried.plan.decisions:
-            return None
-        found = self._lowered(*again)
-        hopeless = found.foreseen is not None and found.foreseen + error > (1 + UNSURE) * budget
-        return None if hopeless else found
-
-    def _is_as_it_is(self, tried: Tried) -> bool:
-        """Is it the step as it is, which was not decided?"""
-        return tried.planned is not self.found[0] and tried is self.seen[0]
-
-    def _is_new(self, plan: Plan) -> bool:
-        return all(plan.decisions != one.plan.decisions for one in self.seen)
-
-    def _lowered(self, planned: Planned, validity: Validity | None) -> Tried:
-        code = Inductor(planned)
-        try:
-            foreseen = code.foreseen(planned, self.table, self.analysis.device)
-        except Exception:  # to compile says what is wrong, if anything is but this look ahead
-            log.info("the peak of Inductor's code cannot be foreseen", exc_info=True)
-            foreseen = None
-        return Tried(planned, validity, code, foreseen)
-
-    def _following(self) -> Found | None:
-        """A plan that may be better than those that were seen."""
-        last = self.seen[-1]
-        if last.foreseen is None:
-            return None
-        if len(self.seen) == 1 and self._is_as_it_is(last):
-            return None if last.fits else self.found
-        if last.fits:
-            again = self._new(_target(last.plan, last.foreseen))
-            if again is None:
-                return None
-            spared = last.plan.predicted_overhead - again[0].plan.predicted_overhead
-            return again if spared >= GAIN else None
-        gives = self._gives()
-        if gives <= 0 or not self._may_fit(last, gives, self._least()):
-            return None
-        again = self._new(_target(last.plan, last.foreseen, gives))
-        if again is None or not self._may_fit(last, gives, again[0].plan.predicted_peak):
-            return None
-        return again
-
-    def _gives(self) -> float:
-        """Bytes that code peaks lower by for each that its plan does, by the last two that were seen."""
-        decided = [one for one in self.seen if not self._is_as_it_is(one)]
-        if len(decided) < 2:
-            return 1.0
-        (planned, code), (then, again) = (
-            (one.plan.predicted_peak, one.foreseen or 0) for one in decided[-2:]
-        )
-        return min((code - again) / (planned - then), 1.0) if planned != then else 0.0
-
-    def _may_fit(self, last: Tried, gives: float, planned: int) -> bool:
-        """May the code of a plan of so many bytes keep the budget, after the last one's, which does not?"""
-        expected = (last.foreseen or 0) - gives * (last.plan.predicted_peak - planned)
-        return expected <= (1 + UNSURE) * self.plan.budget
-
-    def _least(self) -> int:
-        """Bytes that no plan goes below."""
-        forms = self.analysis.small_forms(self.options)
-        return min(form.planner.simulator.least.nbytes for form in forms)
-
-    def _seems_to_fit_as_it_is(self) -> bool:
-        """Is what it holds between its halves within the budget, with a little to spare?"""
-        if self.plan.added_seconds <= 0:
-            return False
-        held = held_at_least(self.analysis.graph) + loss_outside(self.found[0])
-        return (1 + SPARE) * held <= self.plan.budget
-
-    def _as_it_is(self) -> Found | None:
-        scalars = bytes_of_scalars(self.analysis.device)  # of a loss outside, kept free
-        return self._new(self.plan.keep_all_peak + scalars)
-
-    def _new(self, target: int | None) -> Found | None:
-        """The step planned for other bytes, operator by operator, under the same budget.
-
-        None where there is no target, no other plan is allowed, or that one was seen.
-        """
-        plan, options = self.plan, self.options
-        if target is None or plan.smallest or options.plan is not None or not _fits(plan):
-            return None
-        options = replace(options.for_bytes(target, self.analysis.device), on_infeasible="best")
-        memory = self.found[0].memory is not None
-        again, validity = decided(self.analysis, options, self.here, memory=memory)
-        if not self._is_new(again.plan):
-            return None
-        return replace(again, plan=replace(again.plan, budget=plan.budget)), validity
-
-
-def _may_stay(plan: Plan) -> bool:
-    """Does it cost nothing, with room for what code may take more?  Then it is only measured."""
-    return plan.added_seconds <= 0 and plan.predicted_peak <= (1 - ROOM) * plan.budget
-
-
-def _target(plan: Plan, peak: int, gives: float = 1.0) -> int | None:
-    """Bytes to plan for, operator by operator, after a plan whose code peaks so; None if it may stay.
-
-    gives: bytes that code peaks lower by for each that its plan does.
-    """
-    room = plan.budget - peak
-    if room < 0:
-        return max(int(plan.predicted_peak + (room - MARGIN * plan.budget) / gives), 1)
-    if room > ROOM * plan.budget and plan.added_seconds > 0:
-        return int(plan.predicted_peak + room - ROOM / 2 * plan.budget)
-    return None
-
-
-def _fits(plan: Plan) -> bool:
-    return plan.predicted_peak <= plan.budget
 
 
 def _said(tried: Tried, measured: int) -> str:
