@@ -1004,6 +1004,23 @@ def test_a_saved_plan_is_replayed(tmp_path):
     assert fxmem.plans(again)[0].decisions == plan.decisions
 
 
+def test_a_plan_is_refused_where_a_step_is_in_several_graphs():
+    """It is the plan of one; a second forward of that one may wait for its backward."""
+    model, x = seeded(Net), batch()
+    whole = compiled(model, "0.8x")
+    whole(x).backward()
+    given = {"plan": fxmem.plans(whole)[0]}
+    torch._dynamo.reset()
+    whole = compiled(model, "1GiB", options=given)
+    (whole(x) + whole(x)).backward()
+    assert fxmem.plans(whole)[0].decisions == given["plan"].decisions
+    torch._dynamo.reset()
+    step = compiled(seeded(Cut, depth=4), "1GiB", options=given)
+    for _ in range(2):
+        with pytest.raises(fxmem.PlanMismatchError, match="Dynamo makes several of this step"):
+            step(x)
+
+
 def test_the_plan_is_in_torchs_structured_trace(tmp_path):
     records = []
     handler, trace = logging.Handler(), logging.getLogger("torch.__trace")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fxmem.basics.tables import WIDTH, clean, cut
 from fxmem.planning.plan import Certificate, Decision, Key, LiveTensor, PeakPoint, Plan, Remedy
-from fxmem.reports.report import MAX_ROWS, Report, folded, live_rows
+from fxmem.planning.whole_step import REST
+from fxmem.reports.report import MAX_ROWS, Report, folded, least_text, live_rows
 from fxmem.steps.decisions import infeasible
 
 MIB = 2**20
@@ -273,6 +274,21 @@ This plan fits every budget from 12,058,624 bytes up.
 No recomputation goes below 6,291,456 bytes: mm (gpt.py:9 in f, module head) itself reads, makes and
   works in 2.0 MiB.""",
     )
+
+
+def test_what_no_plan_goes_below_is_not_said_of_code_that_does():
+    """Inductor's kernels write less to memory than the operators that they fuse."""
+    plan = tight_plan()
+    assert least_text(plan).startswith("No recomputation goes below 6,291,456 bytes: mm")
+    assert least_text(replace(plan, predicted_peak=6_000_000)) == ""
+    assert "least" not in str(infeasible(replace(plan, predicted_peak=6_000_000)))
+
+
+def test_the_rest_of_a_step_is_no_operator_that_works():
+    known = tight_plan().certificate
+    plan = replace(tight_plan(), certificate=replace(known, least_operator=REST, least_source=""))
+    said = "bytes: rest of the step (module head) takes 2.0 MiB."
+    assert least_text(plan).endswith(said)
 
 
 def test_the_error_names_tensors_bound_and_remedies():

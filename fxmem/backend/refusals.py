@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fxmem.basics.errors import BudgetInfeasibleError
+from fxmem.basics.errors import BudgetInfeasibleError, PlanMismatchError
 from fxmem.basics.units import format_bytes
 from fxmem.planning.ledger import Around
 from fxmem.planning.whole_step import REST, in_step
@@ -52,4 +52,13 @@ def first_step(program: Program, peak: int, budget: int) -> BudgetInfeasibleErro
         smallest_peak=peak,
         best_plan=program.plan,
         why="",
+    )
+
+
+def of_several_graphs() -> PlanMismatchError:
+    """The error for a plan that is given to a step in several graphs."""
+    return PlanMismatchError(
+        "plan= is the plan of one graph, and Dynamo makes several of this step\n"
+        "  try: fullgraph=True, which says where Dynamo cuts it; or a budget without plan=, which all "
+        "graphs of the step share"
     )

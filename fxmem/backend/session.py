@@ -19,7 +19,12 @@ from fxmem import _torch
 from fxmem.analysis.shards import resident_bytes
 from fxmem.backend.known_steps import KnownSteps
 from fxmem.backend.outside import storages
-from fxmem.backend.refusals import first_step, in_figures_of_the_step, of_a_share
+from fxmem.backend.refusals import (
+    first_step,
+    in_figures_of_the_step,
+    of_a_share,
+    of_several_graphs,
+)
 from fxmem.backend.schedule import Path, Schedule, Seen, Use, parts_of
 from fxmem.backend.step import Step, device_of_inputs
 from fxmem.basics.device import library_memory
@@ -97,12 +102,20 @@ class Session:
             return known
         if needed is None:
             made = self._provisional(graph, args, path)
+            if made is not None:
+                self._check_no_plan_given(graph, outstanding)
         else:
             made = self._planned(graph, args, path, needed, known)
         self.steps.to_be_seen_again.discard(path)
         if made is not None:
             graph.programs[path] = made
         return made
+
+    def _check_no_plan_given(self, graph: Graph, outstanding: Sequence[Seen]) -> None:
+        """Raises ``PlanMismatchError`` where a plan was given for a step that is in several graphs."""
+        others = any(use.key.graph != graph.number for use in outstanding)
+        if self.options.plan is not None and (graph.more_follows or others):
+            raise of_several_graphs()
 
     def _may_stay(self, known: Program, path: Path, needed: Around | None) -> bool:
         return (

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fxmem.analysis.categories import LOSS
 from fxmem.basics.errors import FxmemError
 from fxmem.basics.tables import (
     BYTES,
@@ -33,6 +34,7 @@ from fxmem.basics.tables import (
 from fxmem.basics.units import format_bytes
 from fxmem.graphs.lifetimes import BeforeAfter
 from fxmem.planning.plan import Certificate, Decision, LiveTensor, NoiseOf, PeakPoint, Plan
+from fxmem.planning.whole_step import REST
 from fxmem.reports.charts import step_chart
 from fxmem.reports.fits import Alternative, Fits, fit_lines
 from fxmem.reports.page import page, write_page
@@ -506,17 +508,24 @@ def _residents(plan: Plan) -> list[str]:
 
 
 def _least(plan: Plan) -> list[str]:
-    return [least_text(plan.certificate)] if plan.certificate else []
+    return list(filter(None, [least_text(plan)]))
 
 
-def least_text(known: Certificate) -> str:
-    """What no plan goes below, and the operator that makes it so."""
+def least_text(plan: Plan) -> str:
+    """What no plan goes below, and the operator that makes it so.
+
+    Nothing where that is not known, as for code that fuses operators and so goes below what they take.
+    """
+    known = plan.certificate
+    if known is None or known.least > plan.predicted_peak:
+        return ""
     places = (known.least_source, f"module {known.least_module}" if known.least_module else "")
     place = ", ".join(filter(None, places))
+    is_operator = known.least_operator not in (LOSS, REST)
+    does = "itself reads, makes and works in" if is_operator else "takes"
     return (
         f"No recomputation goes below {known.least:,} bytes: {known.least_operator}"
-        f"{f' ({place})' if place else ''} itself reads, makes and works in "
-        f"{format_bytes(known.least_own)}."
+        f"{f' ({place})' if place else ''} {does} {format_bytes(known.least_own)}."
     )
 
 

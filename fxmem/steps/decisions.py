@@ -315,10 +315,10 @@ def infeasible(plan: Plan) -> BudgetInfeasibleError:
     """The error that names the smallest budget that works and what stands in the way."""
     parts = sorted(plan.peak.live.items(), key=lambda item: -item[1])
     why = [" + ".join(f"{format_bytes(nbytes)} {name}" for name, nbytes in parts)]
-    least, remedies = [], []
+    said, remedies = clean(least_text(plan)), []
+    least = _entry("least", textwrap.wrap(said, _ROOM)) if said else []
     if plan.certificate is not None:
         why += _tensor_lines(plan.certificate)
-        least = _entry("least", textwrap.wrap(clean(least_text(plan.certificate)), _ROOM))
         remedies = remedy_lines(plan.certificate, _ROOM)
     where = f"{plan.peak.operator}, {plan.peak.source or plan.peak.module or 'unknown line'}"
     asked = format_bytes(plan.budget or 0)
