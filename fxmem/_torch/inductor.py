@@ -25,7 +25,7 @@ from torch._functorch.partitioners import (
     reordering_to_mimic_autograd_engine,
 )
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor import compile_fx, ir
+from torch._inductor import compile_fx, config, ir
 from torch._inductor.codegen import wrapper
 from torch._inductor.codegen.common import Kernel
 from torch._inductor.compile_fx import compile_fx_inner
@@ -356,18 +356,20 @@ class _Scheduled(BaseException):
 
 
 @_alone
-def schedule(module: fx.GraphModule, **how: Any) -> Schedule | None:
+def schedule(module: fx.GraphModule, *, lowered: Any = None, **how: Any) -> Schedule | None:
     """What ``inductor`` would make of a half, at a small share of its time; None where torch has its code.
 
-    The module is changed: give a copy.
+    lowered: what an earlier look found; then torch has no code, and is not asked.  The module is changed:
+    give a copy.
     """
 
     def stop(scheduler: Any) -> None:
         raise _Scheduled(_read(scheduler, module))
 
-    with mock.patch.object(Scheduler, "codegen", stop):
+    asked = config.patch(fx_graph_cache=False) if lowered else contextlib.nullcontext()
+    with mock.patch.object(Scheduler, "codegen", stop), asked:
         try:
-            inductor(module, **how)
+            inductor(module, lowered=lowered, **how)
         except _Scheduled as stopped:
             return stopped.found
     return None
@@ -375,12 +377,19 @@ def schedule(module: fx.GraphModule, **how: Any) -> Schedule | None:
 
 @contextlib.contextmanager
 def _lowered_before(graph: Any) -> Iterator[None]:
-    """Inside, a half is rewritten, lowered and fused as it was when ``schedule`` looked."""
+    """Inside, a half is rewritten, lowered and fused as it was when ``schedule`` looked.
+
+    What torch would find out for that, the types of all values, is known, and stays as it is.
+    """
 
     def rewrite(module: fx.GraphModule, *_: Any, **__: Any) -> None:
         module.graph = graph.module.graph
 
+    def known(module: fx.GraphModule, *_: Any) -> Any:
+        return _fake_mode(module)
+
     with (
+        mock.patch.object(compile_fx, "fake_tensor_prop", known),
         mock.patch.object(compile_fx, "_recursive_post_grad_passes", rewrite),
         mock.patch.object(compile_fx, "GraphLowering", return_value=graph),
         mock.patch.object(graph, "run", return_value=None),
