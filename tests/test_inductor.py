@@ -608,7 +608,7 @@ def test_where_smaller_plans_will_not_do_none_is_lowered(share, looks, interpret
     assert step.plan.predicted_peak == seen[0].predicted_peak  # operator by operator
 
 
-def test_what_code_gives_for_each_byte_of_its_plan_is_learned(monkeypatch):
+def test_what_code_gives_for_each_byte_of_its_plan_is_learned():
     """Where half of it is seen to arrive, the next plan is for twice as much less."""
     plan = SimpleNamespace(budget=1000, predicted_peak=900, added_seconds=1.0)
     assert code_search._target(plan, 1050, gives=0.5) == 780

@@ -293,10 +293,10 @@ def _keyed_by(
 
     All else that a plan changes is in the graph's own code, by which that cache is keyed.
     """
-    ours = ("fxmem", DRAWS_IN_ORDER, list(visible), freed_at_once)
-    tag = " ".join(map(str, (compiler_config.cache_key_tag, *ours)))
-    config: Any = compiler_config
-    patch: contextlib.AbstractContextManager[Any] = config.patch(cache_key_tag=tag)
+    before = compiler_config.cache_key_tag
+    tag = f"{before} fxmem {DRAWS_IN_ORDER} {list(visible)} {freed_at_once}"
+    compiler: Any = compiler_config
+    patch: contextlib.AbstractContextManager[Any] = compiler.patch(cache_key_tag=tag)
     return patch
 
 

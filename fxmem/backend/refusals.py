@@ -1,4 +1,4 @@
-"""Errors for a step in several graphs that finds no room."""
+"""Errors for a step in several graphs: it finds no room, or a plan was given for it."""
 
 from __future__ import annotations
 
