@@ -612,6 +612,12 @@ def test_what_code_gives_for_each_byte_of_its_plan_is_learned():
     """Where half of it is seen to arrive, the next plan is for twice as much less."""
     plan = SimpleNamespace(budget=1000, predicted_peak=900, added_seconds=1.0)
     assert code_search._target(plan, 1050, gives=0.5) == 780
+    seen = [
+        SimpleNamespace(plan=SimpleNamespace(predicted_peak=planned), foreseen=code)
+        for planned, code in ((900, 1100), (800, 1050))
+    ]
+    search = SimpleNamespace(seen=seen, _is_as_it_is=lambda one: False)
+    assert code_search.CodeSearch._gives(search) == 0.5
 
 
 def test_buffers_are_let_go_at_once_where_that_keeps_the_budget(compiled, monkeypatch):
