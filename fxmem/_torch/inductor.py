@@ -50,6 +50,7 @@ from fxmem._torch import (
 )
 from fxmem._torch.draws import DRAWS_IN_ORDER, draws_in_order
 from fxmem._torch.reductions import reductions_early
+from fxmem._torch.unity_build import unity_build
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -243,6 +244,7 @@ def inductor(
         _keyed_by(visible, freed_at_once),
         reductions_early(),
         draws_in_order(),
+        unity_build(),
         _freed_at_once() if freed_at_once else contextlib.nullcontext(),
         _lowered_before(lowered) if lowered is not None else contextlib.nullcontext(),
     ):
