@@ -1021,6 +1021,21 @@ def test_a_plan_is_refused_where_a_step_is_in_several_graphs():
             step(x)
 
 
+def test_a_plan_is_refused_within_a_checkpoint():
+    """Its forward runs once more, in a step that is more than the graph; unless that is a step of its own."""
+    model, x = seeded(Net), batch().requires_grad_()
+    whole = compiled(model, "0.8x")
+    whole(x).backward()
+    given = {"plan": fxmem.plans(whole)[0]}
+    torch._dynamo.reset()
+    step = compiled(model, "1GiB", options=given)
+    for _ in range(2):
+        with pytest.raises(fxmem.PlanMismatchError, match=r"within torch\.utils\.checkpoint"):
+            checkpoint(step, x, use_reentrant=False)
+    checkpoint(step, x, use_reentrant=True).backward()
+    assert fxmem.plans(step)[0].decisions == given["plan"].decisions
+
+
 def test_the_plan_is_in_torchs_structured_trace(tmp_path):
     records = []
     handler, trace = logging.Handler(), logging.getLogger("torch.__trace")

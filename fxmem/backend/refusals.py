@@ -62,3 +62,13 @@ def of_several_graphs() -> PlanMismatchError:
         "  try: fullgraph=True, which says where Dynamo cuts it; or a budget without plan=, which all "
         "graphs of the step share"
     )
+
+
+def within_a_checkpoint() -> PlanMismatchError:
+    """The error for a plan that is given to a graph within a user's checkpoint."""
+    return PlanMismatchError(
+        "plan= is the plan of a whole step, and this graph is within torch.utils.checkpoint, which runs "
+        "its forward twice\n"
+        "  try: no checkpoint around what is compiled; torch.compile of what the checkpoint is in; or a "
+        "budget without plan="
+    )

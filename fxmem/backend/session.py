@@ -24,6 +24,7 @@ from fxmem.backend.refusals import (
     in_figures_of_the_step,
     of_a_share,
     of_several_graphs,
+    within_a_checkpoint,
 )
 from fxmem.backend.schedule import Path, Schedule, Seen, Use, parts_of
 from fxmem.backend.step import Step, device_of_inputs
@@ -85,6 +86,7 @@ class Session:
     def _program_for(self, graph: Graph, args: Sequence[Any]) -> Program | None:
         call = graph.key(args)
         if _torch.makes_again():
+            self._check_no_plan_in_a_checkpoint()
             if call not in graph.checkpointed:  # compiled since its first forward
                 graph.checkpointed[call] = self._alone(graph, args, (call,))
             return graph.checkpointed[call]
@@ -93,6 +95,7 @@ class Session:
             self._plan_last_step()
         path = self.step.path(graph, args)
         if path[-1].checkpoint:
+            self._check_no_plan_in_a_checkpoint()
             return self._checkpointed(graph, args, path)
         needed = self.steps.around(path, parts_of(outstanding))
         if needed is None and not outstanding and not graph.more_follows:
@@ -116,6 +119,10 @@ class Session:
         others = any(use.key.graph != graph.number for use in outstanding)
         if self.options.plan is not None and (graph.more_follows or others):
             raise of_several_graphs()
+
+    def _check_no_plan_in_a_checkpoint(self) -> None:
+        if self.options.plan is not None:
+            raise within_a_checkpoint()
 
     def _may_stay(self, known: Program, path: Path, needed: Around | None) -> bool:
         return (
