@@ -1022,7 +1022,7 @@ def test_a_plan_is_refused_where_a_step_is_in_several_graphs():
 
 
 def test_a_plan_is_refused_within_a_checkpoint():
-    """Its forward runs once more, in a step that is more than the graph; unless that is a step of its own."""
+    """Its forward runs once more; but what a reentrant one makes again is a step of its own."""
     model, x = seeded(Net), batch().requires_grad_()
     whole = compiled(model, "0.8x")
     whole(x).backward()
