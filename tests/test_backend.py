@@ -258,6 +258,18 @@ def test_graphs_that_find_no_room_say_so():
         stepped(step, model, batch())
 
 
+def test_what_a_refusal_lists_is_of_the_whole_step():
+    """The graphs that follow are the rest of the step, and no loss."""
+    model = seeded(Cut, depth=4)
+    step = compiled(model, "0.3x")
+    stepped(step, model, batch(256))
+    with pytest.raises(fxmem.BudgetInfeasibleError) as caught:
+        stepped(step, model, batch(256))
+    listed = {t.name: t.nbytes for t in caught.value.best_plan.certificate.tensors}
+    assert listed["rest of the step"] == caught.value.best_plan.peak.live["rest of the step"]
+    assert "loss" not in str(caught.value)
+
+
 class Between(Net):
     """Two graphs, and two blocks between them that are in none."""
 

@@ -41,16 +41,19 @@ def _point(point: PeakPoint, around: Around) -> PeakPoint:
 def _live(live: Mapping[str, int], around: Around) -> dict[str, int]:
     found = dict(live)
     rest = around.always
-    if around.meanwhile is not None:  # what a plan takes for a loss are the graphs that follow
+    if around.meanwhile is not None:  # as below
         rest += found.pop(LOSS, 0)
     return {**found, REST: rest} if rest else found
 
 
 def _certificate(known: Certificate, around: Around) -> Certificate:
-    tensors = list(known.tensors)
-    if around.always:
-        tensors.append(LiveTensor(REST, "", around.always, REST, "", ""))
     follows = around.meanwhile is not None
+    # What a plan takes for a loss are the graphs that follow.
+    others = [t for t in known.tensors if follows and t.category == LOSS]
+    tensors = [t for t in known.tensors if t not in others]
+    rest = around.always + sum(t.nbytes for t in others)
+    if rest:
+        tensors.append(LiveTensor(REST, "", rest, REST, "", ""))
     return replace(
         known,
         tensors=tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes)),
