@@ -142,6 +142,14 @@ def test_as_many_units_as_threads(built, monkeypatch):
     assert sorted(built) == ["unity", "unity"]
 
 
+def test_a_unit_is_of_so_many_at_most(built, monkeypatch):
+    monkeypatch.setattr(unity, "MOST", 2)
+    with unity_build():
+        found = results(compiled("tmp0 + 1", "tmp0 * 2", "-tmp0"))
+    assert found[2] == [-1.0, -2.0, -3.0]
+    assert sorted(built) == ["main", "unity"]
+
+
 def test_without_links_they_are_copied(built, monkeypatch):
     def no_links(*_):
         raise OSError("Operation not permitted")

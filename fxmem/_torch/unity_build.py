@@ -2,7 +2,7 @@
 
 torch compiles each kernel as a unit of its own.  Two thirds of what that takes are the same for every
 kernel: headers, bindings to Python, the linker.  Here those of one graph become as many units as there are
-threads to compile with.
+threads to compile with, or more where there are very many.
 
 Each kernel's library lies where torch would have put it, a hard link to the one that has them all; so
 torch finds it there again, in this process and in the next.  Which of its kernels is meant, the library
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import shutil
 import sys
@@ -30,6 +31,9 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.cpp_builder import CppBuilder, get_name_and_dir_from_output_file_path
 
 log = logging.getLogger(__name__)
+
+MOST = 32
+"""Kernels of a unit: more would save nothing, and take the compiler more memory."""
 
 
 @contextlib.contextmanager
@@ -116,6 +120,7 @@ def _build(submit: Callable[[Any], Any], works: Sequence[Callable[[], None]]) ->
 def _units(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
     """Kernels that are compiled alike, in so many units of about the same size."""
     units: dict[str, list[list[Kernel]]] = {}
+    count = max(count, math.ceil(len(kernels) / MOST))
     for kernel in sorted(kernels, key=lambda one: -len(one.source)):
         some = units.setdefault(_options(kernel.builder), [[] for _ in range(count)])
         min(some, key=lambda unit: sum(len(one.source) for one in unit)).append(kernel)
