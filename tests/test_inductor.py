@@ -143,6 +143,43 @@ class Attends(nn.Module):
         return x.square().mean()
 
 
+class Words(nn.Module):
+    """Sizes of its input are among the strides of what it saves."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Embedding(50, 16), nn.Linear(16, 16)
+
+    def forward(self, words):
+        return F.gelu(self.linear(self.table(words)))
+
+
+@pytest.mark.parametrize("door", ["optimize", "backend"])
+def test_strides_change_with_the_sizes(door):
+    def gradients(step, model, words):
+        model.zero_grad(set_to_none=True)
+        step(words).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    def words(length):
+        return torch.randint(50, (8, length), generator=torch.manual_seed(length))
+
+    model = seeded(Words)
+    options = {"budget": "1MiB", "compiler": "inductor"}
+    with fresh_inductor_cache():
+        if door == "optimize":
+            sizes = {"words": {0: "B", 1: "S"}}
+            options["example_inputs"] = (words(64),)
+            step = fxmem.optimize(model, dynamic_shapes=sizes, **options)
+        else:
+            step = torch.compile(model, backend="fxmem", dynamic=True, options=options)
+        for length in (64, 33, 40, 21):
+            want = gradients(model, model, words(length))
+            got = gradients(step, model, words(length))
+            torch.testing.assert_close(got, want)
+    assert door == "optimize" or len(fxmem.plans(step)) == 1
+
+
 def test_draws_come_in_the_order_of_the_step():
     """Nothing that Inductor orders kernels by is between them, and one also saves the state."""
     model, x = seeded(Attends), torch.randn(16, 64, 32)
@@ -339,12 +376,25 @@ def _remembering(model, h):
     return h, h.sum()
 
 
+def _views_of_what_was_written_over(_, h):
+    t = h * 2
+    t.relu_()
+    return t.view(-1), t.t()
+
+
+def _rows_of_a_buffer_that_was_changed(model, h):
+    model.last[0].copy_(h[0].detach())
+    return h.square(), model.last[:2]
+
+
 RETURNED = {
     "view and detached": lambda _, h: (h.square().mean().view(1), h.square().mean().detach()),
     "transposed and detached": lambda _, h: (h.t(), h.square(), h.detach()),
     "detached first": lambda _, h: (h.detach(), h.view(-1), h.square()),
     "all the same": lambda _, h: (h, h.detach(), h.float(), h * 1),
     "in a buffer": _remembering,
+    "views of what was written over": _views_of_what_was_written_over,
+    "rows of a buffer that was changed": _rows_of_a_buffer_that_was_changed,
 }
 
 

@@ -233,6 +233,8 @@ def inductor(
     output = module.graph.output_node()
     output.meta["user_visible_output_idxs"] = list(visible)
     context = TracingContext(mode)
+    # Strides are then reported in the sizes that may change, not in what those are now.
+    context.fakify_first_call = True
     with (
         random_as_in_eager(),
         _disable_current_modes(),

@@ -194,6 +194,14 @@ _OUTPUT_KINDS = {
     "NoneType": OutputKind.GRADIENT,  # the empty place of an input that gets no gradient
 }
 
+_OF_BACKWARD = (OutputKind.GRADIENT, OutputKind.TOKEN)
+
+
+def _kinds(module: fx.GraphModule) -> tuple[OutputKind, ...]:
+    """What AOTAutograd says of each output of its joint graph."""
+    descriptions = module.graph.output_node().meta["desc"]
+    return tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
+
 
 def joint_graph(
     module: fx.GraphModule, roles: list[Input], names: dict[str, dict[int, str]]
@@ -209,10 +217,8 @@ def joint_graph(
     _refuse_other_draws(module)
     _own_tangents(module)
     descriptions = module.graph.output_node().meta["desc"]
-    kinds = tuple(_OUTPUT_KINDS.get(type(d).__name__, OutputKind.RESULT) for d in descriptions)
-    kinds = _without_regenerated(module, kinds)
-    late = (OutputKind.GRADIENT, OutputKind.TOKEN)
-    num_forward = sum(1 for kind in kinds if kind not in late)
+    kinds = _without_regenerated(module, _kinds(module))
+    num_forward = sum(1 for kind in kinds if kind not in _OF_BACKWARD)
     inputs = {n.name: _input(n, roles) for n in module.graph.find_nodes(op="placeholder")}
     module.meta["fxmem_mutated"] = _mutated(module, descriptions)
     graph = JointGraph(module, num_forward, inputs, kinds)
@@ -301,16 +307,31 @@ def tag_backward(module: fx.GraphModule) -> None:
 
 def _tag_own_backwards(module: fx.GraphModule) -> None:
     """Autograd's tags miss the body of a user's own backward function, which may draw before it reads a
-    tangent.  It is traced after all of the forward.
+    tangent.  It is traced after all of the forward; so are views of what was written over, but those are
+    returned.
     """
     nodes = list(module.graph.nodes)
     tags = [node.meta.get("partitioner_tag") for node in nodes]
     if "is_forward" not in tags:
         return
     last = max(place for place, tag in enumerate(tags) if tag == "is_forward")
+    returned = _returned_by_forward(module)
     for node, tag in zip(nodes[last + 1 :], tags[last + 1 :], strict=True):
-        if node.op == "call_function" and tag is None:
+        if node.op == "call_function" and tag is None and node not in returned:
             node.meta["partitioner_tag"] = "is_backward"
+
+
+def _returned_by_forward(module: fx.GraphModule) -> set[fx.Node]:
+    """What the forward returns, and what that is made of."""
+    outputs = zip(output_values(module), _kinds(module), strict=True)
+    stack = [n for n, kind in outputs if isinstance(n, fx.Node) and kind not in _OF_BACKWARD]
+    found = set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def _own_tangents(module: fx.GraphModule) -> None:
