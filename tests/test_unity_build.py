@@ -142,6 +142,13 @@ def test_as_many_units_as_threads(built, monkeypatch):
     assert sorted(built) == ["unity", "unity"]
 
 
+def test_no_threads_are_one(built):
+    """As torch reads ``TORCHINDUCTOR_COMPILE_THREADS=0``."""
+    with config.patch(compile_threads=0), unity_build():
+        compiled("tmp0 + 1", "tmp0 * 2")
+    assert built == ["unity"]
+
+
 def test_a_unit_is_of_so_many_at_most(built, monkeypatch):
     monkeypatch.setattr(unity, "MOST", 2)
     with unity_build():
