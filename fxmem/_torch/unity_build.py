@@ -156,7 +156,6 @@ def _built(unit: list[Kernel]) -> None:
 def _put(library: str, where: str) -> None:
     """As a link where the file system has such; what is there already stays."""
     try:
-        os.makedirs(os.path.dirname(where), exist_ok=True)
         os.link(library, where)
     except FileExistsError:
         pass

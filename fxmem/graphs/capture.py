@@ -324,13 +324,10 @@ def _tag_own_backwards(module: fx.GraphModule) -> None:
 def _returned_by_forward(module: fx.GraphModule) -> set[fx.Node]:
     """What the forward returns, and what that is made of."""
     outputs = zip(output_values(module), _kinds(module), strict=True)
-    stack = [n for n, kind in outputs if isinstance(n, fx.Node) and kind not in _OF_BACKWARD]
-    found = set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
+    found = {n for n, kind in outputs if isinstance(n, fx.Node) and kind not in _OF_BACKWARD}
+    for node in reversed(module.graph.nodes):
+        if node in found:
+            found.update(node.all_input_nodes)
     return found
 
 

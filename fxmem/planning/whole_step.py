@@ -41,17 +41,16 @@ def _point(point: PeakPoint, around: Around) -> PeakPoint:
 def _live(live: Mapping[str, int], around: Around) -> dict[str, int]:
     found = dict(live)
     rest = around.always
-    if around.meanwhile is not None:  # as below
+    if around.meanwhile is not None:  # what a plan takes for a loss are the graphs that follow
         rest += found.pop(LOSS, 0)
     return {**found, REST: rest} if rest else found
 
 
 def _certificate(known: Certificate, around: Around) -> Certificate:
     follows = around.meanwhile is not None
-    # What a plan takes for a loss are the graphs that follow.
-    others = [t for t in known.tensors if follows and t.category == LOSS]
-    tensors = [t for t in known.tensors if t not in others]
-    rest = around.always + sum(t.nbytes for t in others)
+    after = [t for t in known.tensors if follows and t.category == LOSS]
+    tensors = [t for t in known.tensors if t not in after]
+    rest = around.always + sum(t.nbytes for t in after)
     if rest:
         tensors.append(LiveTensor(REST, "", rest, REST, "", ""))
     return replace(
