@@ -46,7 +46,7 @@ def told(schedule):
 
 
 def _plain(event):
-    return Called(event.node.target, {}) if isinstance(event, Called) else event
+    return Called(event.node.target, []) if isinstance(event, Called) else event
 
 
 def test_what_lives_within_one_kernel_takes_no_memory():
@@ -64,10 +64,10 @@ def test_operators_make_their_results_and_a_kernel_writes_over_what_it_read_last
     found = scheduled(function, torch.randn(8, 8))
     assert told(found) == [
         "Made buf0 256",
-        "Called aten.mm.default {}",
+        "Called aten.mm.default []",
         "Moved buf1 buf0",
         "Made buf2 256",
-        "Called aten.mm.default {}",
+        "Called aten.mm.default []",
         "Freed buf1",
         "Freed x_1",
     ]
@@ -85,7 +85,7 @@ def test_what_an_operator_of_several_results_works_in_counts():
     assert told(found)[:3] == [
         "Made buf1 4096",
         "Made buf2 1024",
-        "Called aten.native_dropout.default {}",
+        "Called aten.native_dropout.default []",
     ]
     assert run(found, {}, found.returned, Workspaces(), CPU)[0] == 4096 + 1024 + 4096
 
@@ -119,7 +119,7 @@ def test_a_buffer_waits_for_another_of_its_size_or_is_let_go_at_once():
     assert "Freed buf2" not in waits
     assert "Moved buf6 buf2" in waits
     product = at_once.index("Made buf3 256")  # the last that reads it
-    assert at_once[product + 1 : product + 3] == ["Called aten.mm.default {}", "Freed buf2"]
+    assert at_once[product + 1 : product + 3] == ["Called aten.mm.default []", "Freed buf2"]
     assert "Made buf6 16384" in at_once
     assert "Moved buf5 buf1" in at_once  # that one was just read
 
@@ -139,10 +139,10 @@ def test_a_reduction_runs_before_what_can_be_written_over_its_operands(monkeypat
     kernels = ["Made buf4 256", "Made buf0 16384", "Moved buf3 buf2", "Freed scale_1", "Freed x_1"]
     assert [e for e in told(found) if "gradient" not in e] == [
         "Made buf2 16384",
-        "Called aten.mm.default {}",
+        "Called aten.mm.default []",
         *kernels,
         "Made buf1 16384",
-        "Called aten.mm.default {}",
+        "Called aten.mm.default []",
         "Freed buf0",
         "Freed weight_1",
     ]

@@ -25,7 +25,7 @@ from torch._functorch.partitioners import (
     reordering_to_mimic_autograd_engine,
 )
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor import compile_fx, config, ir
+from torch._inductor import codecache, compile_fx, config, ir
 from torch._inductor.codegen import wrapper
 from torch._inductor.codegen.common import Kernel
 from torch._inductor.compile_fx import compile_fx_inner
@@ -48,6 +48,7 @@ from fxmem._torch import (
     known_to_compile,
     random_as_in_eager,
 )
+from fxmem._torch.convolutions import AS_THEY_LIE, operands_as_they_lie
 from fxmem._torch.draws import DRAWS_IN_ORDER, draws_in_order
 from fxmem._torch.reductions import reductions_early
 from fxmem._torch.unity_build import unity_build
@@ -241,11 +242,12 @@ def inductor(
         tracing(context),
         V.set_fake_mode(mode),
         _fake_generator_states(mode),
-        _for_the_cache(mode),
+        _for_the_cache(mode, given),
         TracingContext.report_output_strides() as found,
         _keyed_by(visible, freed_at_once),
         reductions_early(),
         draws_in_order(),
+        operands_as_they_lie(),
         unity_build(),
         _freed_at_once() if freed_at_once else contextlib.nullcontext(),
         _lowered_before(lowered) if lowered is not None else contextlib.nullcontext(),
@@ -267,11 +269,33 @@ def inductor(
     return code, made
 
 
-def _for_the_cache(mode: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, shapes could be guarded: where they cannot, torch caches no graph, not even a static one."""
-    if mode.shape_env is not None:
-        return contextlib.nullcontext()
-    return mock.patch.object(mode, "shape_env", ShapeEnv())
+def _for_the_cache(mode: Any, given: Sequence[fx.Node]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, torch's cache of compiled graphs can say for which sizes it has code, and which it lacks.
+
+    Shapes could be guarded: where they cannot, torch caches no graph, not even a static one.  What code
+    takes for granted is checked by the sizes that are inputs, and torch makes all of them inputs.  Of ours
+    some are sizes of tensors alone.
+    """
+    if mode.shape_env is None:
+        return mock.patch.object(mode, "shape_env", ShapeEnv())
+    sizes = _sizes_of(given, mode.shape_env)
+    return mock.patch.object(codecache.FxGraphCache, "_filter_backed_symints", return_value=sizes)
+
+
+def _sizes_of(given: Sequence[fx.Node], env: ShapeEnv) -> list[torch.SymInt]:
+    """Each size that may change, once: numbers that are inputs, and all that tensors lie by."""
+    values = [node.meta.get("val") for node in given]
+    parts = [part for value in values for part in _numbers(value) if isinstance(part, torch.SymInt)]
+    symbols = dict.fromkeys(s for p in parts for s in sorted(p.node.expr.free_symbols, key=str))
+    sizes = [env.create_symintnode(symbol, hint=None) for symbol in symbols]
+    return [size for size in sizes if isinstance(size, torch.SymInt) and size.node.has_hint()]
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+    if isinstance(value, torch.Tensor):
+        yield from (*value.size(), *value.stride(), value.storage_offset())
+    else:
+        yield value
 
 
 @contextlib.contextmanager
@@ -298,7 +322,8 @@ def _keyed_by(
     All else that a plan changes is in the graph's own code, by which that cache is keyed.
     """
     before = compiler_config.cache_key_tag
-    tag = f"{before} fxmem {DRAWS_IN_ORDER} {list(visible)} {freed_at_once}"
+    ours = f"{DRAWS_IN_ORDER} {AS_THEY_LIE}"
+    tag = f"{before} fxmem {ours} {list(visible)} {freed_at_once}"
     compiler: Any = compiler_config
     patch: contextlib.AbstractContextManager[Any] = compiler.patch(cache_key_tag=tag)
     return patch
@@ -330,11 +355,11 @@ class Freed(NamedTuple):
 class Called(NamedTuple):
     """An operator runs as it is; it may hold more meanwhile.
 
-    strides: by their shapes, those of its operands, which are lowered to others than were traced.
+    operands: shapes and strides, in order; they are lowered to other strides than were traced.
     """
 
     node: fx.Node
-    strides: dict[tuple[int, ...], tuple[int, ...]]
+    operands: list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -484,7 +509,7 @@ def _events(line: Any) -> Iterator[Made | Moved | Freed | Called]:
         node = _operator(line.node.node)
         if node is not None:
             given = filter(_is_tensor, getattr(line.node.node, "inputs", ()))
-            yield Called(node, {_hints(x.get_size()): _hints(x.get_stride()) for x in given})
+            yield Called(node, [(_hints(x.get_size()), _hints(x.get_stride())) for x in given])
 
 
 def _operator(kernel: Any) -> fx.Node | None:

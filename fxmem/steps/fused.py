@@ -7,6 +7,7 @@ through in numbers.  Operators that run as they are hold what was measured; see 
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -82,11 +83,14 @@ def run(
 
 def _works_in(called: Called, table: Workspaces, device: torch.device) -> int:
     """Bytes that an operator holds beyond its operands and results."""
+    lowered: dict[tuple[int, ...], deque[tuple[int, ...]]] = defaultdict(deque)
+    for shape, strides in called.operands:
+        lowered[shape].append(strides)
 
     def as_lowered(node: fx.Node) -> Any:
         def spec(x: Any) -> Any:
-            known = isinstance(x, TensorSpec) and called.strides.get(x.shape)
-            return replace(x, strides=known) if known else x
+            known = isinstance(x, TensorSpec) and lowered[x.shape]
+            return replace(x, strides=known.popleft()) if known else x
 
         return pytree.tree_map(spec, node_specs(node))
 

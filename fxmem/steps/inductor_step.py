@@ -21,6 +21,7 @@ from fxmem.steps.compile_errors import explained
 from fxmem.steps.decisions import infeasible
 from fxmem.steps.measured_step import measured
 from fxmem.steps.options import Options
+from fxmem.steps.symbolic import as_compiled
 from fxmem.steps.validity import Validity
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def inductor_step(
         # Larger sizes come with a larger error, those that are served with this one at most.
         more = best.planned.plan.predicted_peak - tried.plan.predicted_peak
         limit = valid.limit if fits(tried.plan) else tried.plan.predicted_peak
-        valid = replace(valid, limit=limit - max(more, 0))
+        valid = replace(valid, trace=as_compiled(valid.trace), limit=limit - max(more, 0))
     return best, valid
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -61,7 +61,7 @@ class Trace:
     here: dict[str, int]
     fixed: dict[str, int]
     assumed: list[Assumption]
-    rename: Callable[[Any], Any]
+    rename: Rename
     near: Callable[[Mapping[sympy.Symbol, int]], bool] = lambda _: True
     how: dict[str, int] = field(default_factory=dict)
 
@@ -88,8 +88,15 @@ class Trace:
         return self.forms.peak_at(there, near=self.near(there))
 
 
+UNDEFINED = AssertionError, ZeroDivisionError
+"""What functions of torch's in a relation raise at numbers that no size can be, as a remainder by zero."""
+
+
 def _holds(relation: Any, sizes: Mapping[sympy.Symbol, int]) -> bool:
-    return bool(relation.subs(sizes)) if isinstance(relation, sympy.Basic) else bool(relation)
+    try:
+        return bool(relation.subs(sizes) if isinstance(relation, sympy.Basic) else relation)
+    except UNDEFINED:
+        return False
 
 
 def traced(
@@ -145,6 +152,12 @@ class Rename:
         return self._known[expression]
 
 
+def as_compiled(trace: Trace) -> Trace:
+    """The trace that also assumes what has been assumed of its sizes since, as code was made of it."""
+    guards, _ = shape_guards(trace.graph.module)
+    return replace(trace, assumed=_assumed(guards, trace.rename))
+
+
 def _ranges(rename: Rename, spans: Mapping[Any, tuple[int, Any]], bounds: Bounds) -> Ranges:
     """Each symbol's smallest and largest size, of all dimensions that have its name."""
     found: dict[sympy.Symbol, tuple[int, int | None]] = {}
@@ -165,10 +178,19 @@ def _assumed(guards: list[ShapeGuard], rename: Rename) -> list[Assumption]:
         known = set(rename.names.values())
         if relation in (sympy.true, True) or not relation.free_symbols <= known:
             continue
-        simple = sympy.simplify(relation) if relation.count_ops() < 20 else relation
-        if simple not in (sympy.true, True):
+        if not _always(relation):
             found.setdefault(str(relation), Assumption(relation, guard.place))
     return list(found.values())
+
+
+def _always(relation: Any) -> bool:
+    """Is it true of all sizes, as far as is seen at once?"""
+    if relation.count_ops() >= 20:
+        return False
+    try:
+        return sympy.simplify(relation) in (sympy.true, True)
+    except UNDEFINED:  # sympy tries numbers, zero first
+        return False
 
 
 def _renamed(line: MemoryTimeline, rename: Rename, real: Mapping[int, Any]) -> MemoryTimeline:

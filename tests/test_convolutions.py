@@ -1,0 +1,183 @@
+"""A convolution's backward reads its operands as they lie."""
+
+import contextlib
+
+import pytest
+import torch
+from dynamo import fresh_dynamo
+from test_backend import peak_of, seeded, stepped
+from test_fused import scheduled, told
+from test_inductor import assert_close
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache
+
+import fxmem
+from fxmem._torch import inductor as _torch_inductor
+from fxmem._torch.inductor import Called
+from fxmem.graphs.workspace import Workspaces
+from fxmem.steps.fused import run
+
+OPERATOR = torch.ops.aten.convolution_backward.default
+FIRST = torch.contiguous_format
+LAST = torch.channels_last
+
+before_2_13 = pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="Inductor lays nothing out for Triton there"
+)
+
+
+def backward(gradient, x, weight):
+    """Of a 3x3 convolution, whose gradient and input kernels make before."""
+    pair, groups = [1, 1], x.shape[1] // weight.shape[1]
+    how = None, pair, pair, pair, False, [0, 0], groups, [True, True, False]
+    return OPERATOR(gradient.sin(), x.cos(), weight, *how)[:2]
+
+
+def images(lie):
+    return torch.empty(2, 8, 4, 4).contiguous(memory_format=lie)
+
+
+def before_the_call(*given):
+    """Buffers that are made until the operator is called, and the strides of what it then reads."""
+    found = scheduled(backward, *given, backward=True)
+    at, call = next((i, e) for i, e in enumerate(found.events) if _is_call(e))
+    results = 2
+    made = [e for e in told(found)[:at] if e.startswith("Made")][:-results]
+    return made, [strides for _, strides in call.operands]
+
+
+def _is_call(event):
+    return isinstance(event, Called) and event.node.target is OPERATOR
+
+
+@before_2_13
+def test_nothing_is_copied_where_both_have_their_channels_innermost(monkeypatch):
+    given = images(LAST), images(LAST), torch.empty(8, 1, 3, 3)
+    two = ["Made buf0 1024", "Made buf1 1024"]
+    last = (128, 1, 32, 8)
+    assert before_the_call(*given) == (two, [last, last, (9, 9, 3, 1)])
+    monkeypatch.setattr(_torch_inductor, "operands_as_they_lie", contextlib.nullcontext)
+    copies = ["Made buf2 1024", "Made buf3 1024", "Made buf4 1024"]
+    as_of_the_weight = (128, 4, 32, 1)
+    of_torch = [(128, 16, 4, 1), as_of_the_weight, (9, 9, 3, 1)]
+    assert before_the_call(*given) == (two + copies, of_torch)
+
+
+@pytest.mark.parametrize("lie", [(FIRST, LAST), (LAST, FIRST)])
+@pytest.mark.parametrize("per_group", [1, 8])
+def test_operands_that_lie_differently_are_laid_out_as_torch_does(lie, per_group, monkeypatch):
+    given = *map(images, lie), torch.empty(8, per_group, 3, 3)
+    ours = before_the_call(*given)
+    monkeypatch.setattr(_torch_inductor, "operands_as_they_lie", contextlib.nullcontext)
+    assert ours == before_the_call(*given)
+
+
+def test_what_the_operator_works_in_is_looked_up_by_each_operands_own_strides():
+    """Gradient and input have one shape here, and different strides."""
+    looked_up = []
+
+    class Noting(Workspaces):
+        def look_up(self, call, device):
+            looked_up.append([spec.strides for spec in call.args[:3]])
+            return super().look_up(call, device)
+
+    given = images(FIRST), images(LAST), torch.empty(8, 1, 3, 3)
+    found = scheduled(backward, *given, backward=True)
+    run(found, {}, found.returned, Noting(), torch.device("cpu"))
+    assert looked_up == [before_the_call(*given)[1]]
+    assert looked_up[0][0] != looked_up[0][1]
+
+
+class Mixed(nn.Module):
+    """Convolutions of all kinds, with channels innermost before and after some."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=2)
+        self.depthwise = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        self.linear = nn.Linear(8, 8)
+        self.grouped = nn.Conv2d(8, 16, 3, dilation=2, groups=4, bias=False)
+        self.up = nn.ConvTranspose2d(16, 8, 3, stride=2, output_padding=1)
+        self.flat = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+        self.deep = nn.Conv3d(2, 4, (2, 3, 3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(2):
+            x = x + self.linear(self.depthwise(x).permute(0, 2, 3, 1)).sin().permute(0, 3, 1, 2)
+        x = self.up(self.grouped(x).relu()).tanh()
+        lines = self.flat(x.flatten(2)).sin()
+        return self.deep(lines.reshape(len(lines), 2, 4, 8, -1)).square().mean()
+
+
+def in_images(lie):
+    model = seeded(Mixed)
+    for module in (model.stem, model.depthwise, model.grouped, model.up):
+        module.to(memory_format=lie)
+    return model, torch.randn(2, 3, 24, 24).contiguous(memory_format=lie)
+
+
+@pytest.mark.parametrize("lie", [FIRST, LAST])
+def test_gradients_are_eagers_and_the_peak_is_foreseen(lie):
+    model, x = in_images(lie)
+    want = stepped(model, model, x)
+    with fresh_inductor_cache():
+        step = fxmem.optimize(model, "1TiB", (x,), compiler="inductor")
+    assert_close(want, stepped(step, model, x))
+    peak = peak_of(step, model, x) + step.plan.resident
+    assert peak == pytest.approx(step.plan.predicted_peak, rel=0.005)
+
+
+class Depthwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh()).square().mean()
+
+
+SIZES = 24, 32, 44
+
+
+def channels_last(size):
+    return torch.randn(2, 3, size, size).contiguous(memory_format=LAST)
+
+
+@before_2_13
+@pytest.mark.parametrize("by", ["backend", "optimize"])
+def test_no_size_becomes_a_constant(by):
+    model = seeded(Depthwise)
+    with fresh_dynamo(), fresh_inductor_cache():
+        graphs = counters["stats"]["unique_graphs"]
+        step = changing(by, model)
+        for x in map(channels_last, SIZES):
+            assert_close(stepped(model, model, x), stepped(step, model, x))
+        if by == "backend":
+            assert counters["stats"]["unique_graphs"] == graphs + 1
+        else:
+            assert len(step._session.programs) == 1
+
+
+@before_2_13
+@pytest.mark.parametrize("by", ["optimize", pytest.param("backend", marks=pytest.mark.slow)])
+def test_what_inductor_takes_for_granted_of_sizes_is_asked_again(by, monkeypatch):
+    """torch's own copies make constants of sizes; torch finds code of other ones in its cache."""
+    monkeypatch.setattr(_torch_inductor, "operands_as_they_lie", contextlib.nullcontext)
+    model = seeded(Depthwise)
+    with fresh_dynamo(), fresh_inductor_cache():
+        step = changing(by, model)
+        for x in map(channels_last, SIZES if by == "backend" else SIZES[:2]):
+            assert_close(stepped(model, model, x), stepped(step, model, x))
+        assert by == "backend" or len(step._session.programs) == 2
+
+
+def changing(by, model):
+    if by == "backend":
+        options = {"budget": "1TiB", "compiler": "inductor"}
+        return torch.compile(model, backend="fxmem", dynamic=True, options=options)
+    shapes = {0: {2: "H", 3: "W"}}
+    return fxmem.optimize(
+        model, "1TiB", (channels_last(24),), dynamic_shapes=shapes, compiler="inductor"
+    )
