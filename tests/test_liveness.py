@@ -334,7 +334,7 @@ ELSEWHERE: dict[str, list[dict[str, int]]] = {
 """Sizes to evaluate at, of forms that were traced at the example's; some move the peak."""
 
 
-QUICK = {"llama", "resnet", "gpt2-dropout", "llama-dropout"}
+QUICK = {"gpt2-dropout", "resnet"}
 
 
 def but_slow(names):
@@ -373,8 +373,8 @@ def resident_bytes(found: Liveness, call: StepCall) -> int:
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("llama", {"B": 3, "S": 8}),
-        ("vit", {"B": 9}),
+        pytest.param("llama", {"B": 3, "S": 8}, marks=pytest.mark.slow),
+        pytest.param("vit", {"B": 9}, marks=pytest.mark.slow),
         ("resnet", {"B": 16}),
         ("unet", {"B": 1}),
         ("encdec", {"B": 5, "S": 33}),

@@ -11,7 +11,9 @@ from fxmem.planning.planner import Choice, Planner
 SEEDS = range(240)
 
 
-@pytest.mark.parametrize("flow", [random_flow, coded_flow, noisy_flow])
+@pytest.mark.parametrize(
+    "flow", [pytest.param(random_flow, marks=pytest.mark.slow), coded_flow, noisy_flow]
+)
 def test_plans_are_close_to_the_best_choice_of_kept_values(flow):
     """Of 973 searches (600 seeds) one ended further away today, without a plan: none of these."""
     found = [distance for seed in SEEDS for distance in distances(seed, flow)]
@@ -36,7 +38,7 @@ def is_the_same(first: Choice | None, second: Choice | None) -> bool:
     return (first.kept, first.drops) == (second.kept, second.drops)
 
 
-@pytest.mark.parametrize("forward", [20, 40])
+@pytest.mark.parametrize("forward", [20, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", SEEDS[::80])
 def test_the_same_step_gets_the_same_plan(seed, forward):
     """Whatever the planner was asked before."""
@@ -48,7 +50,7 @@ def test_the_same_step_gets_the_same_plan(seed, forward):
 
 
 @pytest.mark.parametrize("flow", [random_flow, coded_flow, noisy_flow])
-@pytest.mark.parametrize("forward", [8, 20, 40])
+@pytest.mark.parametrize("forward", [8, 20, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", SEEDS[::80])
 def test_more_room_is_never_slower(seed, forward, flow):
     planner = Planner(flow(seed, forward))

@@ -141,7 +141,13 @@ def test_parameters_are_there_anyway():
     assert found.resident == 4 * (8 + 16)  # the input, and the second weight; the first is not read
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "resnet", "convnext", "unet", "encdec"])
+QUICK = "llama", "gpt2", "resnet"
+MORE = "vit", "convnext", "unet", "encdec"
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
 def test_the_total_is_what_the_allocator_holds_after_a_forward(name):
     model, args, kwargs = FAMILIES[name].build("tiny")
     model(*args, **kwargs)  # whatever a first call sets up for good
