@@ -8,10 +8,10 @@ before                                     after
 
 From 2.13 on Inductor first lays operands out for kernels of Triton, in the order in which the gradients'
 dimensions lie, and then calls the operator all the same where there are no such kernels.  On a CPU there
-never are.  The copies take bytes, and where input and gradient lie differently by then, as with a depthwise
-weight, the operator takes two to three times as long.  Where they lie differently from the start, one of
-them is copied anyway, by Inductor or by the operator, and Inductor may write over it later: that stays as
-it is, but for sizes that may change, which the copies make constants of.
+never are.  The copies take bytes, and where input and gradient lie differently by then, as in 2.13 with a
+depthwise weight, the operator takes two to three times as long.  Where they lie differently from the start,
+one of them is copied anyway, by Inductor or by the operator, and Inductor may write over it later: that
+stays as it is, but for sizes that may change, which the copies make constants of.
 
 Compiled and run on torch 2.13.0, 2.11.0 and 2.15.0.
 """
