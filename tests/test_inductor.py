@@ -69,18 +69,12 @@ def assert_close(want, got):
         other = got["gradients"][name]
         assert (gradient is None) == (other is None), name
         if gradient is not None:
-            assert lies(other) == lies(gradient), name
+            assert other.stride() == gradient.stride(), name
             rounded = 1e-5 * gradient.abs().max().item()
             torch.testing.assert_close(other, gradient, rtol=0, atol=rounded)
     torch.testing.assert_close(got["loss"], want["loss"])
     for name, buffer in want["buffers"].items():
         torch.testing.assert_close(got["buffers"][name], buffer)
-
-
-def lies(tensor):
-    """The strides that count."""
-    pairs = zip(tensor.stride(), tensor.shape, strict=True)
-    return [step for step, size in pairs if size > 1]
 
 
 def measured(step, model, x):
