@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from dynamo import fresh_dynamo
 from families import FAMILIES, loss_of
 from hazards import differences
+from quick import but_slow
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -487,7 +488,7 @@ class Interrupted(Cut):
     stops = False
 
 
-@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.slow), 1.03])
+@pytest.mark.parametrize("share", but_slow([1.0, 1.03], [1.03]))
 def test_a_step_that_broke_off_is_no_whole_step(share):
     """Its next run is not planned as if nothing followed the graphs that had run."""
     model, x = seeded(Interrupted, depth=4), batch(256)
@@ -528,7 +529,7 @@ class Last(Net):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("make", [pytest.param(Cut, marks=pytest.mark.slow), Last])
+@pytest.mark.parametrize("make", but_slow([Cut, Last], [Last]))
 def test_the_smallest_budget_of_several_graphs(make):
     """What a refusal names is what "min" reaches, and it is kept: at the second try at the latest."""
     model, x = seeded(make, **({"depth": 4} if make is Cut else {})), batch(256)

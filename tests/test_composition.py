@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from dynamo import fresh_dynamo
 from hazards import differences, mlp, train
+from quick import but_slow
 from torch import nn
 from torch._higher_order_ops.scan import scan
 from torch.nn.attention.flex_attention import flex_attention
@@ -415,9 +416,7 @@ WORKS_TOO = (
 
 
 @pytest.mark.parametrize("apply", [optimized, compiled])
-@pytest.mark.parametrize(
-    "make", [*WORKS, *(pytest.param(make, marks=pytest.mark.slow) for make in WORKS_TOO)]
-)
+@pytest.mark.parametrize("make", but_slow([*WORKS, *WORKS_TOO], WORKS))
 def test_it_works(make, apply):
     found = []
     for how in (lambda model, inputs: model, apply):

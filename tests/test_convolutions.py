@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dynamo import fresh_dynamo
+from quick import but_slow
 from test_backend import peak_of, seeded, stepped
 from test_fused import scheduled, told
 from test_inductor import assert_close as assert_all_close
@@ -183,7 +184,7 @@ def test_no_size_becomes_a_constant(by):
 
 
 @copies
-@pytest.mark.parametrize("by", ["optimize", pytest.param("backend", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("by", but_slow(["optimize", "backend"], ["optimize"]))
 def test_what_inductor_takes_for_granted_of_sizes_is_asked_again(by, monkeypatch):
     """torch's own copies make constants of sizes; torch finds code of other ones in its cache."""
     monkeypatch.setattr(_torch_inductor, "operands_as_they_lie", contextlib.nullcontext)

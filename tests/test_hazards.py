@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from hazards import HAZARDS, Case, Seen, differences, fresh, gradients, snapshot, total
+from quick import but_slow
 
 import fxmem
 from fxmem.basics.errors import FxmemError
@@ -47,9 +48,7 @@ def observe(case: Case, apply) -> Seen:
     return case.run(step)
 
 
-@pytest.mark.parametrize(
-    "how", [h if h != "unbounded" else pytest.param(h, marks=pytest.mark.slow) for h in APPLY]
-)
+@pytest.mark.parametrize("how", but_slow(APPLY, APPLY.keys() - {"unbounded"}))
 @pytest.mark.parametrize("name", HAZARDS)
 def test_hazard(name, how):
     hazard = HAZARDS[name]

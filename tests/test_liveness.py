@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from families import FAMILIES, loss_of
+from quick import but_slow
 from torch import nn
 
 import fxmem
@@ -337,12 +338,7 @@ ELSEWHERE: dict[str, list[dict[str, int]]] = {
 QUICK = {"gpt2-dropout", "resnet"}
 
 
-def but_slow(names):
-    """Families, of which a few are enough for a quick look."""
-    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
-@pytest.mark.parametrize("name", but_slow(ELSEWHERE))
+@pytest.mark.parametrize("name", but_slow(ELSEWHERE, QUICK))
 def test_closed_forms_are_what_the_allocator_holds(name):
     """One trace and one program for all sizes at which the same kernels run."""
     call, names, found = traced(name)
@@ -402,7 +398,7 @@ def test_the_peak_moves():
 BATCHES = "gpt2 vit resnet convnext encdec unet llama-dropout densenet-dropout resnet-dropout"
 
 
-@pytest.mark.parametrize("name", but_slow(BATCHES.split()))
+@pytest.mark.parametrize("name", but_slow(BATCHES.split(), QUICK))
 def test_the_largest_batch_fits_and_one_more_does_not(name):
     """Of the others and of larger budgets, benchmarks/max_batch.py says so."""
     model, args, kwargs = FAMILIES[name].build("tiny")

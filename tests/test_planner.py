@@ -5,6 +5,7 @@ import itertools
 import pytest
 from flows import coded_flow, noisy_flow, random_flow
 from optimum import distances, every_choice, small_planner, spread
+from quick import but_slow
 
 from fxmem.planning.planner import Choice, Planner
 
@@ -12,7 +13,7 @@ SEEDS = range(240)
 
 
 @pytest.mark.parametrize(
-    "flow", [pytest.param(random_flow, marks=pytest.mark.slow), coded_flow, noisy_flow]
+    "flow", but_slow([random_flow, coded_flow, noisy_flow], [coded_flow, noisy_flow])
 )
 def test_plans_are_close_to_the_best_choice_of_kept_values(flow):
     """Of 973 searches (600 seeds) one ended further away today, without a plan: none of these."""
@@ -38,7 +39,7 @@ def is_the_same(first: Choice | None, second: Choice | None) -> bool:
     return (first.kept, first.drops) == (second.kept, second.drops)
 
 
-@pytest.mark.parametrize("forward", [20, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("forward", but_slow([20, 40], [20]))
 @pytest.mark.parametrize("seed", SEEDS[::80])
 def test_the_same_step_gets_the_same_plan(seed, forward):
     """Whatever the planner was asked before."""
@@ -50,7 +51,7 @@ def test_the_same_step_gets_the_same_plan(seed, forward):
 
 
 @pytest.mark.parametrize("flow", [random_flow, coded_flow, noisy_flow])
-@pytest.mark.parametrize("forward", [8, 20, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("forward", but_slow([8, 20, 40], [8, 20]))
 @pytest.mark.parametrize("seed", SEEDS[::80])
 def test_more_room_is_never_slower(seed, forward, flow):
     planner = Planner(flow(seed, forward))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from quick import but_slow
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -142,12 +143,10 @@ def test_parameters_are_there_anyway():
 
 
 QUICK = "llama", "gpt2", "resnet"
-MORE = "vit", "convnext", "unet", "encdec"
+ALL = *QUICK, "vit", "convnext", "unet", "encdec"
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
-)
+@pytest.mark.parametrize("name", but_slow(ALL, QUICK))
 def test_the_total_is_what_the_allocator_holds_after_a_forward(name):
     model, args, kwargs = FAMILIES[name].build("tiny")
     model(*args, **kwargs)  # whatever a first call sets up for good

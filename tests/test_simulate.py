@@ -9,6 +9,7 @@ import pytest
 from families import FAMILIES
 from hazards import differences, train
 from programs import random_program
+from quick import but_slow
 from test_engine import Captured, capture_once
 
 from fxmem.analysis.liveness import MemoryTimeline, Step
@@ -95,11 +96,7 @@ def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) 
 QUICK = {"llama", "gpt2-dropout", "resnet", "unet", "encdec-dropout"}
 
 
-def family(name):
-    return name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", [*map(family, FAMILIES)])
+@pytest.mark.parametrize("name", but_slow(FAMILIES, QUICK))
 def test_family(name):
     check(*FAMILIES[name].build("tiny"), seed=0)
 

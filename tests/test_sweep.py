@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick import but_slow
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -71,9 +72,7 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPS]
-)
+@pytest.mark.parametrize("name", but_slow(OPS, QUICK))
 def test_an_operator_is_planned_and_gives_the_same_bits(name):
     if f"ops/{name}" not in entries():
         pytest.skip("not in this torch")

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from hazards import differences, snapshot
+from quick import but_slow
 from torch import nn
 
 import fxmem
@@ -76,12 +77,7 @@ VIEWS = {
 }
 
 
-MORE_VIEWS = "all but the first", "one of a few", "real"
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in MORE_VIEWS else n for n in VIEWS]
-)
+@pytest.mark.parametrize("name", but_slow(VIEWS, ["all but the last", "a part"]))
 def test_an_input_may_be_a_view_of_what_is_larger(name):
     """Steps and bytes of such a view are sizes of something that the step is not given."""
     model, _ = build()
