@@ -9,7 +9,7 @@ there is code of them; which plan to make code of is chosen in code_search.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import fx
 from fxmem import _torch
 from fxmem._torch import inductor as _torch_inductor
 from fxmem.basics.sizes import Size, evaluate, storages_in, tensors_in
+from fxmem.codes import planes, pool_gradients
 from fxmem.codes.encodings import ENCODERS, pool_offsets
-from fxmem.codes.planes import fusible
 from fxmem.graphs.capture import tag_backward
 from fxmem.graphs.graph import (
     JointGraph,
@@ -173,6 +173,11 @@ def _in_inductors_operators(planned: Planned) -> JointGraph:
         _torch_inductor.optimize_joint(module)
         tag_backward(module)
     return graph.verified()
+
+
+def fusible(node: fx.Node) -> Callable[..., Any] | None:
+    """What of aten's to trace in the place of an operator of ours, which is closed to a compiler."""
+    return planes.fusible(node) or pool_gradients.fusible(node)
 
 
 def _of_what_changes(graph: JointGraph) -> set[fx.Node]:

@@ -1,0 +1,162 @@
+"""Gradients of pools fuse: the graph as text, the code counted, steps against eager's."""
+
+import re
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dynamo import fresh_dynamo
+from expecttest import assert_expected_inline
+from quick import but_slow
+from test_inductor import assert_close, seeded, stepped
+from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
+
+import fxmem
+from fxmem._torch import inductor as _torch_inductor
+from fxmem._torch import new_fake_mode
+from fxmem.codes import pool_gradients
+from fxmem.codes.encodings import avg_pool2d_backward, max_pool2d_backward
+
+FIRST, LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    with fresh_dynamo():
+        yield
+
+
+# -- The graph -----------------------------------------------------------------------------------------
+
+
+def traced(function, *values):
+    """Its calls in Inductor's operators."""
+    module = torch.fx.symbolic_trace(function)
+    with new_fake_mode() as mode:
+        for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
+            node.meta["val"] = mode.from_tensor(value)
+    found = _torch_inductor.decomposed(module, pool_gradients.fusible)
+    return [n for n in found.graph.nodes if n.op == "call_function"]
+
+
+def largest(kernel, stride, dilation=1):
+    def gradient(g, i):
+        pairs = [[n, n] for n in (kernel, stride, 0, dilation)]
+        return max_pool2d_backward(g, i, [-1, 8, 9, 9], [648, 81, 9, 1], *pairs, False)
+
+    return gradient
+
+
+def average(g):
+    how = [2, 2], [2, 2], [0, 0], False, True, None
+    return avg_pool2d_backward(g, [-1, 8, 9, 9], [648, 81, 9, 1], *how)
+
+
+def pooled(lie, side=4):
+    return torch.empty(2, 8, side, side).contiguous(memory_format=lie)
+
+
+def told(calls):
+    calls = [f"{n.name} = {n.target.overloadpacket.__name__}{n.args}" for n in calls]
+    return "\n".join(calls).replace("_backward = ", " = ")
+
+
+def test_a_pool_reads_the_shape_of_a_tensor_that_is_never_made():
+    """Of the largest, Inductor has no more use for it: here it adds at the indices."""
+    assert_expected_inline(
+        told(traced(average, pooled(FIRST))),
+        """\
+constant_pad_nd = constant_pad_nd(g, [0, 5, 0, 5])
+avg_pool2d = avg_pool2d_backward(g, constant_pad_nd, [2, 2], [2, 2], [0, 0], False, True, None)""",
+    )
+    calls = traced(largest(2, 2), pooled(FIRST), pooled(FIRST).long())
+    assert_expected_inline(
+        told(calls),
+        """\
+constant_pad_nd = constant_pad_nd(g, [0, 5, 0, 5])
+full = full([16, 81], 0)
+view = view(g, [16, 16])
+view_1 = view(i, [16, 16])
+scatter_add = scatter_add(full, 1, view_1, view)
+view_2 = view(scatter_add, [2, 8, 9, 9])""",
+    )
+
+
+@pytest.mark.parametrize("lie", [FIRST, LAST])
+def test_it_lies_as_the_gradient_does(lie):
+    pad, _ = traced(average, pooled(lie))
+    assert pad.meta["val"].is_contiguous(memory_format=lie)
+    assert pad.meta["val"].shape == (2, 8, 9, 9)
+
+
+@pytest.mark.parametrize("how", [(6, 1), (2, 2, 2)], ids=["many windows", "dilated"])
+def test_what_inductor_has_no_loops_for_keeps_our_operator(how):
+    (call,) = traced(largest(*how), pooled(FIRST), pooled(FIRST).long())
+    assert call.target is max_pool2d_backward
+
+
+# -- Steps ---------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """Convolutions between pools; each pool's input is of no use but for its shape."""
+
+    def __init__(self, pool, lie=FIRST):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.lie = pool, lie
+
+    def forward(self, x):
+        x = x.contiguous(memory_format=self.lie)
+        return self.pool(F.gelu(self.last(self.pool(F.gelu(self.first(x)))))).sin().square().mean()
+
+
+POOLS = {
+    "max": nn.MaxPool2d(2),
+    "overlapping": nn.MaxPool2d(3, stride=2, padding=1),
+    "larger than what it pools": nn.MaxPool2d(2, stride=1, padding=1),
+    "rounded up": nn.MaxPool2d(3, stride=2, ceil_mode=True),
+    "many windows": nn.MaxPool2d(6, stride=1),
+    "average": nn.AvgPool2d(2),
+    "without the padding": nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False),
+    "average, rounded up": nn.AvgPool2d(3, stride=2, ceil_mode=True),
+}
+
+
+def images(batch=4):
+    return torch.randn(batch, 3, 18, 18, generator=torch.Generator().manual_seed(5))
+
+
+KEEP = "many windows", "average, rounded up"
+"""Our operators, each for its reason."""
+
+
+@pytest.mark.parametrize("lie", but_slow([FIRST, LAST], [LAST]))
+@pytest.mark.parametrize("name", but_slow(POOLS, ["overlapping", "average, rounded up"]))
+def test_steps_are_eagers(name, lie):
+    model, x = seeded(Pooled, POOLS[name], lie), images()
+    want = stepped(model, model, x)
+    written = []
+    with (
+        mock.patch.object(GraphLowering, "save_output_code", staticmethod(written.append)),
+        inductor_config.patch(fx_graph_cache=False),
+    ):
+        step = fxmem.optimize(model, "0.9x", (x,), compiler="inductor")
+    assert step.plan.predicted_peak <= step.plan.budget
+    assert_close(want, stepped(step, model, x))
+    called = re.findall(r"= torch\.ops\.fxmem\.(\w+pool2d_backward)", "".join(written))
+    assert bool(called) == (name in KEEP)
+
+
+def test_a_batch_may_change():
+    model = seeded(Pooled, POOLS["max"])
+    step = fxmem.optimize(
+        model, "1MiB", (images(),), compiler="inductor", dynamic_shapes={"x": {0: "B"}}
+    )
+    for batch in (4, 3, 6):
+        x = images(batch)
+        assert_close(stepped(model, model, x), stepped(step, model, x))
+    assert len(step._session.programs) == 1
