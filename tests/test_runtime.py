@@ -9,6 +9,7 @@ import inspect
 import json
 import pickle
 import threading
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -402,6 +403,59 @@ def test_hooks_that_come_and_go_are_heeded():
         assert_same(want, trained(opt, opt, x))
         hook.remove()
         assert_same(plain, trained(opt, opt, x))
+
+
+def put_on_a_copy(opt):
+    other = copy.deepcopy(opt)
+    other.net[1].register_forward_hook(doubled)
+    return other
+
+
+def with_another_submodule(opt):
+    """Of the same class, and with a hook on it before it is there."""
+    opt.net[1] = nn.Tanh()
+    opt.net[1].register_forward_hook(doubled)
+    return opt
+
+
+def after_all_were_taken_off(opt):
+    """By a new table, as is often done."""
+    opt.net[1]._forward_hooks = OrderedDict()
+    opt.net[1].register_forward_hook(doubled)
+    return opt
+
+
+def on_what_is_not_registered(opt):
+    opt.hidden[0].register_forward_hook(doubled)
+    return opt
+
+
+class Hiding(Mlp):
+    """One of its layers is in a list of Python's, so that it is none of its submodules."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.Tanh()]
+
+    def forward(self, x):
+        return super().forward(self.hidden[0](x))
+
+
+@pytest.mark.parametrize(
+    "put",
+    [put_on_a_copy, with_another_submodule, after_all_were_taken_off, on_what_is_not_registered],
+)
+def test_a_hook_is_heeded_wherever_it_comes_from(put):
+    model, x = seeded(Hiding), batch()
+    opt = fxmem.optimize(model, "1TiB", (x,))
+    plain = trained(model, model, x)
+    assert_same(plain, trained(opt, opt, x))
+    assert len(opt._session.programs) == 1
+    opt = put(opt)
+    model = opt._fxmem_model
+    want = trained(model, model, x)
+    assert not torch.equal(want["loss"], plain["loss"])
+    assert_same(want, trained(opt, opt, x))
 
 
 def test_a_default_device_may_be_set():

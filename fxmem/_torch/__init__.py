@@ -22,7 +22,7 @@ from unittest import mock
 
 import sympy
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import compile_lock, fullgraph_capture
@@ -46,22 +46,21 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import _lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.module_tracker import ModuleTracker
 
+from fxmem._torch.hooks import (
+    GLOBAL_FORWARD_HOOKS,
+    has_hooks,
+    hook_tables,
+    hooks_of_all_modules,
+    is_tracker,
+)
 from fxmem._torch.saved import PREPARED, nodes_before
+from fxmem._torch.written_inputs import without_outputs, writing, written_by_code
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-_GLOBAL_FORWARD_HOOKS = (_global_forward_pre_hooks, _global_forward_hooks)
 
 # torch's compiler stack is not thread-safe, so every capture and compilation holds this lock.
 COMPILE_LOCK = compile_lock
@@ -233,29 +232,33 @@ def dynamo_guards(
     function: Callable[..., Any],
     as_called: Callable[[], contextlib.AbstractContextManager[Any]],
     replaced: str,
+    model: nn.Module,
 ) -> Callable[[dict[str, Any]], bool]:
     """A predicate on the function's local variables: does the captured graph still apply to them?
 
     as_called: ``dispatch_state`` of the caller.  Guards compare tensors by the dispatch keys that
     are active, and while the joint graph is traced others are.  replaced: a global that was another
-    while the step was traced.
+    while the step was traced.  model: what the function's variable ``model`` was.
     """
     code = function.__code__
     # A hook that is put on a submodule later must not be passed over: the step is captured anew.
     watched = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
-    hooks = Hooks(guard_filter_fn=lambda guards: [replaced not in g.name for g in guards])
+    # Of a model without any we see to it ourselves, in half the time of a guard for each table.
+    ours = set() if has_hooks(model) else {id(t) for m in model.modules() for t in hook_tables(m)}
+
+    def is_kept(guard: Any) -> bool:
+        is_ours = guard.guard_type == "EMPTY_NN_MODULE_HOOKS_DICT" and id(guard.value) in ours
+        return replaced not in guard.name and not is_ours
+
+    hooks = Hooks(guard_filter_fn=lambda guards: list(map(is_kept, guards)))
     with as_called(), watched, get_metrics_context(), dynamo_timed("fxmem_guards"):
         manager = output.graph_capture_output.build_guards(code, hooks).guard_manager
-    chosen = (_attention_backends(), _hooks_of_all_modules())
+    chosen = (_attention_backends(), hooks_of_all_modules())
     return lambda local: (
-        (_attention_backends(), _hooks_of_all_modules()) == chosen and manager.check(local)
+        (_attention_backends(), hooks_of_all_modules()) == chosen
+        and not (ours and has_hooks(local["model"]))
+        and manager.check(local)
     )
-
-
-def _hooks_of_all_modules() -> tuple[int, ...]:
-    """Global hooks by identity, which Dynamo does not guard, either; but for those of trackers."""
-    tables = (*_GLOBAL_FORWARD_HOOKS, _global_backward_hooks, _global_backward_pre_hooks)
-    return tuple(id(hook) for table in tables for hook in table.values() if not _is_tracker(hook))
 
 
 def _attention_backends() -> tuple[bool, ...]:
@@ -395,13 +398,20 @@ def joint_compile(
     compile_forward: what makes a callable of the forward's graph.
     run_backward: called with the backward's arguments in a list, in place of the backward itself.
     """
+    places = written_by_code(exported, forward)
+    shown = without_outputs(forward, places)
+
+    def forward_code() -> BoxedCallable:
+        code = compile_forward(forward)
+        return mark_boxed(writing(code, places)) if places else code
+
     # No buffer is donated: our backward writes into no saved tensor, so it may run twice.
     exported._aot_state.fw_metadata.bw_donated_idxs = []
     with torch._functorch.config.patch(donated_buffer=False):
         compiled = aot_compile_joint_with_descriptors(
             exported,
-            partition_fn=lambda *_, **__: (forward, backward),
-            fw_compiler=lambda module, _: compile_forward(module),
+            partition_fn=lambda *_, **__: (shown, backward),
+            fw_compiler=lambda *_: forward_code(),
             bw_compiler=lambda *_: mark_boxed(run_backward),
         )
     return _on_flat_inputs(compiled)
@@ -717,8 +727,11 @@ def unwatched() -> Iterator[None]:
     They would see the tracing as if it ran, Dynamo cannot trace the global hooks, and its guards
     compare both.  What was captured without them runs under them.
     """
-    tables = _GLOBAL_FORWARD_HOOKS
-    trackers = [{key: h for key, h in table.items() if _is_tracker(h)} for table in tables]
+    if not _is_watched():
+        yield
+        return
+    tables = GLOBAL_FORWARD_HOOKS
+    trackers = [{key: h for key, h in table.items() if is_tracker(h)} for table in tables]
     for table, hooks in zip(tables, trackers, strict=True):
         for key in hooks:
             table.pop(key, None)  # another thread may have been here
@@ -728,6 +741,16 @@ def unwatched() -> Iterator[None]:
     finally:
         for table, hooks in zip(tables, trackers, strict=True):
             table.update(hooks)
+
+
+def _is_watched() -> bool:
+    """Is there anything for ``unwatched`` to take away?  At most steps there is not."""
+    return bool(
+        any(GLOBAL_FORWARD_HOOKS)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
 
 
 @contextlib.contextmanager
@@ -769,10 +792,6 @@ def _checkpoint_hooks() -> list[Any]:
     """What packs saved tensors for a checkpoint, the innermost first."""
     with _saved_tensors_hooks_off() as hooks:
         return [pack for pack, _ in hooks if pack.__module__ == "torch.utils.checkpoint"]
-
-
-def _is_tracker(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
 @contextlib.contextmanager

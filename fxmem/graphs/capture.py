@@ -144,7 +144,9 @@ def capture(
                 graph = joint_graph(exported.graph_module, roles, names or {})
                 without_sizes_of_bases(graph)
                 matches = (
-                    _torch.dynamo_guards(output, training_step, as_called, _transformers.ASKED)
+                    _torch.dynamo_guards(
+                        output, training_step, as_called, _transformers.ASKED, call.model
+                    )
                     if guarded
                     else lambda _: True
                 )

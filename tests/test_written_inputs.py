@@ -1,0 +1,100 @@
+"""A step's code writes the running statistics itself, all at once."""
+
+import copy
+
+import pytest
+import torch
+from dynamo import fresh_dynamo
+from quick import but_slow
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fxmem
+from fxmem._torch.written_inputs import without_outputs, writing
+
+aten = torch.ops.aten
+
+
+class Normalized(nn.Module):
+    """Statistics that are written and a count, a buffer that is read alone, one that a gradient reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh())
+        self.register_buffer("offset", torch.full((16,), 0.5))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(16))
+
+    def forward(self, x):
+        y = self.layers(x) + self.offset
+        self.seen += 1
+        self.last = y.detach().mean(0)
+        return (y * self.seen).square().mean()
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"one": 0, "many": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts["one"] += function is aten.copy_.default
+        self.counts["many"] += function is aten._foreach_copy_.default
+        return function(*args, **(kwargs or {}))
+
+
+def buffers(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("compiler", but_slow(["eager", "inductor"], ["eager"]))
+def test_statistics_are_those_of_eager_and_written_at_once(compiler):
+    torch.manual_seed(0)
+    model, x = Normalized(), torch.randn(32, 8)
+    other = copy.deepcopy(model)
+    with fresh_dynamo():
+        step = fxmem.optimize(other, "1TiB", (x,), compiler=compiler)
+        for _ in range(3):
+            loss = model(x)
+            loss.backward()
+            versions = {name: b._version for name, b in other.named_buffers() if name != "last"}
+            with Copies() as seen:
+                got = step(x)
+            got.backward()
+            torch.testing.assert_close(got, loss)
+            assert seen.counts == {"one": 0, "many": 1}
+            written = {n for n, b in other.named_buffers() if b._version > versions.get(n, 1e9)}
+            statistics = ("running_mean", "running_var", "num_batches_tracked")
+            assert written == {"seen", *(f"layers.1.{name}" for name in statistics)}
+    for name, buffer in buffers(model).items():
+        torch.testing.assert_close(dict(other.named_buffers())[name], buffer)
+
+
+def test_a_failing_step_writes_nothing():
+    def code(args):
+        raise MemoryError
+
+    held = torch.zeros(2)
+    with pytest.raises(MemoryError):
+        writing(code, {0: 0})([held])
+    assert torch.equal(held, torch.zeros(2))
+
+
+def test_outputs_that_are_written_are_returned_no_more():
+    class Step(nn.Module):
+        def forward(self, mean, count, x):
+            return mean * 0.9 + x * 0.1, x.sin(), count + 1, x.cos()
+
+    module = fx.symbolic_trace(Step())
+    before = module.code
+    places = {0: 0, 2: 1}
+    mean, count, x = torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.randn(3)
+    shown = without_outputs(module, places)
+    assert [n.name for n in shown.graph.output_node().args[0]] == ["sin", "cos"]
+    returned = writing(lambda args: module(*args), places)([mean, count, x])
+    assert [*map(torch.equal, returned, (x.sin(), x.cos()))] == [True, True]
+    assert torch.equal(mean, x * 0.1)
+    assert torch.equal(count, torch.ones(3, dtype=torch.int64))
+    assert module.code == before
