@@ -31,6 +31,7 @@ from fxmem._torch import inductor as _torch_inductor
 from fxmem._torch import symbolic_fake_mode
 from fxmem.backend.session import Session
 from fxmem.graphs.emit import boxed
+from fxmem.graphs.graph import operator_name
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.steps import code_search, inductor, inductor_step, measured_step
 from fxmem.steps.backward import Phases
@@ -582,11 +583,13 @@ def test_when_to_plan_again(predicted, measured, added, target):
     assert code_search._target(plan, measured) == target
 
 
-def foresees(monkeypatch, of):
+def foresees(monkeypatch, of, saving_least=lambda plan: 9 * plan.budget):
     """Let each plan's code be foreseen to peak at what ``of`` says of the plan."""
     seen = []
 
     def foreseen(self, planned, *_):
+        if self.saves_least:
+            return saving_least(planned.plan)
         seen.append(planned.plan)
         return of(planned.plan)
 
@@ -752,6 +755,94 @@ def test_after_the_step_as_it_is_comes_what_was_decided(interpreted, compiled, m
     assert step.plan.decisions == decided.decisions
 
 
+def test_where_code_of_a_plan_does_not_fit_it_may_save_the_least(
+    interpreted, compiled, monkeypatch
+):
+    decided = fxmem.plan(seeded(Net), "0.7x", (batch(256),))
+    seen = foresees(monkeypatch, lambda plan: 2 * plan.budget, lambda plan: plan.budget)
+    measures(monkeypatch, 0.5)
+    step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
+    ((tried, _),) = compiled
+    assert tried.code.saves_least
+    assert [plan.decisions for plan in seen] == [step.plan.decisions] == [decided.decisions]
+    compiled.clear()
+    again = fxmem.optimize(
+        seeded(Net), step.plan.budget, (batch(256),), compiler="inductor", plan=step.plan
+    )
+    assert again.plan.decisions == step.plan.decisions
+    assert [tried.code.saves_least for tried, _ in compiled] == [True]
+
+
+class Light(nn.Module):
+    """Between products there is arithmetic alone."""
+
+    def __init__(self, function=F.relu, width=128):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, width), nn.Linear(width, 64)] * 8)
+        self.function = function
+
+    def forward(self, x):
+        for up, down in zip(self.layers[::2], self.layers[1::2], strict=True):
+            h = up(x)
+            g = self.function(h * 2 + 1) * h
+            x = x + down(g + g.mean(1, keepdim=True)) * (g.amax(1, keepdim=True) - 0.5)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(("function", "light"), [(F.relu, True), (F.gelu, False)])
+def test_the_step_as_it_is_saves_the_least_where_that_takes_arithmetic_alone(
+    function, light, interpreted, compiled, monkeypatch
+):
+    torch.manual_seed(0)
+    model, x = Light(function), torch.randn(1024, 64)
+    with capture_once(model, (x,)) as captured:
+        graph = captured.analysis.graph
+    usual, least = inductor.held(graph), inductor.held(graph, saves_least=True)
+    assert least.nbytes < 0.9 * usual.nbytes
+    assert (least.heavy <= code_search.LIGHT) == light
+    seen = foresees(monkeypatch, lambda plan: plan.budget, lambda plan: plan.budget)
+    measures(monkeypatch, 0.1)
+    budget = int(1.08 * least.nbytes)
+    step = fxmem.optimize(model, budget, (x,), compiler="inductor")
+    ((tried, _),) = compiled
+    assert (tried.plan.added_seconds == 0) == tried.code.saves_least == light
+    assert len(seen) == (not light)
+    assert step.plan.budget == budget
+
+
+class Unsafe(nn.Module):
+    """What must not be made again, or is no kernel's to make, between what may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = (
+            nn.Linear(16, 64, bias=False),
+            nn.BatchNorm1d(64),
+            nn.Linear(64, 16),
+        )
+
+    def forward(self, x):
+        h = F.dropout(F.relu(self.norm(self.a(x))), 0.2)
+        h = h * torch.bernoulli(torch.full_like(h, 0.5)) + torch.rand_like(h)
+        order = h.argsort(1)
+        h = h.gather(1, order).cumsum(1).tanh() + F.rrelu(h, training=True)
+        return self.b(h.softmax(1)).square().mean()
+
+
+def test_what_draws_is_made_once_where_the_least_is_saved(monkeypatch):
+    how = inductor.Inductor.__init__
+    least = lambda self, planned, **_: how(self, planned, saves_least=True)  # noqa: E731
+    monkeypatch.setattr(inductor.Inductor, "__init__", least)
+    model, x = seeded(Unsafe), torch.randn(64, 16)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    step = fxmem.optimize(model, "1TiB", (x,), compiler="inductor")
+    backward = {
+        operator_name(n) for n in step.backward_graph.graph.nodes if n.op == "call_function"
+    }
+    assert not backward & {"bernoulli", "rand_like", "native_dropout", "sort", "rrelu_with_noise"}
+    assert_close(want, stepped(step, model, x))
+
+
 @pytest.mark.parametrize(("share", "as_it_is"), [("0.8x", False), ("0.9x", True)])
 def test_with_a_loss_outside_the_step_as_it_is_comes_first_where_that_too_has_room(
     share, as_it_is, interpreted, compiled, monkeypatch
@@ -762,7 +853,7 @@ def test_with_a_loss_outside_the_step_as_it_is_comes_first_where_that_too_has_ro
     measures(monkeypatch, 0.5)
     step = fxmem.optimize(model, share, (x,), compiler="inductor")
     with capture_once(model, (x,)) as captured:
-        held = inductor.held_at_least(captured.analysis.graph)
+        held = inductor.held(captured.analysis.graph).nbytes
     outside = 2 * x.nbytes  # what a loss of such a tensor holds
     assert held < 0.95 * step.plan.budget
     assert (held + outside < 0.95 * step.plan.budget) == as_it_is
@@ -775,9 +866,9 @@ def test_what_a_norm_is_made_of_is_not_counted_as_saved(monkeypatch):
     x = torch.randn(512, 64)
     with capture_once(model, (x,)) as captured:
         graph = captured.analysis.graph
-        taken_apart = inductor.held_at_least(graph)
+        taken_apart = inductor.held(graph).nbytes
         monkeypatch.setattr(inductor, "_WHOLE", ("nothing",))
-        assert inductor.held_at_least(graph) - taken_apart >= x.nbytes
+        assert inductor.held(graph).nbytes - taken_apart >= x.nbytes
 
 
 def test_what_goes_with_the_device():

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmem
+from fxmem._torch.hooks import has_hooks
 from fxmem.basics.units import format_bytes
 from fxmem.graphs import workspace
 from fxmem.steps import verify
@@ -430,20 +431,34 @@ def on_what_is_not_registered(opt):
     return opt
 
 
+def on_what_was_a_submodule(opt):
+    """The forward finds it in a list."""
+    del opt._fxmem_model.known
+    opt.hidden[1].register_forward_hook(doubled)
+    return opt
+
+
 class Hiding(Mlp):
-    """One of its layers is in a list of Python's, so that it is none of its submodules."""
+    """Of its layers two are in a list of Python's, one of them a submodule besides."""
 
     def __init__(self):
         super().__init__()
-        self.hidden = [nn.Tanh()]
+        self.known = nn.Tanh()
+        self.hidden = [nn.Tanh(), self.known]
 
     def forward(self, x):
-        return super().forward(self.hidden[0](x))
+        return super().forward(self.hidden[1](self.hidden[0](x)))
 
 
 @pytest.mark.parametrize(
     "put",
-    [put_on_a_copy, with_another_submodule, after_all_were_taken_off, on_what_is_not_registered],
+    [
+        put_on_a_copy,
+        with_another_submodule,
+        after_all_were_taken_off,
+        on_what_is_not_registered,
+        on_what_was_a_submodule,
+    ],
 )
 def test_a_hook_is_heeded_wherever_it_comes_from(put):
     model, x = seeded(Hiding), batch()
@@ -456,6 +471,25 @@ def test_a_hook_is_heeded_wherever_it_comes_from(put):
     want = trained(model, model, x)
     assert not torch.equal(want["loss"], plain["loss"])
     assert_same(want, trained(opt, opt, x))
+
+
+def test_modules_may_refer_to_each_other():
+    model, x = seeded(Mlp), batch()
+    model.net[1].parent = model
+    opt = fxmem.optimize(model, "1TiB", (x,))
+    want = trained(model, model, x)
+    assert_same(want, trained(opt, opt, x))
+
+
+def test_each_module_is_looked_at_once_for_hooks():
+    """Not once for each of the million paths to it."""
+    model = nn.Linear(2, 2)
+    for _ in range(20):
+        model, below = nn.Module(), model
+        model.left = model.right = below
+    assert not has_hooks(model)
+    below.register_forward_hook(doubled)
+    assert has_hooks(model)
 
 
 def test_a_default_device_may_be_set():

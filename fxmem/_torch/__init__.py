@@ -52,8 +52,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxmem._torch.hooks import (
     GLOBAL_FORWARD_HOOKS,
     has_hooks,
-    hook_tables,
     hooks_of_all_modules,
+    is_empty_hook_table,
     is_tracker,
 )
 from fxmem._torch.saved import PREPARED, nodes_before
@@ -244,11 +244,10 @@ def dynamo_guards(
     # A hook that is put on a submodule later must not be passed over: the step is captured anew.
     watched = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
     # Of a model without any we see to it ourselves, in half the time of a guard for each table.
-    ours = set() if has_hooks(model) else {id(t) for m in model.modules() for t in hook_tables(m)}
+    ours = not has_hooks(model)
 
     def is_kept(guard: Any) -> bool:
-        is_ours = guard.guard_type == "EMPTY_NN_MODULE_HOOKS_DICT" and id(guard.value) in ours
-        return replaced not in guard.name and not is_ours
+        return replaced not in guard.name and not (ours and is_empty_hook_table(guard))
 
     hooks = Hooks(guard_filter_fn=lambda guards: list(map(is_kept, guards)))
     with as_called(), watched, get_metrics_context(), dynamo_timed("fxmem_guards"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from typing import Any
 
 from torch import nn
@@ -16,35 +16,39 @@ from torch.utils.module_tracker import ModuleTracker
 
 GLOBAL_FORWARD_HOOKS = (_global_forward_pre_hooks, _global_forward_hooks)
 
-_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_TABLE = re.compile(r"model(\._modules\['[^']*'\])*\.\w+_hooks\w*")
 
 
-def hook_tables(module: nn.Module) -> Iterator[dict[int, Any]]:
-    """The module's own hooks, one table for each kind."""
-    return (getattr(module, name) for name in _TABLES)
+def is_empty_hook_table(guard: Any) -> bool:
+    """Does a guard of Dynamo's ask whether a table of hooks, of ``model`` or a submodule of it, is empty?
+
+    One that was reached some other way may be no submodule at the next call.
+    """
+    is_table = guard.guard_type == "EMPTY_NN_MODULE_HOOKS_DICT"
+    return is_table and _TABLE.fullmatch(guard.name) is not None
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Is there a hook on it or on one of its submodules?
 
-    Asked at each call, when nothing of this is in the processor's caches: no more is looked at than needed.
+    Asked at each call, so that no more is looked at than needed.
     """
-    own = module.__dict__
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
-        return True
-    return any(has_hooks(child) for child in own["_modules"].values() if child is not None)
+    seen: set[int] = set()
+    stack = [module]
+    while stack:
+        own = stack.pop().__dict__
+        if id(own) in seen:
+            continue
+        seen.add(id(own))
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
+            return True
+        stack += [child for child in own["_modules"].values() if child is not None]
+    return False
 
 
 def hooks_of_all_modules() -> tuple[int, ...]:

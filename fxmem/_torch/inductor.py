@@ -21,6 +21,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import (
+    get_default_op_list,
     min_cut_rematerialization_partition,
     reordering_to_mimic_autograd_engine,
 )
@@ -40,6 +41,7 @@ from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fxmem._torch import (
     COMPILE_LOCK,
@@ -178,19 +180,28 @@ def min_cut(
     num_forward_outputs: int,
     static_inputs: Sequence[int],
     stays_behind: Callable[[fx.Node], bool],
+    saves_least: bool = False,
 ) -> list[str]:
     """Names of the values to save, so that what is cheap to make again within a kernel is not.
 
-    stays_behind: does a node belong to the backward, though it may read no tangent?  The module is
-    changed: give a copy.
+    stays_behind: does a node belong to the backward, though it may read no tangent?  saves_least: is all
+    made again that kernels can, though it costs them time?  The module is changed: give a copy.
     """
+    known = get_default_op_list()
     for node in module.graph.nodes:
         # What a user's checkpoint would make again is the plan's to say; the cut would draw once more.
         node.meta.pop("recompute", None)
-        if node.op == "call_function" and stays_behind(node):
+        if node.op != "call_function":
+            continue
+        if stays_behind(node):
             node.meta["partitioner_tag"] = "must_be_in_backward"
+        elif saves_least and not (known.is_recomputable(node) or node.target is operator.getitem):
+            # torch would make anything again then that it does not know, such as what draws.
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     # Values that are made twice would be merged into one, which would then live all along.
-    as_planned = functorch_config.patch(cse=False, activation_memory_budget=1.0)
+    as_planned = functorch_config.patch(
+        cse=False, activation_memory_budget=1.0, aggressive_recomputation=saves_least
+    )
     with random_as_in_eager(), as_planned, V.set_fake_mode(_fake_mode(module)):
         forward, _ = min_cut_rematerialization_partition(
             module,

@@ -5,6 +5,9 @@ to see what its code will peak at (fused.py), which takes little of the time tha
 step is planned again, for more bytes or fewer, until it will fit without much room left, or until code is
 seen not to follow its plan.  What Inductor's cut makes again costs next to nothing, so the step as it is
 may fit where operators of it do not: where that seems so, it is looked at first.
+
+Where code of a plan does not fit, kernels may make more again than costs nothing: all that they can, so
+that the least is saved.  That takes less time than operators made again, if it is arithmetic.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from fxmem.graphs.graph import bytes_of_scalars
 from fxmem.graphs.workspace import Workspaces
 from fxmem.planning.plan import Plan
 from fxmem.steps.analyze import Analysis
-from fxmem.steps.inductor import Inductor, held_at_least
+from fxmem.steps.inductor import Held, Inductor, held
 from fxmem.steps.measured_step import loss_outside
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
@@ -36,6 +40,9 @@ UNSURE = 0.02
 
 SPARE = 0.05
 """Of what the step as it is holds: with so much more, it is looked at first."""
+
+LIGHT = 0.05
+"""Of the elements that kernels make again: with fewer that take more than arithmetic, it costs no time."""
 
 PLANS = 3
 """So many are lowered at most, before code is made of one."""
@@ -74,7 +81,8 @@ class Tried:
 class CodeSearch:
     """Plans of one step under one budget, each lowered to see what its code will peak at.
 
-    found: what was decided operator by operator.  here: the sizes that may change as they are now.
+    found: what was decided operator by operator.  here: the sizes that may change as they are now.  seen:
+    plans in turn.  saving_least: those again whose code did not fit.
     """
 
     analysis: Analysis
@@ -82,6 +90,7 @@ class CodeSearch:
     found: Found
     here: Mapping[str, int]
     seen: list[Tried] = field(default_factory=list)
+    saving_least: list[Tried] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.plan = self.found[0].plan
@@ -95,10 +104,15 @@ class CodeSearch:
         following = following or self.found
         while following is not None and len(self.seen) < PLANS:
             self.seen.append(self._lowered(*following))
+            other = self._saving_least(self.seen[-1])
+            if other is not None:
+                self.saving_least.append(other)
+                if other.fits:
+                    break
             following = self._following()
-        fitting = [one for one in self.seen if one.fits]
+        fitting = [one for one in self._all if one.fits]
         if not fitting:
-            return min(self.seen, key=lambda one: one.foreseen or 0)
+            return min(self._all, key=lambda one: one.foreseen or 0)
         return min(fitting, key=lambda one: one.plan.added_seconds)
 
     def instead(self, tried: Tried, peak: int) -> Tried | None:
@@ -123,7 +137,11 @@ class CodeSearch:
     def _fitting_with(self, error: int) -> list[Tried]:
         """Those that were seen and keep the budget with so many bytes more than was foreseen."""
         budget = self.plan.budget
-        return [t for t in self.seen if t.foreseen is not None and t.foreseen + error <= budget]
+        return [t for t in self._all if t.foreseen is not None and t.foreseen + error <= budget]
+
+    @property
+    def _all(self) -> list[Tried]:
+        return [*self.seen, *self.saving_least]
 
     def _is_as_it_is(self, tried: Tried) -> bool:
         """Is it the step as it is, which was not decided?"""
@@ -133,7 +151,25 @@ class CodeSearch:
         return all(plan.decisions != one.plan.decisions for one in self.seen)
 
     def _lowered(self, planned: Planned, validity: Validity | None) -> Tried:
-        code = Inductor(planned)
+        """The plan as code; the step as it is saves the least where it would hold too much otherwise."""
+        as_it_is = planned is not self.found[0] and planned.plan.added_seconds <= 0
+        least = as_it_is and self._has_to_save_least
+        return self._lowered_as(planned, validity, saves_least=least)
+
+    def _saving_least(self, tried: Tried) -> Tried | None:
+        """The same plan as code that saves the least, where that may be smaller."""
+        if tried.fits or tried.code.saves_least or not self._may_save_least(tried.plan):
+            return None
+        return self._lowered_as(tried.planned, tried.validity, saves_least=True)
+
+    def _may_save_least(self, plan: Plan) -> bool:
+        """The step as it is costs nothing, and is to go on costing nothing."""
+        return plan.added_seconds > 0 or self._held_least.heavy <= LIGHT
+
+    def _lowered_as(
+        self, planned: Planned, validity: Validity | None, *, saves_least: bool
+    ) -> Tried:
+        code = Inductor(planned, saves_least=saves_least)
         try:
             foreseen = code.foreseen(planned, self.table, self.analysis.device)
         except Exception:  # to compile says what is wrong, if anything is but this look ahead
@@ -188,8 +224,22 @@ class CodeSearch:
         """Is what it holds between its halves within the budget, with a little to spare?"""
         if self.plan.added_seconds <= 0:
             return False
-        held = held_at_least(self.analysis.graph) + loss_outside(self.found[0])
-        return (1 + SPARE) * held <= self.plan.budget
+        return not self._has_to_save_least or (
+            self._held_least.heavy <= LIGHT and self._has_room_for(self._held_least)
+        )
+
+    @cached_property
+    def _has_to_save_least(self) -> bool:
+        """Does the step as it is hold too much otherwise?"""
+        return not self._has_room_for(held(self.analysis.graph))
+
+    def _has_room_for(self, found: Held) -> bool:
+        return (1 + SPARE) * (found.nbytes + loss_outside(self.found[0])) <= self.plan.budget
+
+    @cached_property
+    def _held_least(self) -> Held:
+        """By the step as it is, where kernels make again all that they can."""
+        return held(self.analysis.graph, saves_least=True)
 
     def _as_it_is(self) -> Found | None:
         scalars = bytes_of_scalars(self.analysis.device)  # of a loss outside, kept free

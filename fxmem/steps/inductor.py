@@ -10,7 +10,7 @@ there is code of them; which plan to make code of is chosen in code_search.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import fx
 
 from fxmem import _torch
 from fxmem._torch import inductor as _torch_inductor
-from fxmem.basics.sizes import Size, evaluate, storages_in, tensors_in
+from fxmem.basics.sizes import Size, evaluate, hint, storages_in, tensors_in
 from fxmem.codes import planes, pool_gradients
 from fxmem.codes.encodings import ENCODERS, pool_offsets
 from fxmem.graphs.capture import tag_backward
@@ -43,12 +43,16 @@ from fxmem.steps.pipeline import Planned
 
 
 class Inductor:
-    """Code for both halves of a planned step; see ``Code`` in backward.py."""
+    """Code for both halves of a planned step; see ``Code`` in backward.py.
 
-    def __init__(self, planned: Planned) -> None:
+    saves_least: is all made again that kernels can, though it costs them time?
+    """
+
+    def __init__(self, planned: Planned, *, saves_least: bool = False) -> None:
         with explained("taking the step apart into Inductor's operators", planned.graph.module):
-            self.graph, self.saved = _cut(_in_inductors_operators(planned))
+            self.graph, self.saved = _cut(_in_inductors_operators(planned), saves_least)
             self.split = self._halves(self.graph)
+        self.saves_least = saves_least
         self.strides: _torch_inductor.Strides = {}
         self.lowered: list[Any] = []
         self.freed_at_once = False
@@ -220,12 +224,16 @@ def _is_twin(node: fx.Node) -> bool:
     return is_backward(node) and "fxmem_origin" in node.meta
 
 
-def _cut(graph: JointGraph) -> tuple[JointGraph, list[str]]:
+def _cut(graph: JointGraph, saves_least: bool) -> tuple[JointGraph, list[str]]:
     """The graph, and names of the values to save: codes, which are few bytes, what could not be made
     again, and what the minimum cut says beside them.
     """
     cut = _torch_inductor.min_cut(
-        graph.copy().module, graph.num_forward_outputs, _static(graph.module, graph), _stays_behind
+        graph.copy().module,
+        graph.num_forward_outputs,
+        _static(graph.module, graph),
+        _stays_behind,
+        saves_least,
     )
     early = {node.name for node in _of_what_changes(graph)}
     graph = _made_before(graph, set(cut))
@@ -294,22 +302,56 @@ def _needed(graph: JointGraph, saved: Collection[str] = ()) -> set[fx.Node]:
     return found
 
 
-def held_at_least(graph: JointGraph) -> int:
-    """Bytes that Inductor's code of a step as it is holds between its halves: inputs and what is saved.
+@dataclass(frozen=True)
+class Held:
+    """What Inductor's code of a step as it is holds between its halves: inputs and what is saved, in bytes.
+
+    heavy: of the elements that it makes again, the share that functions such as ``exp`` make.
+    """
+
+    nbytes: int
+    heavy: float
+
+
+def held(graph: JointGraph, *, saves_least: bool = False) -> Held:
+    """Of a step as it was captured.
 
     In the operators that were captured, which is quick; but those that only their parts may be made again
     of are taken apart first.
     """
     if any(operator_name(n).endswith(_WHOLE) for n in graph.nodes if n.op == "call_function"):
         graph = replace(graph, module=_torch_inductor.decomposed(graph.module, fusible))
-    graph, saved = _cut(graph)
+    graph, saved = _cut(graph, saves_least)
     known = {n.name for n in graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)} | {*saved}
-    held: dict[int, Size] = {}
+    found: dict[int, Size] = {}
     for node in graph.nodes:
         if node.name in known:
-            held |= storages_in(node.meta.get("val"))
+            found |= storages_in(node.meta.get("val"))
     bindings = graph.bindings()
-    return sum(int(evaluate(nbytes, bindings)) for nbytes in held.values())
+    nbytes = sum(int(evaluate(nbytes, bindings)) for nbytes in found.values())
+    return Held(nbytes, _heavy(graph, saved))
+
+
+def _heavy(graph: JointGraph, saved: Collection[str]) -> float:
+    """Of the elements that the backward makes again, the share that takes a CPU more than arithmetic."""
+    made = {True: 0, False: 0}
+    for node in _needed(graph, saved):
+        if node.op != "call_function" or node.name in saved or is_backward(node) or is_view(node):
+            continue
+        heavy = operator_name(node) in _HEAVY and _device(node) == "cpu"
+        made[heavy] += sum(int(hint(t.numel())) for t in tensors_in(node.meta.get("val")))
+    return made[True] / max(1, sum(made.values()))
+
+
+_HEAVY = frozenset(
+    (
+        *("exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "pow", "erf", "erfc", "erfinv"),
+        *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh"),
+        *("atanh", "sigmoid", "silu", "gelu", "elu", "celu", "mish", "softplus", "logit"),
+        *("_softmax", "_log_softmax", "log_sigmoid_forward", "lgamma", "digamma"),
+    )
+)
+"""Functions that take a processor several times as long as reading what was saved."""
 
 
 _WHOLE = ("batch_norm", "batch_norm_legit_functional", "group_norm")
