@@ -438,6 +438,26 @@ def test_hooks_inside_are_refused_with_a_way_out_that_works():
     assert not differences(want, train(compiled(model, (x,)), (x,)))
 
 
+def test_backward_hooks_of_modules_are_refused_with_ways_out_that_work():
+    torch.manual_seed(0)
+    model, x = mlp(depth=1), torch.randn(X)
+    hook = model[0].register_full_backward_hook(lambda module, inner, outer: (inner[0],))
+    with pytest.raises(fxmem.CaptureError, match="take the module's backward hook off") as caught:
+        optimized(model, (x,))
+    assert 'torch.compile(model, backend="fxmem")' in str(caught.value)
+    want = train(model, (x,))
+    model.zero_grad()
+    assert not differences(want, train(compiled(model, (x,)), (x,)))
+    hook.remove()
+    doubled = model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    model.zero_grad()
+    step = optimized(model, (x,))
+    want = train(model, (x,))
+    model.zero_grad()
+    assert not differences(want, train(step, (x,)))
+    doubled.remove()
+
+
 class SavedOnCpu(HooksInside):
     def forward(self, x):
         with torch.autograd.graph.save_on_cpu():

@@ -482,6 +482,11 @@ def _way_out(error: Exception) -> str:
             "enter the hooks around the call of the optimized module, where they see what a plan saves; or "
             'torch.compile(model, backend="fxmem"), which leaves the part inside them as it is'
         )
+    if "backwards hooks require" in text:
+        return (
+            "take the module's backward hook off, or hook its parameters instead (register_hook); or "
+            'torch.compile(model, backend="fxmem"), which leaves the module with the hook as it is'
+        )
     if "data-dependent" in text or "datadependent" in name.lower() or ".item()" in text:
         return (
             "replace Python control flow on tensor values with torch.where or torch.cond, "
