@@ -145,7 +145,7 @@ class CodeSearch:
 
     def _is_as_it_is(self, tried: Tried) -> bool:
         """Is it the step as it is, which was not decided?"""
-        return tried.planned is not self.found[0] and tried is self.seen[0]
+        return tried.planned is not self.found[0] and tried.planned is self.seen[0].planned
 
     def _is_new(self, plan: Plan) -> bool:
         return all(plan.decisions != one.plan.decisions for one in self.seen)
