@@ -427,27 +427,25 @@ def test_it_works(make, apply):
     assert not wrong, "\n".join(wrong)
 
 
-def test_hooks_inside_are_refused_with_a_way_out_that_works():
-    torch.manual_seed(0)
-    model, x = HooksInside(), torch.randn(X)
-    with pytest.raises(fxmem.CaptureError, match="hooks around the call") as caught:
+def assert_refused_but_by_the_backend(model, x, words):
+    with pytest.raises(fxmem.CaptureError, match=words) as caught:
         optimized(model, (x,))
     assert 'torch.compile(model, backend="fxmem")' in str(caught.value)
     want = train(model, (x,))
     model.zero_grad()
     assert not differences(want, train(compiled(model, (x,)), (x,)))
+
+
+def test_hooks_inside_are_refused_with_a_way_out_that_works():
+    torch.manual_seed(0)
+    assert_refused_but_by_the_backend(HooksInside(), torch.randn(X), "hooks around the call")
 
 
 def test_backward_hooks_of_modules_are_refused_with_ways_out_that_work():
     torch.manual_seed(0)
     model, x = mlp(depth=1), torch.randn(X)
     hook = model[0].register_full_backward_hook(lambda module, inner, outer: (inner[0],))
-    with pytest.raises(fxmem.CaptureError, match="take the module's backward hook off") as caught:
-        optimized(model, (x,))
-    assert 'torch.compile(model, backend="fxmem")' in str(caught.value)
-    want = train(model, (x,))
-    model.zero_grad()
-    assert not differences(want, train(compiled(model, (x,)), (x,)))
+    assert_refused_but_by_the_backend(model, x, "take the module's backward hook off")
     hook.remove()
     doubled = model[0].weight.register_hook(lambda gradient: 2 * gradient)
     model.zero_grad()

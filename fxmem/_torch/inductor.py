@@ -187,7 +187,7 @@ def min_cut(
     stays_behind: does a node belong to the backward, though it may read no tangent?  saves_least: is all
     made again that kernels can, though it costs them time?  The module is changed: give a copy.
     """
-    known = get_default_op_list()
+    known = get_default_op_list() if saves_least else None
     for node in module.graph.nodes:
         # What a user's checkpoint would make again is the plan's to say; the cut would draw once more.
         node.meta.pop("recompute", None)
@@ -195,7 +195,7 @@ def min_cut(
             continue
         if stays_behind(node):
             node.meta["partitioner_tag"] = "must_be_in_backward"
-        elif saves_least and not (known.is_recomputable(node) or node.target is operator.getitem):
+        elif known and not (known.is_recomputable(node) or node.target is operator.getitem):
             # torch would make anything again then that it does not know, such as what draws.
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     # Values that are made twice would be merged into one, which would then live all along.

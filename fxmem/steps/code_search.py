@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from fxmem.graphs.graph import bytes_of_scalars
+from fxmem.graphs.graph import JointGraph, bytes_of_scalars
 from fxmem.graphs.workspace import Workspaces
 from fxmem.planning.plan import Plan
 from fxmem.steps.analyze import Analysis
-from fxmem.steps.inductor import Held, Inductor, held
+from fxmem.steps.inductor import Held, Inductor, held, taken_apart
 from fxmem.steps.measured_step import loss_outside
 from fxmem.steps.options import Options
 from fxmem.steps.pipeline import Planned
@@ -231,7 +231,12 @@ class CodeSearch:
     @cached_property
     def _has_to_save_least(self) -> bool:
         """Does the step as it is hold too much otherwise?"""
-        return not self._has_room_for(held(self.analysis.graph))
+        return not self._has_room_for(held(self._graph))
+
+    @cached_property
+    def _graph(self) -> JointGraph:
+        """The step as it was captured, taken apart once for both cuts."""
+        return taken_apart(self.analysis.graph)
 
     def _has_room_for(self, found: Held) -> bool:
         return (1 + SPARE) * (found.nbytes + loss_outside(self.found[0])) <= self.plan.budget
@@ -239,7 +244,7 @@ class CodeSearch:
     @cached_property
     def _held_least(self) -> Held:
         """By the step as it is, where kernels make again all that they can."""
-        return held(self.analysis.graph, saves_least=True)
+        return held(self._graph, saves_least=True)
 
     def _as_it_is(self) -> Found | None:
         scalars = bytes_of_scalars(self.analysis.device)  # of a loss outside, kept free

@@ -314,14 +314,8 @@ class Held:
 
 
 def held(graph: JointGraph, *, saves_least: bool = False) -> Held:
-    """Of a step as it was captured.
-
-    In the operators that were captured, which is quick; but those that only their parts may be made again
-    of are taken apart first.
-    """
-    if any(operator_name(n).endswith(_WHOLE) for n in graph.nodes if n.op == "call_function"):
-        graph = replace(graph, module=_torch_inductor.decomposed(graph.module, fusible))
-    graph, saved = _cut(graph, saves_least)
+    """Of a step as it was captured."""
+    graph, saved = _cut(taken_apart(graph), saves_least)
     known = {n.name for n in graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)} | {*saved}
     found: dict[int, Size] = {}
     for node in graph.nodes:
@@ -330,6 +324,15 @@ def held(graph: JointGraph, *, saves_least: bool = False) -> Held:
     bindings = graph.bindings()
     nbytes = sum(int(evaluate(nbytes, bindings)) for nbytes in found.values())
     return Held(nbytes, _heavy(graph, saved))
+
+
+def taken_apart(graph: JointGraph) -> JointGraph:
+    """In the operators that were captured, which is quick, but for those of which only parts may be made
+    again.
+    """
+    if any(operator_name(n).endswith(_WHOLE) for n in graph.nodes if n.op == "call_function"):
+        return replace(graph, module=_torch_inductor.decomposed(graph.module, fusible))
+    return graph
 
 
 def _heavy(graph: JointGraph, saved: Collection[str]) -> float:
