@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxmem._torch import inductor as _torch_inductor
 from fxmem._torch import symbolic_fake_mode
 from fxmem._torch.inductor import Called, Freed, Made, Moved, Schedule
-from fxmem._torch.reductions import EarlyReductions, reductions_early
+from fxmem._torch.reductions import EarlyReductions, _Order, reductions_early
 from fxmem.graphs.graph import OutputKind
 from fxmem.graphs.workspace import Workspaces
 from fxmem.steps.fused import peak_of, run
@@ -151,6 +151,39 @@ def test_a_reduction_runs_before_what_can_be_written_over_its_operands(monkeypat
     late = scheduled(a_norms_backward, *given, backward=True)
     assert told(late)[-3:] == ["Made buf4 256", "Freed buf2", "Freed x_1"]
     assert run(late, {}, late.returned, Workspaces(), CPU)[0] == 65_536
+
+
+def two_layers(gradient, weight, up, down, x, p, q):
+    """Sums that read one tensor, before and after a gradient of a weight: they become one kernel."""
+    scale = (gradient * p).sum(0)
+    h = gradient.sin()
+    of_weight = torch.mm(x, h)
+    flowing = gradient + torch.mm(torch.mm(h, up), down) * 2
+    return scale, of_weight, (flowing * q).sum(0), torch.mm(flowing.cos(), weight)
+
+
+@config.patch(reorder_for_peak_memory=False)  # of these few kernels torch finds an order as good
+def test_the_gradient_of_a_weight_is_made_before_its_operand_is_in_the_way(monkeypatch):
+    shapes = (256, 64), (64, 64), (64, 512), (512, 64), (64, 256), (256, 64), (256, 64)
+    given = [*map(torch.randn, shapes)]
+    found = scheduled(two_layers, *given, backward=True)
+    assert told(found)[:6] == [
+        *("Made buf1 65536", "Made buf2 16384", "Called aten.mm.default []", "Freed x_1"),
+        *("Made buf3 524288", "Called aten.mm.default []"),
+    ]
+    held = {"x_1": 65_536}
+    assert run(found, held, found.returned, Workspaces(), CPU)[0] == 606_208
+    monkeypatch.setattr(_Order, "_shrinks", lambda *_: False)
+    late = scheduled(two_layers, *given, backward=True)
+    assert told(late).index("Freed x_1") > told(late).index("Freed q_1")
+    assert run(late, held, late.returned, Workspaces(), CPU)[0] == 720_896
+
+
+@config.patch(reorder_for_peak_memory=False)
+def test_what_makes_more_than_it_lets_go_of_stays_where_it_is():
+    shapes = (32, 64), (64, 64), (64, 512), (512, 64), (64, 32), (32, 64), (32, 64)
+    found = told(scheduled(two_layers, *map(torch.randn, shapes), backward=True))
+    assert found.index("Freed x_1") > found.index("Freed q_1")
 
 
 def test_another_pass_over_inductors_kernels_still_runs():

@@ -11,11 +11,15 @@ after all that somebody does.  Until then its operands live, and what could be w
 written elsewhere.  On the CPU it is a function of its own besides, which takes half a second to compile,
 where it would be part of its neighbour's: functions end where an operator is called.
 
+A product that is a weight's gradient waits likewise, where reductions of several layers became one kernel.
+It comes early if it lets go of more bytes than it makes.
+
 Compiled and run on torch 2.13.0, 2.11.0 and 2.15.0.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from torch._inductor import config, custom_graph_pass
@@ -41,7 +45,7 @@ class EarlyReductions(_Base):
 
     def uuid(self) -> Any:
         """What torch's cache of compiled graphs knows the pass by."""
-        return "fxmem early reductions", FEWER, self.before and self.before.uuid()
+        return "fxmem early reductions and products", FEWER, self.before and self.before.uuid()
 
 
 def reductions_early() -> Any:
@@ -54,14 +58,48 @@ def reductions_early() -> Any:
 
 
 def early(nodes: Nodes) -> Nodes:
-    """Reductions right after the last of what they wait for; all else in the order that it is in."""
-    place = {name: at for at, node in enumerate(nodes) for name in node.get_buffer_names()}
+    """What is early right after the last of what it waits for; all else in the order that it is in."""
+    return [nodes[at] for at in sorted(range(len(nodes)), key=_Order(nodes).when)]
 
-    def when(at: int) -> tuple[int, int]:
-        awaited = (place.get(dep.name, -1) for dep in nodes[at].unmet_dependencies)
-        return (max(awaited, default=-1) if _makes_little(nodes[at]) else at, at)
 
-    return [nodes[at] for at in sorted(range(len(nodes)), key=when)]
+class _Order:
+    """When each kernel runs.  place: of the kernel that makes a buffer.  readers: places by buffer."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
+        self.place = {name: at for at, node in enumerate(nodes) for name in node.get_buffer_names()}
+        self.readers = defaultdict[str, list[int]](list)
+        for at, node in enumerate(nodes):
+            for dep in node.read_writes.reads:
+                self.readers[dep.name].append(at)
+
+    def when(self, at: int) -> tuple[int, int, int]:
+        """After what they wait for reductions come first, which are one function with it."""
+        node = self.nodes[at]
+        places = (self.place.get(dep.name, -1) for dep in node.unmet_dependencies)
+        awaited = max(places, default=-1)
+        if _makes_little(node):
+            return (awaited, 1, at)
+        if self._is_a_last_product(node) and self._shrinks(at, awaited):
+            return (awaited, 2, at)
+        return (at, 0, at)
+
+    def _is_a_last_product(self, node: Any) -> bool:
+        """Is it a product of matrices that nobody reads before the half returns it?"""
+        if not node.is_extern() or node.has_aliasing_or_mutation():
+            return False
+        name = getattr(node.node, "python_kernel_name", None)
+        return name in _PRODUCTS and not any(map(self.readers.get, node.get_buffer_names()))
+
+    def _shrinks(self, at: int, awaited: int) -> bool:
+        """Right after what it waits for, does it let go of more bytes than it makes?"""
+        node = self.nodes[at]
+        read = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
+        ends = {name for name in read if all(n <= awaited or n == at for n in self.readers[name])}
+        return bool(sum(read[name] for name in ends) > node.get_write_buffer_sizes())
+
+
+_PRODUCTS = ("extern_kernels.mm", "extern_kernels.addmm", "extern_kernels.bmm")
 
 
 def _makes_little(node: Any) -> bool:
