@@ -1,5 +1,6 @@
 """Gradients of pools fuse: the graph as text, the code counted, steps against eager's."""
 
+import contextlib
 import re
 from unittest import mock
 
@@ -18,7 +19,7 @@ import fxmem
 from fxmem._torch import inductor as _torch_inductor
 from fxmem._torch import new_fake_mode
 from fxmem.codes import pool_gradients
-from fxmem.codes.encodings import avg_pool2d_backward, max_pool2d_backward
+from fxmem.codes.encodings import avg_pool2d_backward, max_pool2d_backward, pool_backward
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 
@@ -88,6 +89,27 @@ view_2 = view(scatter_add, [2, 8, 9, 9])""",
     )
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor has loops of another form")
+def test_offsets_become_indices_by_arithmetic():
+    def gradient(g, o):
+        window = [3, 3], [2, 2], [0, 0], [1, 1]
+        return pool_backward(g, o, [-1, 8, 9, 9], [648, 81, 9, 1], *window, False)
+
+    calls = traced(gradient, pooled(FIRST), pooled(FIRST).to(torch.uint8))
+    assert_expected_inline(
+        told(calls).replace("_low_memory_max_pool_offsets_to_indices", "indices"),
+        """\
+convert_element_type = convert_element_type(o, torch.int8)
+indices = indices(convert_element_type, [3, 3], [9, 9], [2, 2], [0, 0], [1, 1])
+constant_pad_nd = constant_pad_nd(g, [0, 5, 0, 5])
+full = full([16, 81], 0)
+view = view(g, [16, 16])
+view_1 = view(indices, [16, 16])
+scatter_add = scatter_add(full, 1, view_1, view)
+view_2 = view(scatter_add, [2, 8, 9, 9])""",
+    )
+
+
 @pytest.mark.parametrize("lie", [FIRST, LAST])
 def test_it_lies_as_the_gradient_does(lie):
     pad, _ = traced(average, pooled(lie))
@@ -137,21 +159,55 @@ KEEP = "many windows", "average, rounded up"
 """Our operators, each for its reason."""
 
 
+@contextlib.contextmanager
+def code():
+    """Gives what Inductor writes inside."""
+    written = []
+    noted = mock.patch.object(GraphLowering, "save_output_code", staticmethod(written.append))
+    with noted, inductor_config.patch(fx_graph_cache=False):
+        yield written
+
+
 @pytest.mark.parametrize("lie", but_slow([FIRST, LAST], [LAST]))
 @pytest.mark.parametrize("name", but_slow(POOLS, ["overlapping", "average, rounded up"]))
 def test_steps_are_eagers(name, lie):
     model, x = seeded(Pooled, POOLS[name], lie), images()
     want = stepped(model, model, x)
-    written = []
-    with (
-        mock.patch.object(GraphLowering, "save_output_code", staticmethod(written.append)),
-        inductor_config.patch(fx_graph_cache=False),
-    ):
+    with code() as written:
         step = fxmem.optimize(model, "0.9x", (x,), compiler="inductor")
     assert step.plan.predicted_peak <= step.plan.budget
     assert_close(want, stepped(step, model, x))
     called = re.findall(r"= torch\.ops\.fxmem\.(\w+pool2d_backward)", "".join(written))
     assert bool(called) == (name in KEEP)
+
+
+class Pools(nn.Module):
+    """A pool after each convolution: of all that is saved, most are indices."""
+
+    def __init__(self, lie):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8, 8))
+        self.pool, self.lie = nn.MaxPool2d(3, stride=1, padding=1), lie
+
+    def forward(self, x):
+        x = x.contiguous(memory_format=self.lie)
+        for layer in self.layers:
+            x = self.pool(F.gelu(layer(x)))
+        return x.sin().square().mean()
+
+
+@pytest.mark.parametrize("lie", but_slow([FIRST, LAST], [FIRST]))
+def test_gradients_by_offsets_fuse(lie):
+    model, x = seeded(Pools, lie), torch.randn(16, 3, 32, 32)
+    want = stepped(model, model, x)
+    plan = fxmem.plan(model, "0.6x", (x,))
+    assert any("pool_offsets" in str(decision) for decision in plan.decisions)
+    with code() as written:
+        step = fxmem.optimize(model, plan.budget, (x,), compiler="inductor", plan=plan)
+    assert_close(want, stepped(step, model, x))
+    assert step.plan.predicted_peak <= step.plan.budget
+    assert "pool_offsets" in "".join(written)
+    assert not re.findall(r"= torch\.ops\.fxmem\.\w+", "".join(written))
 
 
 def test_a_batch_may_change():

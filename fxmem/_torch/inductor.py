@@ -62,6 +62,8 @@ _T = TypeVar("_T")
 Strides = dict[str, tuple[Any, ...]]
 """Name of a value -> the strides that it is given by."""
 
+_INDICES = torch.ops.prims._low_memory_max_pool_offsets_to_indices.default
+
 _graphs = itertools.count()
 
 
@@ -155,7 +157,7 @@ def read_offsets_of_pools(module: fx.GraphModule, encoder: Any) -> None:
     """In place: what codes a pool's indices as offsets reads those that Inductor's pool makes first."""
     for node in module.graph.find_nodes(op="call_function", target=encoder):
         indices: Any = node.args[0]
-        if indices.target is not torch.ops.prims._low_memory_max_pool_offsets_to_indices.default:
+        if indices.target is not _INDICES:
             continue
         convert = torch.ops.prims.convert_element_type.default
         with module.graph.inserting_before(node):
@@ -165,6 +167,15 @@ def read_offsets_of_pools(module: fx.GraphModule, encoder: Any) -> None:
         module.graph.erase_node(node)
         if not indices.users:
             module.graph.erase_node(indices)
+
+
+def indices_of_offsets(offsets: torch.Tensor, *how: list[int]) -> torch.Tensor:
+    """What codes as offsets stand for, as Inductor's own pools say it: arithmetic in what reads them.
+
+    how: height and width of kernels, of the pool's input, of strides, padding and dilation.
+    """
+    found: torch.Tensor = _INDICES(offsets.to(torch.int8), *how)
+    return found
 
 
 @_alone

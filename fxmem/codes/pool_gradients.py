@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmem._torch.inductor import indices_of_offsets
 from fxmem.codes import encodings
 
 aten = torch.ops.aten
@@ -34,10 +35,11 @@ def fusible(node: fx.Node) -> Callable[..., Tensor] | None:
     if node.target is encodings.avg_pool2d_backward:
         kernel, stride, _, ceil_mode, *_ = args[3:]
         return _average if not ceil_mode and _windows(kernel, stride) <= LARGEST else None
-    if node.target is encodings.max_pool2d_backward:
+    if node.target in _MAXIMA:
         kernel, stride, _, dilation, _ = args[4:]
         is_dense = all(d == 1 for d in dilation)
-        return _maximum if is_dense and _windows(kernel, stride) <= LARGEST else None
+        has_loops = is_dense and _windows(kernel, stride) <= LARGEST
+        return _MAXIMA[node.target] if has_loops else None
     return None
 
 
@@ -55,6 +57,27 @@ def _maximum(grad: Tensor, indices: Tensor, size: list[int], _: list[int], *how:
     x = _sized(grad, size)
     found: Tensor = aten.max_pool2d_with_indices_backward.default(grad, x, *how, indices)
     return found
+
+
+def _by_offsets(
+    grad: Tensor,
+    offsets: Tensor,
+    size: list[int],
+    strides: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> Tensor:
+    indices = indices_of_offsets(offsets, kernel, size[-2:], stride, padding, dilation)
+    return _maximum(grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode)
+
+
+_MAXIMA: dict[Any, Callable[..., Tensor]] = {
+    encodings.max_pool2d_backward: _maximum,
+    encodings.pool_backward: _by_offsets,
+}
 
 
 def _sized(grad: Tensor, size: list[int]) -> Tensor:
