@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -57,7 +57,7 @@ from fxmem._torch.hooks import (
     is_tracker,
 )
 from fxmem._torch.saved import PREPARED, nodes_before
-from fxmem._torch.written_inputs import without_outputs, writing, written_by_code
+from fxmem._torch.written_inputs import without_outputs, writing
 
 CHECKED_VERSIONS = ("2.11.0", "2.13.0", "2.15.0")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -389,20 +389,17 @@ def joint_compile(
     exported: Any,
     forward: fx.GraphModule,
     backward: fx.GraphModule,
-    compile_forward: Callable[[fx.GraphModule], BoxedCallable],
+    run_forward: BoxedCallable,
     run_backward: BoxedCallable,
+    written: Mapping[int, int],
 ) -> Callable[..., Any]:
     """AOTAutograd's runtime around two graphs.
 
-    compile_forward: what makes a callable of the forward's graph.
-    run_backward: called with the backward's arguments in a list, in place of the backward itself.
+    run_forward, run_backward: called with their arguments in a list, in place of the graphs themselves.
+    written: see ``written_by_code``.
     """
-    places = written_by_code(exported, forward)
-    shown = without_outputs(forward, places)
-
-    def forward_code() -> BoxedCallable:
-        code = compile_forward(forward)
-        return mark_boxed(writing(code, places)) if places else code
+    shown = without_outputs(forward, written)
+    code = mark_boxed(writing(run_forward, written)) if written else run_forward
 
     # No buffer is donated: our backward writes into no saved tensor, so it may run twice.
     exported._aot_state.fw_metadata.bw_donated_idxs = []
@@ -410,7 +407,7 @@ def joint_compile(
         compiled = aot_compile_joint_with_descriptors(
             exported,
             partition_fn=lambda *_, **__: (shown, backward),
-            fw_compiler=lambda *_: forward_code(),
+            fw_compiler=lambda *_: code,
             bw_compiler=lambda *_: mark_boxed(run_backward),
         )
     return _on_flat_inputs(compiled)
@@ -546,9 +543,10 @@ def prepare_backward(
     """
 
     def ran(gradients: Sequence[Any], _: Any) -> None:
-        for gradient in gradients:
-            if gradient is not None and gradient.grad_fn is not None:
-                gradient.grad_fn.register_prehook(lambda _: twice())
+        if torch.is_grad_enabled():  # as under ``create_graph=True`` alone
+            for gradient in gradients:
+                if gradient is not None and gradient.grad_fn is not None:
+                    gradient.grad_fn.register_prehook(lambda _: twice())
         if done is not None:
             done()
 

@@ -5,7 +5,8 @@ before                                       after
   old.copy_(new)   # AOTAutograd, in Python
 
 AOTAutograd hands what a graph makes of its inputs out, and copies it over them one by one: a network has
-three for each batch normalization.  Here all are written at once, before the code returns.
+three for each batch normalization.  Here kernels write them, or all are written at once before the code
+returns.
 
 Run on torch 2.11.0, 2.13.0 and 2.15.0.
 """
@@ -23,20 +24,19 @@ from torch import fx
 Code = Callable[[list[Any]], Any]
 
 
-def written_by_code(exported: Any, forward: fx.GraphModule) -> Mapping[int, int]:
+def written_by_code(exported: Any, num_inputs: int) -> Mapping[int, int]:
     """Places of outputs that the forward's code is to write, and of the inputs that they are written over.
 
     AOTAutograd is told so: it takes a forward without these outputs from now on.
     """
     state, before = exported._aot_state, exported._aot_state.fw_metadata
-    given = forward.graph.find_nodes(op="placeholder")
     if exported._aot_graph_capture.maybe_subclass_meta is not None or before.tokens:
         return {}  # inputs come in other places there
     infos = [
         replace(info, keep_input_mutations=True) if _is_plainly_written(info) else info
         for info in before.input_info
     ]
-    if len(infos) != len(given):
+    if len(infos) != num_inputs:
         return {}
     after = replace(before, input_info=infos)
     left = set(after.mutated_inp_runtime_indices)
@@ -72,12 +72,18 @@ def _without(values: Any, places: Mapping[int, int]) -> tuple[Any, ...]:
 
 
 def writing(code: Code, places: Mapping[int, int]) -> Code:
-    """Code that returns all outputs as code that writes those."""
+    """Code that returns all outputs as code that writes those.
+
+    What it returns as None it has written itself.
+    """
 
     def run(args: list[Any]) -> Any:
         inputs = [args[at] for at in places.values()]
         outputs = list(code(args))
-        torch._foreach_copy_(inputs, [outputs[place] for place in places])
+        left = [at for at, place in enumerate(places) if outputs[place] is not None]
+        if left:
+            new = [outputs[place] for place in places]
+            torch._foreach_copy_([inputs[at] for at in left], [new[at] for at in left])
         # Autograd, which looks away here, refuses a backward that saved what was there before.
         torch.autograd.graph.increment_version(inputs)
         return _without(outputs, places)

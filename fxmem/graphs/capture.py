@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fxmem import _torch
 from fxmem._torch import transformers as _transformers
 from fxmem._torch.eager import compiling, eager_decompositions
+from fxmem._torch.written_inputs import written_by_code
 from fxmem.basics.errors import CaptureError, FxmemError
 from fxmem.basics.sizes import stand_for, storages_in, tensors_in
 from fxmem.graphs.emit import boxed
@@ -102,11 +103,13 @@ class Capture:
         run_forward: code of the forward, where it does not run operator by operator.
         """
 
-        def compile_forward(module: fx.GraphModule) -> _torch.BoxedCallable:
-            return run_forward or boxed(module)
-
         compiled = _torch.joint_compile(
-            self._exported, forward, backward, compile_forward, run_backward
+            self._exported,
+            forward,
+            backward,
+            run_forward or boxed(forward),
+            run_backward,
+            self.graph.written_inputs(),
         )
         return _torch.dynamo_callable(self._output, training_step, compiled)
 
@@ -142,6 +145,8 @@ def capture(
                 with eager_decompositions(), _torch.quick_tracing():
                     exported = stack.enter_context(_torch.joint_export(output))
                 graph = joint_graph(exported.graph_module, roles, names or {})
+                written = written_by_code(exported, len(graph.leaves()))
+                graph.module.meta["fxmem_written"] = written
                 without_sizes_of_bases(graph)
                 matches = (
                     _torch.dynamo_guards(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,11 @@ class JointGraph:
     def mutated_inputs(self) -> set[fx.Node]:
         """Placeholders whose value changes when the forward ends: not to be read in the backward."""
         return {self.node(n) for n in self.module.meta.get("fxmem_mutated", ())}
+
+    def written_inputs(self) -> Mapping[int, int]:
+        """Places of outputs that code of the forward is to write, and of the inputs that they go over."""
+        written: Mapping[int, int] = self.module.meta.get("fxmem_written", {})
+        return written
 
     def bindings(self) -> dict[sympy.Symbol, int]:
         """The symbols' values in the example inputs."""

@@ -59,7 +59,7 @@ class Inductor:
         self._backwards: dict[tuple[str, ...], fx.GraphModule] = {}
 
     def forward(self) -> _torch.BoxedCallable:
-        module = _copy(self.split.forward)
+        module = self._forward_as_written()
         with explained("making code of the step's forward with Inductor", module):
             code, self.strides = _torch_inductor.inductor(
                 module,
@@ -106,7 +106,7 @@ class Inductor:
 
     def _foreseen(self, planned: Planned, table: Workspaces, device: torch.device) -> int | None:
         lowered = self.lowered or [None, None]
-        module = _copy(self.split.forward)
+        module = self._forward_as_written()
         how = self._of_forward(module)
         first = _torch_inductor.schedule(module, **how, lowered=lowered[0])
         if first is None:
@@ -121,6 +121,20 @@ class Inductor:
         halves = replace(self.split, backward=backward)
         added = peak_of(first, second, halves, table, loss_outside(planned), device)
         return planned.plan.resident + added
+
+    def _forward_as_written(self) -> fx.GraphModule:
+        """The forward's graph, to be changed; what its kernels write over inputs it does not return."""
+        module = _copy(self.split.forward)
+        written = self.graph.written_inputs()
+        given, output = module.graph.find_nodes(op="placeholder"), module.graph.output_node()
+        with module.graph.inserting_before(output):
+            for place, at in written.items():
+                over = (given[at], output_values(module)[place])
+                copied = module.graph.call_function(torch.ops.aten.copy_.default, over)
+                copied.meta["val"] = given[at].meta["val"]
+        left = [None if i in written else v for i, v in enumerate(output_values(module))]
+        output.args = (tuple(left),)
+        return module
 
     def _of_forward(self, module: fx.GraphModule) -> dict[str, Any]:
         return {

@@ -27,6 +27,8 @@ def measured(coded: Coded, analysis: Analysis) -> Phases:
             _real(node, analysis.examples)
             for node in coded.split.forward.graph.find_nodes(op="placeholder")
         ]
+        for at in coded.planned.graph.written_inputs().values():
+            given[at] = given[at].clone()
         step = _Step(coded, given)
         step.forward()  # once more than measured: libraries allocate what they keep
         step.backward()
