@@ -607,6 +607,12 @@ def measures(monkeypatch, share):
     monkeypatch.setattr(inductor_step, "measured", measured)
 
 
+def saves(monkeypatch, usual, least):
+    """Let code save so many bytes; as much as it can, or the least."""
+    found = property(lambda code: least if code.saves_least else usual)
+    monkeypatch.setattr(inductor.Inductor, "saved_bytes", found)
+
+
 def test_a_plan_whose_code_would_not_fit_gets_none(interpreted, compiled, monkeypatch):
     seen = foresees(monkeypatch, lambda plan: int(1.2 * plan.predicted_peak))
     measures(monkeypatch, 1)
@@ -759,7 +765,8 @@ def test_where_code_of_a_plan_does_not_fit_it_may_save_the_least(
     interpreted, compiled, monkeypatch
 ):
     decided = fxmem.plan(seeded(Net), "0.7x", (batch(256),))
-    seen = foresees(monkeypatch, lambda plan: 2 * plan.budget, lambda plan: plan.budget)
+    seen = foresees(monkeypatch, lambda plan: plan.budget + 1, lambda plan: plan.budget)
+    saves(monkeypatch, usual=1, least=0)
     measures(monkeypatch, 0.5)
     step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
     ((tried, _),) = compiled
@@ -771,6 +778,41 @@ def test_where_code_of_a_plan_does_not_fit_it_may_save_the_least(
     )
     assert again.plan.decisions == step.plan.decisions
     assert [tried.code.saves_least for tried, _ in compiled] == [True]
+
+
+def test_what_would_save_too_little_less_is_not_lowered(interpreted, compiled, monkeypatch):
+    least = []
+    foresees(monkeypatch, lambda plan: plan.budget + 2, least.append)
+    saves(monkeypatch, usual=1, least=0)
+    fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
+    assert not least
+
+
+def test_between_code_that_saves_the_least_and_fits_and_such_that_does_not_one_more_is_tried(
+    interpreted, compiled, monkeypatch
+):
+    least = []
+
+    def saving_least(plan):
+        least.append(plan)
+        return int(1.1 * plan.predicted_peak)
+
+    def usual(plan):
+        return int(1.2 * plan.budget - (plan.budget - plan.predicted_peak) / 2)
+
+    foresees(monkeypatch, usual, saving_least)
+    saves(monkeypatch, usual=10**9, least=0)
+    measures(monkeypatch, 1)
+    monkeypatch.setattr(code_search.CodeSearch, "_seems_to_fit_as_it_is", lambda search: False)
+    torch.manual_seed(0)
+    step = fxmem.optimize(Light(), "0.8x", (torch.randn(1024, 64),), compiler="inductor")
+    budget = step.plan.budget
+    first, second, third = (1.1 * plan.predicted_peak for plan in least)
+    assert first > budget >= third > second
+    assert first > budget > 0.9 * budget > second
+    ((tried, _),) = compiled
+    assert tried.plan is least[-1]
+    assert tried.plan.added_seconds < least[1].added_seconds
 
 
 class Light(nn.Module):

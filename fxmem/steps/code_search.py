@@ -13,7 +13,7 @@ that the least is saved.  That takes less time than operators made again, if it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -110,6 +110,9 @@ class CodeSearch:
                 if other.fits:
                     break
             following = self._following()
+        larger = self._larger_saving_least()
+        if larger is not None:
+            self.saving_least.append(larger)
         fitting = [one for one in self._all if one.fits]
         if not fitting:
             return min(self._all, key=lambda one: one.foreseen or 0)
@@ -154,22 +157,40 @@ class CodeSearch:
         """The plan as code; the step as it is saves the least where it would hold too much otherwise."""
         as_it_is = planned is not self.found[0] and planned.plan.added_seconds <= 0
         least = as_it_is and self._has_to_save_least
-        return self._lowered_as(planned, validity, saves_least=least)
+        return self._looked_at(planned, validity, Inductor(planned, saves_least=least))
 
     def _saving_least(self, tried: Tried) -> Tried | None:
-        """The same plan as code that saves the least, where that may be smaller."""
+        """The same plan as code that saves the least, where that may keep the budget."""
         if tried.fits or tried.code.saves_least or not self._may_save_least(tried.plan):
             return None
-        return self._lowered_as(tried.planned, tried.validity, saves_least=True)
+        code = Inductor(tried.planned, saves_least=True, like=tried.code)
+        too_many = (tried.foreseen or 0) - tried.plan.budget
+        if tried.code.saved_bytes - code.saved_bytes < too_many:
+            return None
+        return self._looked_at(tried.planned, tried.validity, code)
+
+    def _larger_saving_least(self) -> Tried | None:
+        """Code of a plan for more bytes, after such code that keeps the budget with room left."""
+        last = self.saving_least[-1] if self.saving_least else None
+        if last is None or last.foreseen is None or not last.fits or len(self.seen) >= PLANS:
+            return None
+        room = last.plan.budget - last.foreseen
+        if room <= UNSURE * last.plan.budget or last.plan.predicted_overhead < GAIN:
+            return None
+        gives = _slope(self.saving_least)
+        if gives <= 0:
+            return None
+        more = (room - MARGIN * last.plan.budget) / gives
+        again = self._new(int(last.plan.predicted_peak + more))
+        if again is None or not _spares(last.plan, again[0].plan):
+            return None
+        return self._looked_at(*again, Inductor(again[0], saves_least=True))
 
     def _may_save_least(self, plan: Plan) -> bool:
         """The step as it is costs nothing, and is to go on costing nothing."""
         return plan.added_seconds > 0 or self._held_least.heavy <= LIGHT
 
-    def _lowered_as(
-        self, planned: Planned, validity: Validity | None, *, saves_least: bool
-    ) -> Tried:
-        code = Inductor(planned, saves_least=saves_least)
+    def _looked_at(self, planned: Planned, validity: Validity | None, code: Inductor) -> Tried:
         try:
             foreseen = code.foreseen(planned, self.table, self.analysis.device)
         except Exception:  # to compile says what is wrong, if anything is but this look ahead
@@ -188,8 +209,7 @@ class CodeSearch:
             again = self._new(_target(last.plan, last.foreseen))
             if again is None:
                 return None
-            spared = last.plan.predicted_overhead - again[0].plan.predicted_overhead
-            return again if spared >= GAIN else None
+            return again if _spares(last.plan, again[0].plan) else None
         gives = self._gives()
         if gives <= 0 or not self._may_fit(last, gives, self._least()):
             return None
@@ -199,14 +219,8 @@ class CodeSearch:
         return again
 
     def _gives(self) -> float:
-        """Bytes that code peaks lower by for each that its plan does, by the last two that were seen."""
-        decided = [one for one in self.seen if not self._is_as_it_is(one)]
-        if len(decided) < 2:
-            return 1.0
-        (planned, code), (then, again) = (
-            (one.plan.predicted_peak, one.foreseen or 0) for one in decided[-2:]
-        )
-        return min((code - again) / (planned - then), 1.0) if planned != then else 0.0
+        """Bytes that code peaks lower by for each that its plan does, as far as is seen."""
+        return min(_slope([one for one in self.seen if not self._is_as_it_is(one)]), 1.0)
 
     def _may_fit(self, last: Tried, gives: float, planned: int) -> bool:
         """May the code of a plan of so many bytes keep the budget, after the last one's, which does not?"""
@@ -264,6 +278,21 @@ class CodeSearch:
         if not self._is_new(again.plan):
             return None
         return replace(again, plan=replace(again.plan, budget=plan.budget)), validity
+
+
+def _spares(plan: Plan, other: Plan) -> bool:
+    """Does the other one take so much less time that it is worth a look?"""
+    return plan.predicted_overhead - other.predicted_overhead >= GAIN
+
+
+def _slope(tried: Sequence[Tried]) -> float:
+    """Bytes that code peaks lower by for each that its plan does, by the last two, if there are two."""
+    if len(tried) < 2:
+        return 1.0
+    (planned, code), (then, again) = (
+        (one.plan.predicted_peak, one.foreseen or 0) for one in tried[-2:]
+    )
+    return (code - again) / (planned - then) if planned != then else 0.0
 
 
 def _may_stay(plan: Plan) -> bool:

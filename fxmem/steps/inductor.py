@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,12 +46,16 @@ from fxmem.steps.pipeline import Planned
 class Inductor:
     """Code for both halves of a planned step; see ``Code`` in backward.py.
 
-    saves_least: is all made again that kernels can, though it costs them time?
+    saves_least: is all made again that kernels can, though it costs them time?  like: code of the same
+    plan, which is not taken apart once more then.
     """
 
-    def __init__(self, planned: Planned, *, saves_least: bool = False) -> None:
+    def __init__(
+        self, planned: Planned, *, saves_least: bool = False, like: Inductor | None = None
+    ) -> None:
         with explained("taking the step apart into Inductor's operators", planned.graph.module):
-            self.graph, self.saved = _cut(_in_inductors_operators(planned), saves_least)
+            self.whole: JointGraph = like.whole if like else _in_inductors_operators(planned)
+            self.graph, self.saved = _cut(self.whole, saves_least)
             self.split = self._halves(self.graph)
         self.saves_least = saves_least
         self.strides: _torch_inductor.Strides = {}
@@ -91,6 +96,11 @@ class Inductor:
             )
             self.lowered = []
         return code
+
+    @cached_property
+    def saved_bytes(self) -> int:
+        """Bytes of what is saved, inputs that are needed again among it."""
+        return _bytes_of(self.graph, self.saved)
 
     def foreseen(self, planned: Planned, table: Workspaces, device: torch.device) -> int | None:
         """Bytes that the step will peak at; None where torch has code of it already.
@@ -330,14 +340,19 @@ class Held:
 def held(graph: JointGraph, *, saves_least: bool = False) -> Held:
     """Of a step as it was captured."""
     graph, saved = _cut(taken_apart(graph), saves_least)
-    known = {n.name for n in graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)} | {*saved}
+    given = graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)
+    nbytes = _bytes_of(graph, {n.name for n in given} | {*saved})
+    return Held(nbytes, _heavy(graph, saved))
+
+
+def _bytes_of(graph: JointGraph, names: Collection[str]) -> int:
+    """Bytes of the storages of these values."""
     found: dict[int, Size] = {}
     for node in graph.nodes:
-        if node.name in known:
+        if node.name in names:
             found |= storages_in(node.meta.get("val"))
     bindings = graph.bindings()
-    nbytes = sum(int(evaluate(nbytes, bindings)) for nbytes in found.values())
-    return Held(nbytes, _heavy(graph, saved))
+    return sum(int(evaluate(nbytes, bindings)) for nbytes in found.values())
 
 
 def taken_apart(graph: JointGraph) -> JointGraph:
