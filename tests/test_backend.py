@@ -624,7 +624,9 @@ def test_each_of_equal_blocks_has_its_plans():
     assert first != second == third  # the first one's input gets no gradient
 
 
-@pytest.mark.parametrize(("share", "used", "most"), [(0.9, 0.95, 3), (0.5, 0.9, 4)])
+@pytest.mark.parametrize(
+    ("share", "used", "most"), [(0.9, 0.95, 3), pytest.param(0.5, 0.9, 4, marks=pytest.mark.slow)]
+)
 def test_equal_blocks_run_few_programs(share, used, most):
     """Of one graph that is called at many places, code is made for a few of them."""
     model, x = seeded(Net, depth=8), batch(256)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import but_slow
 
 from fxmem import cli
 from fxmem.cli import main
@@ -357,7 +358,7 @@ def test_python_dash_m():
 # The demo
 
 
-@pytest.mark.parametrize("model", ["gpt", "resnet"])
+@pytest.mark.parametrize("model", but_slow(["gpt", "resnet"], ["gpt"]))
 def test_demo_trains_the_same_twice(capsys, model):
     if model == "resnet":
         pytest.importorskip("sklearn")

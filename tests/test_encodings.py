@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from families import FAMILIES
 from hazards import differences, train
+from quick import but_slow
 from test_engine import capture_once
 from test_passes import assert_same_outputs, captured, changed, tensor
 from test_simulate import rewritten
@@ -499,7 +500,7 @@ class Strided(nn.Module):
 
 
 @pytest.mark.parametrize("allow", [("recompute", "lossless"), ("lossless",)], ids=len)
-@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("expanded", but_slow([False, True], [True]))
 def test_pools_of_overlapping_memory(expanded, allow):
     torch.manual_seed(0)
     model = Strided(expanded)
@@ -542,7 +543,7 @@ def test_a_plan_with_codes_is_replayed(tmp_path):
 CODED = ("resnet", "unet-dropout", "densenet-dropout", "gpt2-dropout", "encdec-dropout")
 
 
-@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("name", but_slow(CODED, CODED[:4]))
 def test_any_choice_of_codes_gives_the_bits_in_the_bytes(name, monkeypatch):
     monkeypatch.setattr(lossless, "LEAST", 1)
     model, args, kwargs = FAMILIES[name].build("tiny")

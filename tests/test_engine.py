@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pytest
 from families import FAMILIES, loss_of
 from hazards import Seen, differences, train
+from quick import but_slow
 from torch import nn
 
 import fxmem
@@ -171,8 +172,14 @@ def check(run: Trial, step: Step, budget: int | None) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+QUICK = {
+    *("llama-dropout", "gpt2-dropout", "vit-dropout", "convnext", "unet-dropout", "resnet"),
+    *("densenet-dropout", "encdec"),
+}
+
+
 @pytest.mark.parametrize("budget", ["unchanged", *BUDGETS])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", but_slow(FAMILIES, QUICK))
 def test_family(name, budget):
     run = trial(name)
     if budget == "unchanged":

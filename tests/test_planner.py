@@ -12,9 +12,7 @@ from fxmem.planning.planner import Choice, Planner
 SEEDS = range(240)
 
 
-@pytest.mark.parametrize(
-    "flow", but_slow([random_flow, coded_flow, noisy_flow], [coded_flow, noisy_flow])
-)
+@pytest.mark.parametrize("flow", but_slow([random_flow, coded_flow, noisy_flow], [coded_flow]))
 def test_plans_are_close_to_the_best_choice_of_kept_values(flow):
     """Of 973 searches (600 seeds) one ended further away today, without a plan: none of these."""
     found = [distance for seed in SEEDS for distance in distances(seed, flow)]
@@ -50,7 +48,7 @@ def test_the_same_step_gets_the_same_plan(seed, forward):
     assert all(map(is_the_same, plans, reversed(again)))
 
 
-@pytest.mark.parametrize("flow", [random_flow, coded_flow, noisy_flow])
+@pytest.mark.parametrize("flow", but_slow([random_flow, coded_flow, noisy_flow], [noisy_flow]))
 @pytest.mark.parametrize("forward", but_slow([8, 20, 40], [8, 20]))
 @pytest.mark.parametrize("seed", SEEDS[::80])
 def test_more_room_is_never_slower(seed, forward, flow):

@@ -93,7 +93,7 @@ def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) 
     assert not wrong, "\n".join(wrong)
 
 
-QUICK = {"llama", "gpt2-dropout", "resnet", "unet", "encdec-dropout"}
+QUICK = {"llama", "gpt2-dropout", "resnet", "unet"}
 
 
 @pytest.mark.parametrize("name", but_slow(FAMILIES, QUICK))
@@ -101,7 +101,7 @@ def test_family(name):
     check(*FAMILIES[name].build("tiny"), seed=0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", but_slow(SEEDS, SEEDS[:10]))
 def test_random_program(seed):
     program = random_program(seed)
     check(program.model, program.inputs, {}, seed)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quick import but_slow
 
 import fxmem
 from fxmem.graphs.capture import StepCall, capture
@@ -62,7 +63,7 @@ def assert_close(model, optimized, kwargs):
     torch.testing.assert_close(eager, mine)
 
 
-@pytest.mark.parametrize("lengths", [(16,), (10, 6), (4, 4, 8)])
+@pytest.mark.parametrize("lengths", but_slow([(16,), (10, 6), (4, 4, 8)], [(10, 6)]))
 def test_packed_rows_stay_packed(lengths):
     """Positions that come from outside are never taken for what they are in the example."""
     model = llama()
