@@ -110,6 +110,16 @@ view_2 = view(scatter_add, [2, 8, 9, 9])""",
     )
 
 
+@pytest.mark.parametrize(("side", "dtype"), [(11, torch.int8), (12, torch.int32)])
+def test_offsets_in_a_large_window_do_not_become_negative(side, dtype):
+    def gradient(g, o):
+        window = [side, side], [4, 4], [0, 0], [1, 1]
+        return pool_backward(g, o, [-1, 8, 24, 24], [4608, 576, 24, 1], *window, False)
+
+    convert, *_ = traced(gradient, pooled(FIRST), pooled(FIRST).to(torch.uint8))
+    assert convert.args[1] == dtype
+
+
 @pytest.mark.parametrize("lie", [FIRST, LAST])
 def test_it_lies_as_the_gradient_does(lie):
     pad, _ = traced(average, pooled(lie))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,10 @@ def indices_of_offsets(offsets: torch.Tensor, *how: list[int]) -> torch.Tensor:
 
     how: height and width of kernels, of the pool's input, of strides, padding and dilation.
     """
-    found: torch.Tensor = _INDICES(offsets.to(torch.int8), *how)
+    is_short = (
+        math.prod(how[0]) <= 128
+    )  # 8 bits with a sign hold what is below, and loops count on that
+    found: torch.Tensor = _INDICES(offsets.to(torch.int8 if is_short else torch.int32), *how)
     return found
 
 

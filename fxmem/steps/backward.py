@@ -100,7 +100,8 @@ def without_unread(module: fx.GraphModule) -> fx.GraphModule:
 class Coded:
     """A planned step with its code.  split: the halves as they run.
 
-    phases: what they were measured to hold, where that is not as planned.
+    phases: what they were measured to hold, where that is not as planned.  written: places of inputs that
+    the forward writes itself.
     """
 
     planned: Planned
@@ -108,6 +109,7 @@ class Coded:
     forward: _torch.BoxedCallable
     backward: Backward
     phases: Phases | None = None
+    written: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ there is code of them; which plan to make code of is chosen in code_search.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -58,6 +58,7 @@ class Inductor:
             self.graph, self.saved = _cut(self.whole, saves_least)
             self.split = self._halves(self.graph)
         self.saves_least = saves_least
+        self.written = _written_by_kernels(self.split.forward, self.graph.written_inputs())
         self.strides: _torch_inductor.Strides = {}
         self.lowered: list[Any] = []
         self.freed_at_once = False
@@ -71,6 +72,8 @@ class Inductor:
                 **self._of_forward(module),
                 lowered=self.lowered[0] if self.lowered else None,
             )
+        if self.written:
+            code = _counting_what_it_wrote(code, [*self.written.values()])
         return _each_its_own(code, self._repeated())
 
     def _repeated(self) -> list[int]:
@@ -135,14 +138,13 @@ class Inductor:
     def _forward_as_written(self) -> fx.GraphModule:
         """The forward's graph, to be changed; what its kernels write over inputs it does not return."""
         module = _copy(self.split.forward)
-        written = self.graph.written_inputs()
         given, output = module.graph.find_nodes(op="placeholder"), module.graph.output_node()
         with module.graph.inserting_before(output):
-            for place, at in written.items():
+            for place, at in self.written.items():
                 over = (given[at], output_values(module)[place])
                 copied = module.graph.call_function(torch.ops.aten.copy_.default, over)
                 copied.meta["val"] = given[at].meta["val"]
-        left = [None if i in written else v for i, v in enumerate(output_values(module))]
+        left = [None if i in self.written else v for i, v in enumerate(output_values(module))]
         output.args = (tuple(left),)
         return module
 
@@ -189,6 +191,48 @@ def _each_its_own(code: _torch.BoxedCallable, places: Sequence[int]) -> _torch.B
         return outputs
 
     return _torch.mark_boxed(run)
+
+
+def _counting_what_it_wrote(code: _torch.BoxedCallable, places: Sequence[int]) -> Any:
+    """Code that writes these inputs, and says so to autograd where it fails in the midst."""
+
+    def run(args: list[Any]) -> Any:
+        inputs = [args[at] for at in places]
+        try:
+            return code(args)
+        except BaseException:
+            torch.autograd.graph.increment_version(inputs)
+            raise
+
+    return _torch.mark_boxed(run)
+
+
+def _written_by_kernels(forward: fx.GraphModule, written: Mapping[int, int]) -> dict[int, int]:
+    """Of the outputs that go over inputs, those that kernels may write there.
+
+    Nothing but its own new value may depend on such an input: Inductor hands out what is only a copy of
+    it, or a view, as the input itself, and by then that would be written.
+    """
+    given, outputs = forward.graph.find_nodes(op="placeholder"), output_values(forward)
+    over = {given[at]: place for place, at in written.items() if _is_apart(given[at])}
+    of = dict[Any, frozenset[fx.Node]]()
+    for node in forward.graph.nodes:
+        parts = [of[source] for source in node.all_input_nodes if node.op != "output"]
+        of[node] = frozenset([node] if node in over else []).union(*parts)
+    read = {
+        source
+        for place, value in enumerate(outputs)
+        for source in of.get(value, ())
+        if over[source] != place
+    }
+    return {place: at for place, at in written.items() if given[at] in over.keys() - read}
+
+
+def _is_apart(node: fx.Node) -> bool:
+    """Does each of its elements lie in a place of its own, as far as strides say?"""
+    value = node.meta["val"]
+    lies = zip(map(hint, value.shape), map(hint, value.stride()), strict=True)
+    return all(stride for size, stride in lies if size != 1)
 
 
 def _in_inductors_operators(planned: Planned) -> JointGraph:

@@ -66,7 +66,8 @@ def inductor_step(
 def _compiled(tried: Tried, analysis: Analysis, graph: JointGraph) -> Coded:
     planned, code = tried.planned, tried.code
     forward = code.forward()
-    coded = Coded(planned, code.split, forward, Backward(planned, graph, code))
+    backward, written = Backward(planned, graph, code), tuple(code.written.values())
+    coded = Coded(planned, code.split, forward, backward, written=written)
     with explained("running the step as Inductor's code", planned.graph.module):
         phases = measured(coded, analysis)
     plan = planned.plan

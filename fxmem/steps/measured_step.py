@@ -27,8 +27,8 @@ def measured(coded: Coded, analysis: Analysis) -> Phases:
             _real(node, analysis.examples)
             for node in coded.split.forward.graph.find_nodes(op="placeholder")
         ]
-        for at in coded.planned.graph.written_inputs().values():
-            given[at] = given[at].clone()
+        for at in coded.written:
+            given[at] = _copied(given[at])
         step = _Step(coded, given)
         step.forward()  # once more than measured: libraries allocate what they keep
         step.backward()
@@ -91,6 +91,14 @@ def _real(node: fx.Node, examples: Mapping[str, Any]) -> Any:
     size, strides = [*map(hint, value.shape)], [*map(hint, value.stride())]
     found = torch.empty_strided(size, strides, dtype=value.dtype, device=value.device)
     return found.zero_()
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """As it lies, gaps included."""
+    like = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return like.copy_(tensor)
 
 
 def loss_outside(planned: Planned) -> int:
