@@ -169,7 +169,7 @@ def channels_last(size):
     return torch.randn(2, 3, size, size).contiguous(memory_format=LAST)
 
 
-@pytest.mark.parametrize("by", ["backend", "optimize"])
+@pytest.mark.parametrize("by", but_slow(["backend", "optimize"], ["optimize"]))
 def test_no_size_becomes_a_constant(by):
     model = seeded(Depthwise)
     with fresh_dynamo(), fresh_inductor_cache():

@@ -174,7 +174,7 @@ def check(run: Trial, step: Step, budget: int | None) -> None:
 
 QUICK = {
     *("llama-dropout", "gpt2-dropout", "vit-dropout", "convnext", "unet-dropout", "resnet"),
-    *("densenet-dropout", "encdec"),
+    "densenet-dropout",
 }
 
 

@@ -373,7 +373,7 @@ def resident_bytes(found: Liveness, call: StepCall) -> int:
         pytest.param("vit", {"B": 9}, marks=pytest.mark.slow),
         ("resnet", {"B": 16}),
         ("unet", {"B": 1}),
-        ("encdec", {"B": 5, "S": 33}),
+        pytest.param("encdec", {"B": 5, "S": 33}, marks=pytest.mark.slow),
         ("gpt2-dropout", {"B": 5}),
     ],
 )

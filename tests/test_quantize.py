@@ -405,9 +405,12 @@ def test_predicted_variance_of_what_travels_is_measured_variance(program, bits):
     assert 0.8 < drawn.predicted / measured < 1.25
 
 
+MORE = (gated, 4), (activations, 2)
+
+
 @pytest.mark.parametrize(
     ("program", "bits"),
-    [(products, 2), (activations, 2), pytest.param(gated, 4, marks=pytest.mark.slow)],
+    [(products, 2), *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE)],
 )
 def test_the_mean_of_many_draws_is_the_gradient(program, bits):
     torch.manual_seed(0)
