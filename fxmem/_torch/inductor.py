@@ -175,10 +175,9 @@ def indices_of_offsets(offsets: torch.Tensor, *how: list[int]) -> torch.Tensor:
 
     how: height and width of kernels, of the pool's input, of strides, padding and dilation.
     """
-    is_short = (
-        math.prod(how[0]) <= 128
-    )  # 8 bits with a sign hold what is below, and loops count on that
-    found: torch.Tensor = _INDICES(offsets.to(torch.int8 if is_short else torch.int32), *how)
+    # Loops take what is negative for counted from the end, and 8 bits hold no offset above 127.
+    short = torch.int8 if math.prod(how[0]) <= 128 else torch.int32
+    found: torch.Tensor = _INDICES(offsets.to(short), *how)
     return found
 
 

@@ -80,10 +80,10 @@ def writing(code: Code, places: Mapping[int, int]) -> Code:
     def run(args: list[Any]) -> Any:
         inputs = [args[at] for at in places.values()]
         outputs = list(code(args))
-        left = [at for at, place in enumerate(places) if outputs[place] is not None]
+        pairs = zip(inputs, map(outputs.__getitem__, places), strict=True)
+        left = [(old, new) for old, new in pairs if new is not None]
         if left:
-            new = [outputs[place] for place in places]
-            torch._foreach_copy_([inputs[at] for at in left], [new[at] for at in left])
+            torch._foreach_copy_([old for old, _ in left], [new for _, new in left])
         # Autograd, which looks away here, refuses a backward that saved what was there before.
         torch.autograd.graph.increment_version(inputs)
         return _without(outputs, places)

@@ -60,18 +60,11 @@ def _maximum(grad: Tensor, indices: Tensor, size: list[int], _: list[int], *how:
 
 
 def _by_offsets(
-    grad: Tensor,
-    offsets: Tensor,
-    size: list[int],
-    strides: list[int],
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    ceil_mode: bool,
+    grad: Tensor, offsets: Tensor, size: list[int], strides: list[int], *how: Any
 ) -> Tensor:
-    indices = indices_of_offsets(offsets, kernel, size[-2:], stride, padding, dilation)
-    return _maximum(grad, indices, size, strides, kernel, stride, padding, dilation, ceil_mode)
+    kernel, *window, _ = how
+    indices = indices_of_offsets(offsets, kernel, size[-2:], *window)
+    return _maximum(grad, indices, size, strides, *how)
 
 
 _MAXIMA: dict[Any, Callable[..., Tensor]] = {
