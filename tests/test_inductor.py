@@ -5,6 +5,7 @@ import logging
 import operator
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -29,11 +30,12 @@ import fxmem
 from fxmem import backend
 from fxmem._torch import inductor as _torch_inductor
 from fxmem._torch import symbolic_fake_mode
+from fxmem.analysis.cost import CPU
 from fxmem.backend.session import Session
 from fxmem.graphs.emit import boxed
 from fxmem.graphs.graph import operator_name
 from fxmem.graphs.measure import cpu_allocations
-from fxmem.steps import code_search, inductor, inductor_step, measured_step
+from fxmem.steps import code_search, inductor, inductor_step, looks, measured_step
 from fxmem.steps.backward import Phases
 
 
@@ -607,10 +609,10 @@ def measures(monkeypatch, share):
     monkeypatch.setattr(inductor_step, "measured", measured)
 
 
-def saves(monkeypatch, usual, least):
-    """Let code save so many bytes; as much as it can, or the least."""
-    found = property(lambda code: least if code.saves_least else usual)
-    monkeypatch.setattr(inductor.Inductor, "saved_bytes", found)
+def holds(monkeypatch, usual, least):
+    """Let code hold so many bytes between its halves; as it usually does, or where it saves the least."""
+    found = property(lambda code: inductor.Held(least if code.saves_least else usual, 0.0))
+    monkeypatch.setattr(inductor.Inductor, "held", found)
 
 
 def test_a_plan_whose_code_would_not_fit_gets_none(interpreted, compiled, monkeypatch):
@@ -766,7 +768,7 @@ def test_where_code_of_a_plan_does_not_fit_it_may_save_the_least(
 ):
     decided = fxmem.plan(seeded(Net), "0.7x", (batch(256),))
     seen = foresees(monkeypatch, lambda plan: plan.budget + 1, lambda plan: plan.budget)
-    saves(monkeypatch, usual=1, least=0)
+    holds(monkeypatch, usual=1, least=0)
     measures(monkeypatch, 0.5)
     step = fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
     ((tried, _),) = compiled
@@ -783,36 +785,57 @@ def test_where_code_of_a_plan_does_not_fit_it_may_save_the_least(
 def test_what_would_save_too_little_less_is_not_lowered(interpreted, compiled, monkeypatch):
     least = []
     foresees(monkeypatch, lambda plan: plan.budget + 2, least.append)
-    saves(monkeypatch, usual=1, least=0)
+    holds(monkeypatch, usual=1, least=0)
     fxmem.optimize(seeded(Net), "0.7x", (batch(256),), compiler="inductor")
     assert not least
 
 
-def test_between_code_that_saves_the_least_and_fits_and_such_that_does_not_one_more_is_tried(
+def test_the_largest_plan_is_sought_whose_code_fits_where_it_saves_the_least(
     interpreted, compiled, monkeypatch
 ):
     least = []
 
     def saving_least(plan):
         least.append(plan)
-        return int(1.1 * plan.predicted_peak)
+        return int(0.87 * plan.predicted_peak)
 
-    def usual(plan):
-        return int(1.2 * plan.budget - (plan.budget - plan.predicted_peak) / 2)
-
-    foresees(monkeypatch, usual, saving_least)
-    saves(monkeypatch, usual=10**9, least=0)
-    measures(monkeypatch, 1)
+    foresees(monkeypatch, lambda plan: int(1.01 * plan.budget), saving_least)
+    holds(monkeypatch, usual=10**9, least=0)
+    measures(monkeypatch, 0.8)
     monkeypatch.setattr(code_search.CodeSearch, "_seems_to_fit_as_it_is", lambda search: False)
     torch.manual_seed(0)
     step = fxmem.optimize(Light(), "0.8x", (torch.randn(1024, 64),), compiler="inductor")
     budget = step.plan.budget
-    first, second, third = (1.1 * plan.predicted_peak for plan in least)
-    assert first > budget >= third > second
-    assert first > budget > 0.9 * budget > second
+    assert len(least) == code_search.PLANS
+    assert least[0].added_seconds == 0  # the step as it is
+    assert [0.87 * plan.predicted_peak <= budget for plan in least] == [False, True, True]
+    assert least[0].predicted_peak > least[2].predicted_peak > least[1].predicted_peak > budget
     ((tried, _),) = compiled
-    assert tried.plan is least[-1]
-    assert tried.plan.added_seconds < least[1].added_seconds
+    assert tried.plan is least[2]
+
+
+def test_code_that_saves_the_least_takes_the_place_of_such_that_fits_in_less_time(
+    interpreted, compiled, monkeypatch
+):
+    foresees(monkeypatch, lambda plan: plan.budget, lambda plan: plan.budget)
+    measures(monkeypatch, 0.5)
+    monkeypatch.setattr(code_search.CodeSearch, "_seems_to_fit_as_it_is", lambda search: False)
+    torch.manual_seed(0)
+    step = fxmem.optimize(Light(), "0.8x", (torch.randn(1024, 64),), compiler="inductor")
+    ((tried, _),) = compiled
+    assert tried.code.saves_least
+    assert step.plan.added_seconds == 0
+
+
+def test_functions_cost_the_time_of_their_elements_where_kernels_make_them_again():
+    def held(function):
+        torch.manual_seed(0)
+        with capture_once(Light(function), (torch.randn(1024, 64),)) as captured:
+            return inductor.held(captured.analysis.graph, saves_least=True).heavy
+
+    assert held(F.relu) == 0
+    each = CPU.launch + 2 * 4 * 1024 * 128 / CPU.bandwidth  # read and written once
+    assert held(F.gelu) == pytest.approx(8 * each)
 
 
 class Light(nn.Module):
@@ -831,23 +854,29 @@ class Light(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize(("function", "light"), [(F.relu, True), (F.gelu, False)])
-def test_the_step_as_it_is_saves_the_least_where_that_takes_arithmetic_alone(
-    function, light, interpreted, compiled, monkeypatch
+@pytest.mark.parametrize("light", [True, False])
+def test_the_step_as_it_is_saves_the_least_where_that_takes_about_no_time(
+    light, interpreted, compiled, monkeypatch
 ):
     torch.manual_seed(0)
-    model, x = Light(function), torch.randn(1024, 64)
+    model, x = Light(), torch.randn(1024, 64)
     with capture_once(model, (x,)) as captured:
         graph = captured.analysis.graph
     usual, least = inductor.held(graph), inductor.held(graph, saves_least=True)
     assert least.nbytes < 0.9 * usual.nbytes
-    assert (least.heavy <= code_search.LIGHT) == light
-    seen = foresees(monkeypatch, lambda plan: plan.budget, lambda plan: plan.budget)
+    seconds = fxmem.plan(model, "1TiB", (x,)).seconds
+    heavy = (0.9 if light else 1.1) * code_search.LIGHT * seconds
+    least = replace(least, heavy=heavy)
+    held = lambda _, saves_least=False: least if saves_least else usual  # noqa: E731
+    monkeypatch.setattr(looks, "held", held)
+    as_least = 1 if light else 2
+    seen = foresees(monkeypatch, lambda plan: plan.budget, lambda plan: as_least * plan.budget)
     measures(monkeypatch, 0.1)
     budget = int(1.08 * least.nbytes)
     step = fxmem.optimize(model, budget, (x,), compiler="inductor")
     ((tried, _),) = compiled
-    assert (tried.plan.added_seconds == 0) == tried.code.saves_least == light
+    assert tried.code.saves_least == light
+    assert (tried.plan.added_seconds == 0) == light
     assert len(seen) == (not light)
     assert step.plan.budget == budget
 

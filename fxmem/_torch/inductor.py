@@ -52,6 +52,7 @@ from fxmem._torch import (
     random_as_in_eager,
 )
 from fxmem._torch.average_pools import DIVIDED_AS_EAGER, divided_as_eager
+from fxmem._torch.concatenations import ONE_AT_A_TIME, one_concatenation_at_a_time
 from fxmem._torch.convolutions import AS_THEY_LIE, operands_as_they_lie
 from fxmem._torch.draws import DRAWS_IN_ORDER, draws_in_order
 from fxmem._torch.reductions import reductions_early
@@ -276,6 +277,7 @@ def inductor(
         operands_as_they_lie(),
         divided_as_eager(),
         unity_build(),
+        one_concatenation_at_a_time() if backward else contextlib.nullcontext(),
         _freed_at_once() if freed_at_once else contextlib.nullcontext(),
         _lowered_before(lowered) if lowered is not None else contextlib.nullcontext(),
     ):
@@ -349,7 +351,7 @@ def _keyed_by(
     All else that a plan changes is in the graph's own code, by which that cache is keyed.
     """
     before = compiler_config.cache_key_tag
-    ours = f"{DRAWS_IN_ORDER} {AS_THEY_LIE} {DIVIDED_AS_EAGER}"
+    ours = f"{DRAWS_IN_ORDER} {AS_THEY_LIE} {DIVIDED_AS_EAGER} {ONE_AT_A_TIME}"
     tag = f"{before} fxmem {ours} {list(visible)} {freed_at_once}"
     compiler: Any = compiler_config
     patch: contextlib.AbstractContextManager[Any] = compiler.patch(cache_key_tag=tag)

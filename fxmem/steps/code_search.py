@@ -1,80 +1,35 @@
 """The plan to make code of: plans of one step, each lowered to see what its code will peak at.
 
-Plans are made operator by operator, and Inductor's kernels hold fewer bytes or more.  So a plan is lowered
-to see what its code will peak at (fused.py), which takes little of the time that the code takes, and the
-step is planned again, for more bytes or fewer, until it will fit without much room left, or until code is
-seen not to follow its plan.  What Inductor's cut makes again costs next to nothing, so the step as it is
-may fit where operators of it do not: where that seems so, it is looked at first.
+The step is planned again, for more bytes or fewer, until its code will fit without much room left, or until
+code is seen not to follow its plan.  What Inductor's cut makes again costs next to nothing, so the step as
+it is may fit where operators of it do not: where that seems so, it is looked at first.
 
-Where code of a plan does not fit, kernels may make more again than costs nothing: all that they can, so
-that the least is saved.  That takes less time than operators made again, if it is arithmetic.
+Kernels may make more again than costs nothing: all that they can.  Where that saves bytes, larger plans are
+looked at so (least_search.py).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from fxmem.graphs.graph import JointGraph, bytes_of_scalars
-from fxmem.graphs.workspace import Workspaces
 from fxmem.planning.plan import Plan
 from fxmem.steps.analyze import Analysis
-from fxmem.steps.inductor import Held, Inductor, held, taken_apart
+from fxmem.steps.inductor import Held, Inductor
+from fxmem.steps.least_search import larger_saving_least
+from fxmem.steps.looks import GAIN, MARGIN, PLANS, UNSURE, Found, Looks, Tried, is_new
 from fxmem.steps.measured_step import loss_outside
 from fxmem.steps.options import Options
-from fxmem.steps.pipeline import Planned
-from fxmem.steps.validity import Validity, decided
-
-log = logging.getLogger(__name__)
-
-MARGIN = 0.01
-"""Of the budget, left free by a further plan: what it will peak at is known from the last one's error."""
 
 ROOM = 0.1
 """Of the budget: with more left, a plan that costs time is worth a further one."""
 
-UNSURE = 0.02
-"""Of the budget: so far above it, what is foreseen is not tried."""
-
 SPARE = 0.05
 """Of what the step as it is holds: with so much more, it is looked at first."""
 
-LIGHT = 0.05
-"""Of the elements that kernels make again: with fewer that take more than arithmetic, it costs no time."""
-
-PLANS = 3
-"""So many are lowered at most, before code is made of one."""
-
-GAIN = 0.01
-"""Of the step's time: to spare less is not worth the seconds that it takes to lower a further plan."""
-
-Found = tuple[Planned, Validity | None]
-"""A planned step, and where sizes may change, those that it holds for."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A plan in Inductor's operators.  foreseen: bytes that its code will peak at, if that is known."""
-
-    planned: Planned
-    validity: Validity | None
-    code: Inductor
-    foreseen: int | None
-
-    @property
-    def plan(self) -> Plan:
-        return self.planned.plan
-
-    @property
-    def fits(self) -> bool:
-        return self.foreseen is None or self.foreseen <= self.plan.budget
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Is its code so much too large that none need be made?"""
-        return self.foreseen is not None and self.foreseen > (1 + UNSURE) * self.plan.budget
+LIGHT = 0.01
+"""Of the step's time: where kernels make again for less what takes more than arithmetic, it costs none."""
 
 
 @dataclass
@@ -82,7 +37,7 @@ class CodeSearch:
     """Plans of one step under one budget, each lowered to see what its code will peak at.
 
     found: what was decided operator by operator.  here: the sizes that may change as they are now.  seen:
-    plans in turn.  saving_least: those again whose code did not fit.
+    plans in turn.  saving_least: those whose code saves the least instead.
     """
 
     analysis: Analysis
@@ -94,29 +49,23 @@ class CodeSearch:
 
     def __post_init__(self) -> None:
         self.plan = self.found[0].plan
-        self.table = Workspaces(self.analysis.workspaces.table)
+        self.looks = Looks(self.analysis, self.options, self.found, self.here)
 
     def best(self) -> Tried:
         """Of those whose code will fit, the one that adds the least time; else the smallest one."""
         if _may_stay(self.plan):
             return Tried(*self.found, Inductor(self.found[0]), None)
-        following = self._as_it_is() if self._seems_to_fit_as_it_is() else None
+        following = self.looks.as_it_is([]) if self._seems_to_fit_as_it_is() else None
         following = following or self.found
         while following is not None and len(self.seen) < PLANS:
-            self.seen.append(self._lowered(*following))
-            other = self._saving_least(self.seen[-1])
-            if other is not None:
-                self.saving_least.append(other)
-                if other.fits:
-                    break
+            self.seen.append(self._lowered(following))
+            if self._does_saving_least(self.seen[-1]):
+                break
             following = self._following()
-        larger = self._larger_saving_least()
-        if larger is not None:
-            self.saving_least.append(larger)
         fitting = [one for one in self._all if one.fits]
         if not fitting:
             return min(self._all, key=lambda one: one.foreseen or 0)
-        return min(fitting, key=lambda one: one.plan.added_seconds)
+        return min(fitting, key=lambda one: one.seconds)
 
     def instead(self, tried: Tried, peak: int) -> Tried | None:
         """What to make code of after code that was measured to peak so; None if that may stay, or if
@@ -127,14 +76,14 @@ class CodeSearch:
         too_many = peak > self.plan.budget
         others = self._fitting_with(max(peak - (tried.foreseen or peak), 0))
         if too_many and others:
-            return min(others, key=lambda one: one.plan.added_seconds)
+            return min(others, key=lambda one: one.seconds)
         if too_many and self._is_as_it_is(tried):
-            again: Found | None = self.found if self._is_new(self.found[0].plan) else None
+            again: Found | None = self.found if is_new(self.plan, self.seen) else None
         else:
-            again = self._new(_target(tried.plan, peak))
+            again = self._planned(_target(tried.plan, peak))
         if again is None or again[0].plan.decisions == tried.plan.decisions:
             return None
-        found = self._lowered(*again)
+        found = self._lowered(again)
         return None if found.is_hopeless else found
 
     def _fitting_with(self, error: int) -> list[Tried]:
@@ -150,53 +99,31 @@ class CodeSearch:
         """Is it the step as it is, which was not decided?"""
         return tried.planned is not self.found[0] and tried.planned is self.seen[0].planned
 
-    def _is_new(self, plan: Plan) -> bool:
-        return all(plan.decisions != one.plan.decisions for one in self.seen)
-
-    def _lowered(self, planned: Planned, validity: Validity | None) -> Tried:
+    def _lowered(self, found: Found) -> Tried:
         """The plan as code; the step as it is saves the least where it would hold too much otherwise."""
+        planned, _ = found
         as_it_is = planned is not self.found[0] and planned.plan.added_seconds <= 0
         least = as_it_is and self._has_to_save_least
-        return self._looked_at(planned, validity, Inductor(planned, saves_least=least))
+        return self.looks.at(*found, Inductor(planned, saves_least=least))
 
-    def _saving_least(self, tried: Tried) -> Tried | None:
-        """The same plan as code that saves the least, where that may keep the budget."""
-        if tried.fits or tried.code.saves_least or not self._may_save_least(tried.plan):
-            return None
+    def _does_saving_least(self, tried: Tried) -> bool:
+        """Does code that saves the least keep the budget, of a larger plan or else of this one?"""
+        if tried.code.saves_least or tried.foreseen is None or not self._may_save_least(tried.plan):
+            return False
         code = Inductor(tried.planned, saves_least=True, like=tried.code)
-        too_many = (tried.foreseen or 0) - tried.plan.budget
-        if tried.code.saved_bytes - code.saved_bytes < too_many:
-            return None
-        return self._looked_at(tried.planned, tried.validity, code)
-
-    def _larger_saving_least(self) -> Tried | None:
-        """Code of a plan for more bytes, after such code that keeps the budget with room left."""
-        last = self.saving_least[-1] if self.saving_least else None
-        if last is None or last.foreseen is None or not last.fits or len(self.seen) >= PLANS:
-            return None
-        room = last.plan.budget - last.foreseen
-        if room <= UNSURE * last.plan.budget or last.plan.predicted_overhead < GAIN:
-            return None
-        gives = _slope(self.saving_least)
-        if gives <= 0:
-            return None
-        more = (room - MARGIN * last.plan.budget) / gives
-        again = self._new(int(last.plan.predicted_peak + more))
-        if again is None or not _spares(last.plan, again[0].plan):
-            return None
-        return self._looked_at(*again, Inductor(again[0], saves_least=True))
+        saved = tried.code.held.nbytes - code.held.nbytes
+        if not self.saving_least and saved > MARGIN * tried.plan.budget:
+            self.saving_least += larger_saving_least(self.looks, tried, code, self.seen)
+            if any(one.fits and one.seconds < tried.seconds for one in self.saving_least):
+                return True
+        if tried.fits or saved < tried.foreseen - tried.plan.budget:
+            return False
+        self.saving_least.append(self.looks.at(tried.planned, tried.validity, code))
+        return self.saving_least[-1].fits
 
     def _may_save_least(self, plan: Plan) -> bool:
         """The step as it is costs nothing, and is to go on costing nothing."""
-        return plan.added_seconds > 0 or self._held_least.heavy <= LIGHT
-
-    def _looked_at(self, planned: Planned, validity: Validity | None, code: Inductor) -> Tried:
-        try:
-            foreseen = code.foreseen(planned, self.table, self.analysis.device)
-        except Exception:  # to compile says what is wrong, if anything is but this look ahead
-            log.info("the peak of Inductor's code cannot be foreseen", exc_info=True)
-            foreseen = None
-        return Tried(planned, validity, code, foreseen)
+        return plan.added_seconds > 0 or self._is_light
 
     def _following(self) -> Found | None:
         """A plan that may be better than those that were seen."""
@@ -206,14 +133,14 @@ class CodeSearch:
         if len(self.seen) == 1 and self._is_as_it_is(last):
             return None if last.fits else self.found
         if last.fits:
-            again = self._new(_target(last.plan, last.foreseen))
+            again = self._planned(_target(last.plan, last.foreseen))
             if again is None:
                 return None
             return again if _spares(last.plan, again[0].plan) else None
         gives = self._gives()
         if gives <= 0 or not self._may_fit(last, gives, self._least()):
             return None
-        again = self._new(_target(last.plan, last.foreseen, gives))
+        again = self._planned(_target(last.plan, last.foreseen, gives))
         if again is None or not self._may_fit(last, gives, again[0].plan.predicted_peak):
             return None
         return again
@@ -234,50 +161,31 @@ class CodeSearch:
         forms = self.analysis.small_forms(self.options)
         return min(form.planner.simulator.least.nbytes for form in forms)
 
+    @cached_property
+    def _is_light(self) -> bool:
+        """Does the step as it is take about no more time where its code saves the least?"""
+        more = self.looks.held_least.heavy - self.looks.held.heavy
+        return more <= LIGHT * self.plan.seconds
+
     def _seems_to_fit_as_it_is(self) -> bool:
         """Is what it holds between its halves within the budget, with a little to spare?"""
         if self.plan.added_seconds <= 0:
             return False
         return not self._has_to_save_least or (
-            self._held_least.heavy <= LIGHT and self._has_room_for(self._held_least)
+            self._is_light and self._has_room_for(self.looks.held_least)
         )
 
     @cached_property
     def _has_to_save_least(self) -> bool:
         """Does the step as it is hold too much otherwise?"""
-        return not self._has_room_for(held(self._graph))
-
-    @cached_property
-    def _graph(self) -> JointGraph:
-        """The step as it was captured, taken apart once for both cuts."""
-        return taken_apart(self.analysis.graph)
+        return not self._has_room_for(self.looks.held)
 
     def _has_room_for(self, found: Held) -> bool:
         return (1 + SPARE) * (found.nbytes + loss_outside(self.found[0])) <= self.plan.budget
 
-    @cached_property
-    def _held_least(self) -> Held:
-        """By the step as it is, where kernels make again all that they can."""
-        return held(self._graph, saves_least=True)
-
-    def _as_it_is(self) -> Found | None:
-        scalars = bytes_of_scalars(self.analysis.device)  # of a loss outside, kept free
-        return self._new(self.plan.keep_all_peak + scalars)
-
-    def _new(self, target: int | None) -> Found | None:
-        """The step planned for other bytes, operator by operator, under the same budget.
-
-        None where there is no target, no other plan is allowed, or that one was seen.
-        """
-        plan, options = self.plan, self.options
-        if target is None or plan.smallest or options.plan is not None or not fits(plan):
-            return None
-        options = replace(options.for_bytes(target, self.analysis.device), on_infeasible="best")
-        memory = self.found[0].memory is not None
-        again, validity = decided(self.analysis, options, self.here, memory=memory)
-        if not self._is_new(again.plan):
-            return None
-        return replace(again, plan=replace(again.plan, budget=plan.budget)), validity
+    def _planned(self, target: int | None) -> Found | None:
+        """The step planned for other bytes; None if no other plan is allowed, or that one was seen."""
+        return self.looks.planned(target, self.seen)
 
 
 def _spares(plan: Plan, other: Plan) -> bool:
@@ -311,8 +219,3 @@ def _target(plan: Plan, peak: int, gives: float = 1.0) -> int | None:
     if room > ROOM * plan.budget and plan.added_seconds > 0:
         return int(plan.predicted_peak + room - ROOM / 2 * plan.budget)
     return None
-
-
-def fits(plan: Plan) -> bool:
-    """Does it peak within its budget, as predicted or measured?"""
-    return plan.predicted_peak <= plan.budget

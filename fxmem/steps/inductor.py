@@ -19,6 +19,7 @@ from torch import fx
 
 from fxmem import _torch
 from fxmem._torch import inductor as _torch_inductor
+from fxmem.analysis.cost import CPU
 from fxmem.basics.sizes import Size, evaluate, hint, storages_in, tensors_in
 from fxmem.codes import planes, pool_gradients
 from fxmem.codes.encodings import ENCODERS, pool_offsets
@@ -101,9 +102,9 @@ class Inductor:
         return code
 
     @cached_property
-    def saved_bytes(self) -> int:
-        """Bytes of what is saved, inputs that are needed again among it."""
-        return _bytes_of(self.graph, self.saved)
+    def held(self) -> Held:
+        """What the code holds between its halves, and the time of what it makes again."""
+        return _held(self.graph, self.saved)
 
     def foreseen(self, planned: Planned, table: Workspaces, device: torch.device) -> int | None:
         """Bytes that the step will peak at; None where torch has code of it already.
@@ -372,9 +373,10 @@ def _needed(graph: JointGraph, saved: Collection[str] = ()) -> set[fx.Node]:
 
 @dataclass(frozen=True)
 class Held:
-    """What Inductor's code of a step as it is holds between its halves: inputs and what is saved, in bytes.
+    """What Inductor's code of a step holds between its halves: inputs and what is saved, in bytes.
 
-    heavy: of the elements that it makes again, the share that functions such as ``exp`` make.
+    heavy: seconds for what it makes again with functions such as ``exp``, each as if on its own: within a
+    kernel they take about what it takes to read and write as many elements.
     """
 
     nbytes: int
@@ -383,7 +385,10 @@ class Held:
 
 def held(graph: JointGraph, *, saves_least: bool = False) -> Held:
     """Of a step as it was captured."""
-    graph, saved = _cut(taken_apart(graph), saves_least)
+    return _held(*_cut(taken_apart(graph), saves_least))
+
+
+def _held(graph: JointGraph, saved: Collection[str]) -> Held:
     given = graph.placeholders(Role.PARAMETER, Role.BUFFER, Role.INPUT)
     nbytes = _bytes_of(graph, {n.name for n in given} | {*saved})
     return Held(nbytes, _heavy(graph, saved))
@@ -409,14 +414,13 @@ def taken_apart(graph: JointGraph) -> JointGraph:
 
 
 def _heavy(graph: JointGraph, saved: Collection[str]) -> float:
-    """Of the elements that the backward makes again, the share that takes a CPU more than arithmetic."""
-    made = {True: 0, False: 0}
-    for node in _needed(graph, saved):
-        if node.op != "call_function" or node.name in saved or is_backward(node) or is_view(node):
-            continue
-        heavy = operator_name(node) in _HEAVY and _device(node) == "cpu"
-        made[heavy] += sum(int(hint(t.numel())) for t in tensors_in(node.meta.get("val")))
-    return made[True] / max(1, sum(made.values()))
+    """Seconds for what kernels make again that takes a CPU more than arithmetic."""
+    made = (
+        node
+        for node in _needed(graph, saved)
+        if node.op == "call_function" and node.name not in saved and not is_backward(node)
+    )
+    return sum(CPU.seconds(n) for n in made if operator_name(n) in _HEAVY and _device(n) == "cpu")
 
 
 _HEAVY = frozenset(

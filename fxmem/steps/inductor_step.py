@@ -16,9 +16,10 @@ from fxmem.graphs.graph import JointGraph
 from fxmem.planning.plan import Plan
 from fxmem.steps.analyze import Analysis
 from fxmem.steps.backward import Backward, Coded, op_by_op
-from fxmem.steps.code_search import CodeSearch, Found, Tried, fits
+from fxmem.steps.code_search import CodeSearch
 from fxmem.steps.compile_errors import explained
 from fxmem.steps.decisions import infeasible
+from fxmem.steps.looks import Found, Tried, fits
 from fxmem.steps.measured_step import measured
 from fxmem.steps.options import Options
 from fxmem.steps.symbolic import as_compiled
@@ -53,7 +54,7 @@ def inductor_step(
     if not fitting:
         least = min((one.planned.plan for one, _ in coded), key=lambda plan: plan.predicted_peak)
         return _without_code(options, graph, found, least.predicted_peak, least)
-    best, tried = min(fitting, key=lambda one: one[0].planned.plan.added_seconds)
+    best, tried = min(fitting, key=lambda one: one[1].seconds)
     valid = tried.validity
     if valid is not None:
         # Larger sizes come with a larger error, those that are served with this one at most.
