@@ -112,7 +112,8 @@ class CodeSearch:
             return False
         code = Inductor(tried.planned, saves_least=True, like=tried.code)
         saved = tried.code.held.nbytes - code.held.nbytes
-        if not self.saving_least and saved > MARGIN * tried.plan.budget:
+        was_decided = tried.planned is self.found[0]
+        if was_decided and saved > MARGIN * tried.plan.budget:
             self.saving_least += larger_saving_least(self.looks, tried, code, self.seen)
             if any(one.fits and one.seconds < tried.seconds for one in self.saving_least):
                 return True
