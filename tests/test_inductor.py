@@ -37,6 +37,7 @@ from fxmem.graphs.graph import operator_name
 from fxmem.graphs.measure import cpu_allocations
 from fxmem.steps import code_search, inductor, inductor_step, looks, measured_step
 from fxmem.steps.backward import Phases
+from fxmem.steps.looks import MARGIN
 
 
 @pytest.fixture(autouse=True)
@@ -609,9 +610,13 @@ def measures(monkeypatch, share):
     monkeypatch.setattr(inductor_step, "measured", measured)
 
 
-def holds(monkeypatch, usual, least):
-    """Let code hold so many bytes between its halves; as it usually does, or where it saves the least."""
-    found = property(lambda code: inductor.Held(least if code.saves_least else usual, 0.0))
+def holds(monkeypatch, usual, least, heavy=0.0):
+    """Let code hold so many bytes between its halves; as it usually does, or where it saves the least.
+
+    heavy: seconds that the latter takes more.
+    """
+    usual, least = inductor.Held(usual, 0.0), inductor.Held(least, heavy)
+    found = property(lambda code: least if code.saves_least else usual)
     monkeypatch.setattr(inductor.Inductor, "held", found)
 
 
@@ -814,17 +819,32 @@ def test_the_largest_plan_is_sought_whose_code_fits_where_it_saves_the_least(
     assert tried.plan is least[2]
 
 
-def test_code_that_saves_the_least_takes_the_place_of_such_that_fits_in_less_time(
+def test_larger_plans_that_save_the_least_are_sought_from_what_was_decided_alone(
     interpreted, compiled, monkeypatch
 ):
+    """Not from a smaller one, after code of the first held too much even so."""
+    least, budget = [], fxmem.plan(seeded(Net), "0.7x", (batch(256),)).budget
+    seen = foresees(monkeypatch, lambda plan: int(1.2 * plan.predicted_peak), least.append)
+    holds(monkeypatch, usual=10**9, least=10**9 - 2 * int(MARGIN * budget))
+    measures(monkeypatch, 1)
+    step = fxmem.optimize(seeded(Net), budget, (batch(256),), compiler="inductor")
+    assert len(seen) == 2
+    assert step.plan.decisions == seen[1].decisions
+    assert not least
+
+
+@pytest.mark.parametrize(("heavy", "faster"), [(0.0, True), (1.0, False)])
+def test_code_that_saves_the_least_takes_the_place_of_such_that_fits_in_less_time(
+    heavy, faster, interpreted, compiled, monkeypatch
+):
     foresees(monkeypatch, lambda plan: plan.budget, lambda plan: plan.budget)
+    holds(monkeypatch, usual=10**9, least=0, heavy=heavy)
     measures(monkeypatch, 0.5)
     monkeypatch.setattr(code_search.CodeSearch, "_seems_to_fit_as_it_is", lambda search: False)
     torch.manual_seed(0)
     step = fxmem.optimize(Light(), "0.8x", (torch.randn(1024, 64),), compiler="inductor")
     ((tried, _),) = compiled
-    assert tried.code.saves_least
-    assert step.plan.added_seconds == 0
+    assert tried.code.saves_least == (step.plan.added_seconds == 0) == faster
 
 
 def test_functions_cost_the_time_of_their_elements_where_kernels_make_them_again():
