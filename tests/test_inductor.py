@@ -569,6 +569,40 @@ def test_a_step_that_does_not_fit_runs_op_by_op(interpreted, monkeypatch, caplog
     assert step.plan.predicted_peak <= step.plan.budget
 
 
+# -- Taking a step apart -------------------------------------------------------------------------------
+
+
+class LiesOtherwise(nn.Module):
+    """Dropout's operator lies as its input does, and what it is taken apart into does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 2))
+
+    def forward(self, x):
+        return F.dropout((x @ self.weight).transpose(0, 1), 0.5).relu().sum()
+
+
+class NothingAdded(nn.Module):
+    """The backward takes zeros from what the forward made, once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 4)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return F.smooth_l1_loss(h, torch.zeros(h.shape), reduction="none").sum()
+
+
+@pytest.mark.parametrize("of", [LiesOtherwise, NothingAdded])
+def test_a_step_is_taken_apart_where_operators_come_to_lie_otherwise_or_to_nothing(of, interpreted):
+    model, x = seeded(of), torch.randn(5, 8, 1, requires_grad=True)
+    want = stepped(eager := copy.deepcopy(model), eager, x)
+    step = fxmem.optimize(model, "1TiB", (x,), compiler="inductor")
+    assert_close(want, stepped(step, model, x))
+
+
 # -- Planning again -----------------------------------------------------------------------------------
 
 

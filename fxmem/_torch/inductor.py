@@ -100,6 +100,9 @@ def _fake_generator_states(mode: Any) -> Iterator[None]:
         yield
 
 
+_PHASE = "partitioner_tag"
+
+
 class _Instead(fx.Interpreter):
     """Runs what a table has in the place of a node."""
 
@@ -114,7 +117,11 @@ class _Instead(fx.Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(self.instead(self.now) or target, args, kwargs)
+        target = self.instead(self.now) or target
+        if target is torch.ops.aten.view.default and not args[0].is_contiguous():
+            # What an operator became may lie otherwise than its result did when the step was captured.
+            target = torch.ops.aten.reshape.default
+        return super().call_function(target, args, kwargs)
 
 
 @_alone
@@ -184,9 +191,19 @@ def indices_of_offsets(offsets: torch.Tensor, *how: list[int]) -> torch.Tensor:
 
 @_alone
 def optimize_joint(module: fx.GraphModule) -> None:
-    """Inductor's own rewrites of a joint graph, in place: constants, patterns of attention."""
+    """Inductor's own rewrites of a joint graph, in place: constants, patterns of attention.
+
+    Each node that is left stays in its phase.  Where the backward adds zero to what the forward made, that
+    takes the place of the sum, and its metadata.
+    """
+    phases = {node: node.meta.get(_PHASE) for node in module.graph.nodes}
     with random_as_in_eager(), V.set_fake_mode(_fake_mode(module)):
         joint_graph_passes(module)
+    for node in module.graph.nodes:
+        if phases.get(node) is not None:
+            node.meta[_PHASE] = phases[node]
+        elif node in phases:
+            node.meta.pop(_PHASE, None)
 
 
 @_alone
@@ -209,7 +226,7 @@ def min_cut(
         if node.op != "call_function":
             continue
         if stays_behind(node):
-            node.meta["partitioner_tag"] = "must_be_in_backward"
+            node.meta[_PHASE] = "must_be_in_backward"
         elif known and not (known.is_recomputable(node) or node.target is operator.getitem):
             # torch would make anything again then that it does not know, such as what draws.
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
