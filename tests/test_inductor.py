@@ -1014,8 +1014,15 @@ def _found():
     return counts
 
 
-def test_each_plan_has_graphs_of_its_own_in_the_cache():
-    x, seen = batch(256), []
+def test_each_plan_has_graphs_of_its_own_in_the_cache(monkeypatch):
+    """And once they are there, as many plans are looked at, so that the same one is taken."""
+    x, seen, foreseen, looks = batch(256), [], inductor.Inductor.foreseen, []
+
+    def noted(*given):
+        looks.append(foreseen(*given))
+        return looks[-1]
+
+    monkeypatch.setattr(inductor.Inductor, "foreseen", noted)
     want = stepped(eager := seeded(Net), eager, x)
     with fresh_inductor_cache():
         _found()
@@ -1023,7 +1030,9 @@ def test_each_plan_has_graphs_of_its_own_in_the_cache():
             torch._dynamo.reset()
             model = seeded(Net)
             step = fxmem.optimize(model, budget, (x,), compiler="inductor")
-            seen.append((_found(), step.plan.predicted_peak, len(step.plan.recomputed)))
+            plan = step.plan
+            seen.append((_found(), plan.predicted_peak, len(plan.recomputed), [*looks]))
+            looks.clear()
             assert_close(want, stepped(step, model, x))
     (roomy, tight, roomy_again, tight_again) = seen
     assert roomy[0]["hit"] == tight[0]["hit"] == 0
@@ -1034,6 +1043,8 @@ def test_each_plan_has_graphs_of_its_own_in_the_cache():
         assert again[0]["hit"] >= 2
         assert again[1:] == first[1:]
     assert tight[1] < roomy[1]
+    assert tight[3]
+    assert None not in tight[3]
 
 
 def test_which_outputs_keep_their_strides_is_part_of_the_key():

@@ -432,17 +432,16 @@ class _Scheduled(BaseException):
 
 @_alone
 def schedule(module: fx.GraphModule, *, lowered: Any = None, **how: Any) -> Schedule | None:
-    """What ``inductor`` would make of a half, at a small share of its time; None where torch has its code.
+    """What ``inductor`` would make of a half, at a small share of its time; None where that is no kernel.
 
-    lowered: what an earlier look found; then torch has no code, and is not asked.  The module is changed:
-    give a copy.
+    Torch's cache is not asked: what is in it would decide which plans are looked at, and so which is taken.
+    lowered: what an earlier look found.  The module is changed: give a copy.
     """
 
     def stop(scheduler: Any) -> None:
         raise _Scheduled(_read(scheduler, module))
 
-    asked = config.patch(fx_graph_cache=False) if lowered else contextlib.nullcontext()
-    with mock.patch.object(Scheduler, "codegen", stop), asked:
+    with mock.patch.object(Scheduler, "codegen", stop), config.patch(fx_graph_cache=False):
         try:
             inductor(module, lowered=lowered, **how)
         except _Scheduled as stopped:

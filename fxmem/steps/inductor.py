@@ -107,7 +107,7 @@ class Inductor:
         return _held(self.graph, self.saved)
 
     def foreseen(self, planned: Planned, table: Workspaces, device: torch.device) -> int | None:
-        """Bytes that the step will peak at; None where torch has code of it already.
+        """Bytes that the step will peak at; None where a half of it has no kernels.
 
         That buffers are let go at once takes time, and is asked for where the budget is not kept without.
         table: gets what it lacks about operators.
