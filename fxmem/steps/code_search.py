@@ -114,7 +114,7 @@ class CodeSearch:
         saved = tried.code.held.nbytes - code.held.nbytes
         was_decided = tried.planned is self.found[0]
         if was_decided and saved > MARGIN * tried.plan.budget:
-            self.saving_least += larger_saving_least(self.looks, tried, code, self.seen)
+            self.saving_least += larger_saving_least(self.looks, tried, code, self._all)
             if any(one.fits and one.seconds < tried.seconds for one in self.saving_least):
                 return True
         if tried.fits or saved < tried.foreseen - tried.plan.budget:
