@@ -55,7 +55,7 @@ class CodeSearch:
         """Of those whose code will fit, the one that adds the least time; else the smallest one."""
         if _may_stay(self.plan):
             return Tried(*self.found, Inductor(self.found[0]), None)
-        following = self.looks.as_it_is([]) if self._seems_to_fit_as_it_is() else None
+        following = self.looks.as_it_is() if self._seems_to_fit_as_it_is() else None
         following = following or self.found
         while following is not None and len(self.seen) < PLANS:
             self.seen.append(self._lowered(following))
@@ -110,9 +110,11 @@ class CodeSearch:
         """Does code that saves the least keep the budget, of a larger plan or else of this one?"""
         if tried.code.saves_least or tried.foreseen is None or not self._may_save_least(tried.plan):
             return False
+        was_decided = tried.planned is self.found[0]
+        if tried.fits and not was_decided:
+            return False
         code = Inductor(tried.planned, saves_least=True, like=tried.code)
         saved = tried.code.held.nbytes - code.held.nbytes
-        was_decided = tried.planned is self.found[0]
         if was_decided and saved > MARGIN * tried.plan.budget:
             self.saving_least += larger_saving_least(self.looks, tried, code, self._all)
             if any(one.fits and one.seconds < tried.seconds for one in self.saving_least):

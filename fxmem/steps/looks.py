@@ -110,10 +110,10 @@ class Looks:
             return None
         return replace(again, plan=replace(again.plan, budget=plan.budget)), validity
 
-    def as_it_is(self, seen: Iterable[Tried]) -> Found | None:
+    def as_it_is(self) -> Found | None:
         """The step without a change that costs time."""
         scalars = bytes_of_scalars(self.analysis.device)  # of a loss outside, kept free
-        return self.planned(self.plan.keep_all_peak + scalars, seen)
+        return self.planned(self.plan.keep_all_peak + scalars, seen=())
 
     @cached_property
     def held(self) -> Held:
